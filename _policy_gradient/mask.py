@@ -1,0 +1,56 @@
+"""From cells to a smooth mask: nearest-neighbour upsampling and Gaussian blur as two small matrix products."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchvision.transforms.v2.functional import gaussian_blur
+
+from utils.errors import UserError
+
+
+def check_mask_size(size: int, grid: int, kernel: int, sigma: float) -> None:
+    """Raise UserError unless a (grid, grid) mask can be upsampled to (size, size) and blurred with reflect padding."""
+    if not 1 <= grid <= size:
+        raise UserError(f"--grid {grid}: expected 1 to {size}, since the image is {size} x {size} pixels.")
+    if kernel < 1 or kernel % 2 == 0:
+        raise UserError(f"--kernel {kernel}: a Gaussian blur needs an odd kernel size of at least 1.")
+    if kernel // 2 >= size:
+        raise UserError(f"--kernel {kernel}: too large for images of {size} pixels; give at most {2 * size - 1}.")
+    if not sigma > 0:
+        raise UserError(f"--sigma {sigma}: the standard deviation of the blur, in pixels, must be above 0.")
+
+
+def smoothing_matrix(size: int, grid: int, kernel: int, sigma: float) -> Tensor:
+    """The matrix A, (size, grid) float32, such that A @ cells @ A.T upsamples and blurs a (grid, grid) array.
+
+    Both steps are linear and separable, so A is their effect on each of the `grid` unit vectors. It is read off
+    torch's own `interpolate` (nearest) and torchvision's own `gaussian_blur` (reflect padding), whatever their
+    rounding. Each row sums to 1. Raises UserError for sizes that do not fit.
+    """
+    check_mask_size(size, grid, kernel, sigma)
+    unit_vectors = torch.eye(grid)[None]  # (1, G, G)
+    upsampled = F.interpolate(unit_vectors, size=size, mode="nearest")  # (1, G, S)
+    rows = upsampled.view(grid, 1, 1, size)  # G images of 1 x S pixels
+    blurred = gaussian_blur(rows, kernel_size=[kernel, 1], sigma=[sigma, sigma])  # (G, 1, 1, S)
+    return blurred.view(grid, size).T.contiguous()  # (S, G)
+
+
+class SmoothMask(nn.Module):
+    """Cells in (0, 1) to a mask of the image's size: A M A^T (nearest upsampling, then Gaussian blur).
+
+    The published code calls `interpolate` and `gaussian_blur` on (B, 1, size, size); the result is the same.
+    """
+
+    smoothing: Tensor
+
+    def __init__(self, size: int, grid: int, kernel: int, sigma: float) -> None:
+        super().__init__()
+        self.grid = grid
+        # Derived from the arguments, hence not part of the state.
+        self.register_buffer("smoothing", smoothing_matrix(size, grid, kernel, sigma), persistent=False)
+
+    def forward(self, cells: Tensor) -> Tensor:
+        """Cells (B, G*G) float32 to masks (B, 1, S, S) float32, in the cells' range; float32 inside autocast too."""
+        with torch.autocast(cells.device.type, enabled=False):
+            cells = cells.view(-1, 1, self.grid, self.grid)  # (B, 1, G, G)
+            return self.smoothing @ cells @ self.smoothing.T  # (B, 1, S, S)

@@ -1,0 +1,147 @@
+"""What classifier and policy minimise: the published objective, its unscaled form, and the textbook REINFORCE."""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from utils import distributed
+from utils.errors import UserError
+
+OBJECTIVES = ("published", "published-unscaled", "reinforce")
+BASELINES = ("none", "ema", "loo")
+POLICY_SIGNS = ("cooperative", "adversarial")
+BASELINE_DECAY = 0.99  # of the moving-average baseline at each training step
+ADVANTAGE_EPSILON = 1e-5  # above the rounding of a cross-entropy, so that rounding is never blown up to an advantage
+
+
+def mean_log_sum_density(log_prob: Tensor) -> Tensor:
+    """mean_b(log sum_i p(m_bi)), a tensor (), from log-densities (B, G*G).
+
+    The published code's `log(sum(exp(log_prob), 1))`, by logsumexp. It is *not* the joint log-likelihood of a mask,
+    which is the sum of the log-densities.
+    """
+    return log_prob.logsumexp(dim=1).mean()
+
+
+def published_loss(cross_entropy: Tensor, log_prob: Tensor) -> Tensor:
+    """The authors' released loss for both networks: mean_b(log sum_i p(m_bi)) times the batch-mean cross-entropy.
+
+    cross_entropy: (B,), of this rank's images; log_prob: (B, G*G). What it implies:
+    - the reward is a mean over the batch, so no single image gets credit for its own mask;
+    - there is no baseline, and the log of *summed* densities is no log-likelihood, so that the estimator's mean is not
+      zero for a constant reward: whatever the reward, it descends the integral of the squared density, and the policy
+      drifts to uniform noise;
+    - the classifier's gradient is scaled by about ln(G*G), 8.3 at G = 64: `--grid` moves its learning rate.
+    """
+    return mean_log_sum_density(log_prob) * cross_entropy.mean()
+
+
+def published_unscaled_loss(cross_entropy: Tensor, log_prob: Tensor, sign: float = 1.0) -> Tensor:
+    """Plain mean cross-entropy for the classifier, and the published form for the policy alone.
+
+    cross_entropy: (B,); log_prob: (B, G*G); `sign` -1 makes the policy raise the loss.
+    """
+    reward = cross_entropy.mean()
+    return reward + sign * mean_log_sum_density(log_prob) * reward.detach()
+
+
+def leave_one_out_baseline(cross_entropy: Tensor) -> Tensor:
+    """For each mask the mean cross-entropy of the *other* masks of its image: (B, K) to (B, K), K >= 2."""
+    masks = cross_entropy.shape[1]
+    return (cross_entropy.sum(dim=1, keepdim=True) - cross_entropy) / (masks - 1)
+
+
+def normalize_advantage(advantage: Tensor) -> Tensor:
+    """Advantage (B,) divided by its root mean square over the global batch (no change of sign, nothing subtracted).
+
+    Subtracting the mean here too would make `--baseline none` and `ema` one and the same.
+    """
+    mean_square = distributed.all_reduce_mean(advantage.square().mean())
+    return advantage / (mean_square.sqrt() + ADVANTAGE_EPSILON)
+
+
+def reinforce_loss(advantage: Tensor, log_prob: Tensor) -> Tensor:
+    """mean_b(A_b * (1 / G^2) sum_i log p(m_bi)): advantage (B,) without gradient, log_prob (B, G*G).
+
+    Its gradient estimates that of the expected loss, divided by the number of cells G^2 (REINFORCE, Williams 1992).
+    """
+    return (advantage * log_prob.mean(dim=1)).mean()
+
+
+class Losses(NamedTuple):
+    """`total` () is what one backward pass is run from; `advantage` (B*K,) is what each mask was credited with."""
+
+    total: Tensor
+    advantage: Tensor
+
+
+class Objective(nn.Module):
+    """The loss of `--objective`, with the moving-average baseline as its only state.
+
+    Raises UserError for flags that the chosen objective does not use.
+    """
+
+    moving_baseline: Tensor
+
+    def __init__(
+        self,
+        name: str = "published",
+        baseline: str | None = None,
+        masks_per_image: int = 1,
+        entropy_weight: float = 0.0,
+        policy_sign: str = "cooperative",
+    ) -> None:
+        """`baseline` None means ema for `reinforce`, and is the only value the other objectives take."""
+        super().__init__()
+        check_objective(name, baseline, masks_per_image, entropy_weight, policy_sign)
+        self.name = name
+        self.baseline = baseline or ("ema" if name == "reinforce" else None)
+        self.masks_per_image = masks_per_image
+        self.entropy_weight = entropy_weight
+        self.sign = 1.0 if policy_sign == "cooperative" else -1.0
+        self.register_buffer("moving_baseline", torch.tensor(math.nan))
+
+    def forward(self, cross_entropy: Tensor, log_prob: Tensor, entropy: Tensor) -> Losses:
+        """cross_entropy (B*K,) with the classifier's gradient; log_prob, entropy (B*K, G*G) with the policy's."""
+        reward = cross_entropy.detach()
+        if self.name == "published":
+            return Losses(published_loss(cross_entropy, log_prob), reward.mean().expand_as(reward))
+        if self.name == "published-unscaled":
+            total = published_unscaled_loss(cross_entropy, log_prob, self.sign)
+            return Losses(total, reward.mean().expand_as(reward))
+        advantage = self._subtract_baseline(reward)
+        policy_loss = self.sign * reinforce_loss(normalize_advantage(advantage), log_prob)
+        total = cross_entropy.mean() + policy_loss - self.entropy_weight * entropy.mean()
+        return Losses(total, advantage)
+
+    def _subtract_baseline(self, reward: Tensor) -> Tensor:
+        """Reward (B*K,) less its baseline; the moving average takes in this batch only after it has been used."""
+        if self.baseline == "none":
+            return reward
+        if self.baseline == "loo":
+            by_image = reward.view(-1, self.masks_per_image)  # (B, K)
+            return (by_image - leave_one_out_baseline(by_image)).flatten()  # (B*K,)
+        batch_mean = distributed.all_reduce_mean(reward.mean())
+        baseline = torch.where(self.moving_baseline.isnan(), batch_mean, self.moving_baseline)
+        moved = BASELINE_DECAY * baseline + (1 - BASELINE_DECAY) * batch_mean
+        self.moving_baseline.copy_(torch.where(moved.isfinite(), moved, self.moving_baseline))
+        return reward - baseline
+
+
+def check_objective(
+    name: str, baseline: str | None, masks_per_image: int, entropy_weight: float, policy_sign: str
+) -> None:
+    """Raise UserError for a flag that the chosen objective would ignore, or that contradicts another."""
+    if name == "published" and policy_sign == "adversarial":
+        raise UserError(
+            "--policy-sign adversarial: the published objective is one loss for both networks, so its sign cannot be "
+            "turned for the policy alone; use --objective reinforce or published-unscaled."
+        )
+    if name != "reinforce" and baseline is not None:
+        raise UserError(f"--baseline {baseline}: --objective {name} has no baseline; use --objective reinforce.")
+    if name != "reinforce" and entropy_weight != 0:
+        raise UserError(f"--entropy-weight: --objective {name} has no entropy term; use --objective reinforce.")
+    if baseline == "loo" and masks_per_image < 2:
+        raise UserError("--baseline loo: leaving one mask out needs --masks-per-image 2 or more.")

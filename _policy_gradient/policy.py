@@ -1,0 +1,180 @@
+"""The policy: Beta distributions over the cells of a grid, from a light network and a running prior."""
+
+from typing import NamedTuple
+
+import timm
+import torch
+from torch import Tensor, nn
+from torch.distributions import Beta
+
+from utils import distributed
+from utils.models import check_model_name
+
+MASK_POLICIES = ("learned", "prior", "uniform", "none")
+PRIOR_WEIGHT = 0.9  # of the running prior in an action's log-concentrations; the image's own heads have the rest
+PRIOR_DECAY = 0.99  # of the running prior at each training step
+LOG_CONCENTRATION_LIMIT = 6.0  # log-concentrations are kept inside [-6, 6]
+SAMPLE_MARGIN = 1e-6  # samples are kept inside (1e-6, 1 - 1e-6), where the log-density is finite
+
+
+class ConcentrationNetwork(nn.Module):
+    """A timm backbone and two heads that give log-concentrations for each cell (published: resnet10t, 512 features)."""
+
+    def __init__(self, model_name: str, grid: int) -> None:
+        super().__init__()
+        check_model_name(model_name, "--policy-model")
+        self.backbone = timm.create_model(model_name, num_classes=0)
+        features = self.backbone.num_features
+        self.alpha_head = _head(features, grid * grid)
+        self.beta_head = _head(features, grid * grid)
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Images (B, 3, S, S) to h_a and h_b, (B, G*G) each."""
+        features = self.backbone(images)  # (B, F)
+        return self.alpha_head(features), self.beta_head(features)
+
+
+def _head(features: int, cells: int) -> nn.Sequential:
+    return nn.Sequential(
+        nn.Linear(features, features),
+        nn.BatchNorm1d(features),
+        nn.ReLU(inplace=True),
+        nn.Linear(features, features),
+        nn.BatchNorm1d(features),
+        nn.ReLU(inplace=True),
+        nn.Linear(features, cells),
+    )
+
+
+class SharedConcentrations(nn.Module):
+    """The control `prior`: one learnable pair of log-concentrations for all images, started at 0 (uniform noise)."""
+
+    def __init__(self, grid: int) -> None:
+        super().__init__()
+        self.log_alpha = nn.Parameter(torch.zeros(1, grid * grid))
+        self.log_beta = nn.Parameter(torch.zeros(1, grid * grid))
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Images (B, ...) to the same h_a and h_b for each, (B, G*G)."""
+        return self.log_alpha.expand(len(images), -1), self.log_beta.expand(len(images), -1)
+
+
+class UniformConcentrations(nn.Module):
+    """The control `uniform`: log-concentrations 0, that is Beta(1, 1), and nothing to learn."""
+
+    def __init__(self, grid: int) -> None:
+        super().__init__()
+        self.cells = grid * grid
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Images (B, ...) to zeros, (B, G*G) twice."""
+        zeros = torch.zeros(len(images), self.cells, device=images.device)
+        return zeros, zeros
+
+
+class Policy(nn.Module):
+    """Concentrations of an image's cells: exp(0.9 r + 0.1 h(x)), with a running prior r and the heads' output h(x).
+
+    `forward` gives h, so that DistributedDataParallel sees all learnable arithmetic; `log_concentrations` adds the
+    prior. The prior is a buffer: equal on all ranks, saved and restored with the policy's state. `initial_prior` is
+    kept beside it, to log how far it has drifted.
+    """
+
+    prior: Tensor
+    initial_prior: Tensor
+
+    def __init__(self, heads: nn.Module, prior: Tensor) -> None:
+        """`prior`: (2, 1, G*G), the first r_a and r_b."""
+        super().__init__()
+        self.heads = heads
+        self.register_buffer("prior", prior.clone())
+        self.register_buffer("initial_prior", prior.clone())
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Images (B, 3, S, S) to the heads' h_a and h_b, (B, G*G) float32 each."""
+        head_alpha, head_beta = self.heads(images)
+        return head_alpha.float(), head_beta.float()
+
+    def log_concentrations(self, head_alpha: Tensor, head_beta: Tensor) -> tuple[Tensor, Tensor]:
+        """log alpha and log beta, (B, G*G) each, inside [-6, 6]; the gradient reaches the heads with weight 0.1."""
+        mixed = (
+            PRIOR_WEIGHT * prior + (1 - PRIOR_WEIGHT) * head
+            for prior, head in zip(self.prior, (head_alpha, head_beta), strict=True)
+        )
+        log_alpha, log_beta = (logs.clamp(-LOG_CONCENTRATION_LIMIT, LOG_CONCENTRATION_LIMIT) for logs in mixed)
+        return log_alpha, log_beta
+
+    @torch.no_grad()
+    def update_prior(self, head_alpha: Tensor, head_beta: Tensor, hold_back: Tensor) -> None:
+        """r <- 0.99 r + 0.01 mean of h over the *global* batch.
+
+        `hold_back`: a bool tensor (), equal on all ranks; where true, the prior stays as it is.
+        """
+        batch_mean = torch.stack([head_alpha.mean(0, keepdim=True), head_beta.mean(0, keepdim=True)])  # (2, 1, G*G)
+        moved = PRIOR_DECAY * self.prior + (1 - PRIOR_DECAY) * distributed.all_reduce_mean(batch_mean)
+        self.prior.copy_(torch.where(hold_back, self.prior, moved))
+
+    def mean_cells(self, images: Tensor) -> Tensor:
+        """The mean alpha / (alpha + beta) of each cell, (B, G*G) in (0, 1): the mask of evaluation, nothing sampled."""
+        log_alpha, log_beta = self.log_concentrations(*self(images))
+        return torch.sigmoid(log_alpha - log_beta)
+
+    def prior_drift(self) -> Tensor:
+        """Root mean square change of the prior's log-concentrations since training began, a tensor ()."""
+        return (self.prior - self.initial_prior).square().mean().sqrt()
+
+
+def create_policy(mask_policy: str, model_name: str, grid: int) -> Policy | None:
+    """The policy for `--mask-policy`: learned, prior, uniform, or None for none.
+
+    The running prior starts from U[0, 1); for `uniform` it is 0 and stays there, so that every cell is Beta(1, 1).
+    """
+    if mask_policy == "none":
+        return None
+    if mask_policy == "uniform":
+        return Policy(UniformConcentrations(grid), torch.zeros(2, 1, grid * grid))
+    heads = SharedConcentrations(grid) if mask_policy == "prior" else ConcentrationNetwork(model_name, grid)
+    return Policy(heads, torch.rand(2, 1, grid * grid))
+
+
+class Action(NamedTuple):
+    """Sampled masks: cells, their log-densities and entropies, (B*K, G*G) float32 each, image by image."""
+
+    cells: Tensor
+    log_prob: Tensor
+    entropy: Tensor
+
+
+def sample_action(log_alpha: Tensor, log_beta: Tensor, masks_per_image: int = 1) -> Action:
+    """Sample K masks for each image from Beta(alpha, beta), cell by cell, in float32 and outside autocast.
+
+    log_alpha, log_beta: (B, G*G). Rows b*K .. b*K+K-1 of the result belong to image b. Samples carry no gradient;
+    log_prob and entropy carry the gradient to the concentrations.
+    """
+    with torch.autocast(log_alpha.device.type, enabled=False):
+        alpha = log_alpha.float().exp().repeat_interleave(masks_per_image, dim=0)  # (B*K, G*G)
+        beta = log_beta.float().exp().repeat_interleave(masks_per_image, dim=0)
+        distribution = Beta(alpha, beta, validate_args=False)
+        cells = distribution.sample().clamp(SAMPLE_MARGIN, 1 - SAMPLE_MARGIN)
+        return Action(cells, distribution.log_prob(cells), distribution.entropy())
+
+
+@torch.no_grad()
+def policy_health(
+    policy: Policy, heads: tuple[Tensor, Tensor], action: Action, masks: Tensor, advantage: Tensor
+) -> dict[str, Tensor]:
+    """Scalars () for the log: is the policy alive, and are its masks an image's own?
+
+    heads: h_a and h_b, (B, G*G); masks: (B*K, 1, S, S); advantage: (B*K,). The README says what each quantity means.
+    """
+    log_alpha, log_beta = policy.log_concentrations(*heads)
+    means = torch.sigmoid(log_alpha - log_beta)  # (B, G*G)
+    return {
+        "mask_mean": masks.mean(),
+        "mask_std": masks.std(correction=0),
+        "mask_std_between_images": means.std(dim=0, correction=0).mean(),
+        "policy_entropy": action.entropy.mean(),
+        "policy_log_density": action.log_prob.mean(),
+        "advantage_std": advantage.double().std(correction=0),
+        "prior_drift": policy.prior_drift(),
+    }

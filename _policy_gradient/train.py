@@ -1,0 +1,257 @@
+"""Joint training of a policy network, which masks each image with noise, and a classifier: the heated model."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LRScheduler
+from torch.utils.data import DataLoader
+
+from _policy_gradient.mask import SmoothMask, check_mask_size
+from _policy_gradient.objective import BASELINES, OBJECTIVES, POLICY_SIGNS, Objective
+from _policy_gradient.policy import MASK_POLICIES, Policy, create_policy, policy_health, sample_action
+from utils import arguments, checkpoint, distributed, models, optim, run, wiring
+from utils.checkpoint import Weights
+from utils.data import TrainingSampler, batches
+from utils.errors import UserError, agreed, join_processes, run_script
+from utils.evaluation import measure, predict, report_test
+from utils.metrics import RunningMean, batch_accuracy
+from utils.progress import Progress, say
+from utils.transforms import BatchMixing, Normalize
+
+SCRIPT = "_policy_gradient"
+
+
+def build_parser() -> arguments.Parser:
+    parser = arguments.shared_parser(__doc__)
+    add = parser.add_argument_group("policy and mask").add_argument
+    add("--mask-policy", default="learned", choices=MASK_POLICIES, help="the method, or one of its controls")
+    add("--policy-model", default="resnet10t", help="any timm backbone, for the policy network")
+    add("--policy-lr", type=arguments.positive_float, help="with a cosine over all epochs; None: --lr / 10")
+    add("--grid", type=arguments.positive_int, default=64, help="cells a side")
+    add("--kernel", type=arguments.positive_int, default=13, help="size of the Gaussian blur, pixels, odd")
+    add("--sigma", type=arguments.positive_float, default=6.0, help="standard deviation of the blur, pixels")
+    add = parser.add_argument_group("objective").add_argument
+    add("--objective", default="published", choices=OBJECTIVES, help="objective.py says what each implies")
+    add("--policy-sign", default="cooperative", choices=POLICY_SIGNS, help="the policy lowers the loss, or raises it")
+    add("--baseline", choices=BASELINES, help="of reinforce; None: ema, a moving average; loo: leave-one-out")
+    add("--masks-per-image", type=arguments.positive_int, default=1, help="masks sampled for each image of a batch")
+    add("--entropy-weight", type=arguments.non_negative_float, default=0.0, help="of reinforce: reward for entropy")
+    return parser
+
+
+def train_one_epoch(
+    classifier: nn.Module,
+    policy: nn.Module | None,
+    mask: SmoothMask,
+    objective: Objective,
+    loader: DataLoader,
+    normalize: Normalize,
+    mixing: BatchMixing,
+    update: optim.GuardedUpdate,
+    ema: optim.MovingAverage | None,
+    *,
+    epoch: int,
+    device: torch.device,
+    label_smoothing: float,
+    autocast_dtype: torch.dtype | None,
+    print_freq: int,
+) -> dict[str, float]:
+    """One pass over the training split; returns the epoch's means for the log. `policy` None: no masks at all."""
+    guard, meters = optim.FiniteGuard(device), RunningMean(device)
+    sampler: TrainingSampler = loader.batch_sampler
+    sampler.set_position(epoch)
+    progress = Progress(f"epoch {epoch}", sampler.steps_per_epoch, print_freq, sampler.global_batch)
+    autocast = partial(torch.autocast, device.type, dtype=autocast_dtype, enabled=autocast_dtype is not None)
+    masks_per_image = objective.masks_per_image
+    policy_state: Policy | None = distributed.unwrap(policy)
+    for step, batch in progress.track(batches(loader, device)):
+        images, targets = mixing(normalize(batch.images), batch.targets, epoch, step)  # (B, 3, S, S), (B,) or (B, C)
+        if policy is not None:
+            with autocast():
+                heads = policy(images)  # h_a and h_b, (B, G*G) each
+            action = sample_action(*policy_state.log_concentrations(*heads), masks_per_image)  # (B*K, G*G) each
+            masks = mask(action.cells)  # (B*K, 1, S, S)
+            images = images.repeat_interleave(masks_per_image, dim=0) * masks  # (B*K, 3, S, S)
+            targets = targets.repeat_interleave(masks_per_image, dim=0)
+        with autocast():
+            logits = classifier(images)  # (B*K, C)
+        cross_entropy = F.cross_entropy(logits.float(), targets, reduction="none", label_smoothing=label_smoothing)
+        loss, health = cross_entropy.mean(), {}
+        if policy is not None:
+            loss, advantage = objective(cross_entropy, action.log_prob, action.entropy)
+            health = policy_health(policy_state, heads, action, masks, advantage)
+        hold_back = guard.check(loss, step)
+        update(loss, hold_back)
+        if policy is not None:
+            policy_state.update_prior(*heads, hold_back)
+        if ema is not None:
+            ema.update(epoch, step)
+        top1 = batch_accuracy(logits, targets)
+        meters.update(train_loss=loss, train_cross_entropy=cross_entropy.mean(), train_top1=top1, **health)
+        if progress.is_due(step):
+            guard.raise_if_found(epoch)
+            update.raise_if_collapsed()
+            progress.show(step, meters.read())
+    return {**meters.read(), **update.read_skipped(), "images_per_second": progress.images_per_second(step)}
+
+
+def build_policy(
+    args: argparse.Namespace, state: dict[str, Any] | None, weights: Weights | None, device: torch.device
+) -> Policy | None:
+    """The policy on its device, with the state of the checkpoint or file; None if there is none to train or to test."""
+    if weights is not None and weights.policy_net is None:
+        return None
+    policy = create_policy(args.mask_policy, args.policy_model, args.grid)
+    if policy is None:
+        return None
+    saved = state["policy_net"] if state else weights.policy_net if weights else None
+    if saved is not None:
+        try:
+            policy.load_state_dict(saved)
+        except RuntimeError as error:
+            raise UserError(f"{args.resume}: its policy does not fit --policy-model and --grid ({error}).") from None
+    if args.sync_bn:
+        policy = models.synchronize_batch_norm(policy, device)
+    return policy.to(device)
+
+
+def check_flags(args: argparse.Namespace) -> None:
+    """Raise UserError for values that do not go together, before anything is read or written."""
+    for size in {args.val_crop_size} if args.test_only else {args.train_crop_size, args.val_crop_size}:
+        check_mask_size(size, args.grid, args.kernel, args.sigma)
+    if args.mask_policy in ("uniform", "none") and args.policy_lr is not None:
+        raise UserError(f"--policy-lr: --mask-policy {args.mask_policy} has nothing to learn.")
+
+
+def test(
+    evaluate: partial, classifier: nn.Module, policy: Policy | None, mask: SmoothMask, normalize: Normalize
+) -> dict[str, Any]:
+    """Predictions without masks, and with each image's own mean mask where there is a policy."""
+    results = {"clean": evaluate(classifier, prepare=normalize)}
+    if policy is None:
+        say("The file holds no policy: evaluated without masks only.")
+        return results
+    distributed.broadcast_buffers(policy)
+    policy.eval()
+
+    def masked(images: Tensor) -> Tensor:
+        images = normalize(images)  # (B, 3, S, S)
+        return images * mask(policy.mean_cells(images))
+
+    results["masked"] = evaluate(classifier, prepare=masked)
+    return results
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = build_parser()
+    given = arguments.parse_given(parser, argv)
+    device = join_processes(given.get("device"))
+    with agreed():
+        args, state, weights = run.choose_start(parser, given, SCRIPT)
+        check_flags(args)
+        first_epoch = state["epoch"] if state else 0
+        output_dir = Path(args.output_dir)
+        wiring.seed_everything(args)
+        splits = wiring.open_splits(args)
+        classifier = wiring.classifier(args, splits.classes, state, weights, device)
+        policy = build_policy(args, state, weights, device)
+        run.prepare_output_dir(output_dir, args.resume, first_epoch, args.test_only)
+    normalize = Normalize(args.mean, args.std)
+    evaluate = partial(
+        predict,
+        loader=wiring.evaluation_loader(args, splits.evaluation, device),
+        device=device,
+        autocast_dtype=wiring.autocast_dtype(args),
+        print_freq=args.print_freq,
+    )
+    if args.test_only:
+        mask = SmoothMask(args.val_crop_size, args.grid, args.kernel, args.sigma).to(device)
+        results = test(evaluate, classifier, policy, mask, normalize)
+        report_test(output_dir, results, splits.classes, split=args.split, weights=weights.path)
+        return
+
+    with agreed():
+        loader = wiring.training_loader(args, splits.training, device)
+        models.check_batch_norm(classifier, args.batch_size * args.masks_per_image, "--model")
+        mask = SmoothMask(args.train_crop_size, args.grid, args.kernel, args.sigma).to(device)
+        objective = Objective(
+            args.objective, args.baseline, args.masks_per_image, args.entropy_weight, args.policy_sign
+        ).to(device)
+        ema = wiring.moving_average(args, classifier)
+        optimizers = {"classifier": wiring.optimizer(args, classifier, args.lr)}
+        schedulers: list[LRScheduler] = [wiring.scheduler(args, optimizers["classifier"], first_epoch)]
+        if policy is not None and any(True for _ in policy.parameters()):
+            models.check_batch_norm(policy, args.batch_size, "--policy-model")
+            optimizers["policy"] = wiring.optimizer(args, policy, args.policy_lr or args.lr / 10)
+            schedulers.append(
+                optim.build_scheduler(optimizers["policy"], "cosineannealinglr", args.epochs, first_epoch=first_epoch)
+            )
+        update = optim.GuardedUpdate(optimizers, device, wiring.uses_fp16(args), args.clip_grad_norm)
+        if state:
+            run.load_training_state(state, update, ema, args.resume)
+            objective.load_state_dict(state["objective"])
+    if args.compile:
+        classifier.compile()
+        if policy is not None:
+            policy.heads.compile()  # sampling and densities stay outside of the graph
+    parallel_classifier = distributed.wrap(classifier, device)
+    parallel_policy = None if policy is None else distributed.wrap(policy, device)
+    mixing = wiring.batch_mixing(args, len(splits.classes))
+    run.restore_generators(state, args.seed)
+    best_f1 = state["best_f1"] if state else -1.0
+
+    for epoch in range(first_epoch, args.epochs):
+        classifier.train()
+        if policy is not None:
+            policy.train()
+        line = {"epoch": epoch} | {f"lr_{name}": of.param_groups[0]["lr"] for name, of in optimizers.items()}
+        line |= train_one_epoch(
+            parallel_classifier,
+            parallel_policy,
+            mask,
+            objective,
+            loader,
+            normalize,
+            mixing,
+            update,
+            ema,
+            epoch=epoch,
+            device=device,
+            label_smoothing=args.label_smoothing,
+            autocast_dtype=wiring.autocast_dtype(args),
+            print_freq=args.print_freq,
+        )
+        for scheduler in schedulers:
+            scheduler.step()
+        evaluated = ema.model if ema else classifier
+        metrics = measure(evaluate(evaluated, prepare=normalize), auroc=epoch == args.epochs - 1)
+        is_best, best_f1 = metrics["f1"] > best_f1, max(metrics["f1"], best_f1)
+        if policy is not None:
+            distributed.broadcast_buffers(policy)
+        next_state = checkpoint.full_state(
+            SCRIPT,
+            next_epoch=epoch + 1,
+            best_f1=best_f1,
+            classes=splits.classes,
+            args=vars(args),
+            model=classifier,
+            update=update,
+            ema=ema,
+            objective=objective.state_dict(),
+            **({} if policy is None else {"policy_net": policy.state_dict()}),
+        )
+        run.finish_epoch(output_dir, next_state, evaluated, metrics, line, is_best)
+    say(f"{args.epochs} epochs are done; best macro F1 on val {best_f1:.4f}; the files are in {output_dir.resolve()}")
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,163 @@
+"""The policy's arithmetic: concentrations, prior, sampling, and what is logged of it."""
+
+import math
+
+import pytest
+import timm
+import torch
+from torch.distributions import Beta
+
+from _policy_gradient.policy import (
+    Policy,
+    SharedConcentrations,
+    create_policy,
+    policy_health,
+    sample_action,
+)
+from utils.errors import UserError
+
+
+def policy_with(prior_alpha, prior_beta):
+    prior = torch.tensor([[prior_alpha], [prior_beta]])  # (2, 1, G*G)
+    return Policy(SharedConcentrations(2), prior)
+
+
+def test_log_concentrations_by_hand():
+    policy = policy_with([1.0, 0.0, 7.0, -9.0], [0.5, 0.5, 0.5, 0.5])
+    head = torch.tensor([[2.0, -1.0, 7.0, -9.0]])
+    log_alpha, log_beta = policy.log_concentrations(head, torch.zeros(1, 4))
+    torch.testing.assert_close(log_alpha, torch.tensor([[1.1, -0.1, 6.0, -6.0]]))  # 0.9 r + 0.1 h, inside [-6, 6]
+    torch.testing.assert_close(log_beta, torch.full((1, 4), 0.45))
+
+
+def test_gradient_reaches_the_heads_with_a_tenth():
+    policy = policy_with([0.0] * 4, [0.0] * 4)
+    head = torch.zeros(1, 4, requires_grad=True)
+    log_alpha, _ = policy.log_concentrations(head, torch.zeros(1, 4))
+    log_alpha.sum().backward()
+    torch.testing.assert_close(head.grad, torch.full((1, 4), 0.1))
+    assert not policy.prior.requires_grad
+
+
+def test_prior_moves_by_a_hundredth_of_the_batch_mean():
+    policy = policy_with([1.0, 1.0, 1.0, 1.0], [0.0, 0.0, 0.0, 0.0])
+    alpha = torch.tensor([[3.0, 1.0, 0.0, 1.0], [5.0, 1.0, 0.0, 1.0]])
+    policy.update_prior(alpha, alpha * 0 + 2, hold_back=torch.tensor(False))
+    torch.testing.assert_close(policy.prior[0, 0], torch.tensor([1.03, 1.0, 0.99, 1.0]))
+    torch.testing.assert_close(policy.prior[1, 0], torch.full((4,), 0.02))
+    before = policy.prior.clone()
+    policy.update_prior(alpha * math.nan, alpha, hold_back=torch.tensor(True))
+    assert torch.equal(policy.prior, before)
+    drift = math.sqrt((0.03**2 + 0.01**2 + 4 * 0.02**2) / 8)
+    assert policy.prior_drift().item() == pytest.approx(drift, rel=1e-5)
+
+
+def test_learned_policy_has_the_published_shape():
+    torch.manual_seed(0)
+    policy = create_policy("learned", "resnet10t", grid=8)
+    backbone = timm.create_model("resnet10t", num_classes=0)
+    linear = [module for module in policy.heads.alpha_head if isinstance(module, torch.nn.Linear)]
+    assert [(layer.in_features, layer.out_features) for layer in linear] == [(512, 512), (512, 512), (512, 64)]
+    parameters = sum(parameter.numel() for parameter in backbone.parameters())
+    heads = 2 * (2 * (512 * 512 + 512 + 2 * 512) + 512 * 64 + 64)
+    assert sum(parameter.numel() for parameter in policy.parameters()) == parameters + heads
+    assert policy.prior.shape == (2, 1, 64)
+    assert 0 <= policy.prior.min() < 0.1
+    assert 0.9 < policy.prior.max() < 1  # U[0, 1)
+    head_alpha, head_beta = policy(torch.rand(3, 3, 32, 32))
+    assert head_alpha.shape == head_beta.shape == (3, 64)
+    assert {"prior", "initial_prior"} < set(policy.state_dict())
+
+
+def test_each_head_runs_once_a_step():
+    policy = create_policy("learned", "test_resnet", grid=4)
+    runs = []
+    policy.heads.alpha_head.register_forward_hook(lambda *_: runs.append("alpha"))
+    policy.heads.beta_head.register_forward_hook(lambda *_: runs.append("beta"))
+    heads = policy(torch.rand(4, 3, 32, 32))
+    sample_action(*policy.log_concentrations(*heads))
+    policy.update_prior(*heads, hold_back=torch.tensor(False))
+    assert sorted(runs) == ["alpha", "beta"]
+    assert policy.heads.alpha_head[1].num_batches_tracked == 1
+
+
+def test_mean_cells_are_alpha_over_alpha_plus_beta():
+    policy = policy_with([1.0, 0.0, 2.0, 3.0], [0.0, 0.5, 1.0, -3.0])
+    images = torch.rand(2, 3, 8, 8)
+    log_alpha, log_beta = policy.log_concentrations(*policy(images))
+    alpha, beta = log_alpha.exp(), log_beta.exp()
+    torch.testing.assert_close(policy.mean_cells(images), alpha / (alpha + beta))
+
+
+def test_control_prior_gives_every_image_the_same():
+    policy = create_policy("prior", "unused", grid=4)
+    assert [parameter.shape for parameter in policy.parameters()] == [(1, 16), (1, 16)]
+    head_alpha, head_beta = policy(torch.rand(3, 3, 8, 8))
+    assert head_alpha.shape == (3, 16)
+    assert torch.equal(head_alpha, head_beta)
+    sample_action(*policy.log_concentrations(head_alpha, head_beta)).log_prob.sum().backward()
+    assert policy.heads.log_alpha.grad.abs().sum() > 0
+
+
+def test_control_uniform_is_beta_1_1_and_stays_so():
+    policy = create_policy("uniform", "unused", grid=4)
+    assert list(policy.parameters()) == []
+    heads = policy(torch.rand(3, 3, 8, 8))
+    policy.update_prior(*heads, hold_back=torch.tensor(False))
+    action = sample_action(*policy.log_concentrations(*heads))
+    assert torch.equal(action.log_prob, torch.zeros(3, 16))
+    assert torch.equal(policy.mean_cells(torch.rand(2, 3, 8, 8)), torch.full((2, 16), 0.5))
+
+
+def test_control_none_is_no_policy():
+    assert create_policy("none", "unused", grid=4) is None
+
+
+def test_unknown_policy_model_names_the_closest():
+    with pytest.raises(UserError, match=r"--policy-model resnet10q: .*resnet10t"):
+        create_policy("learned", "resnet10q", grid=4)
+
+
+def test_samples_follow_the_distribution_and_the_densities_are_its_own():
+    torch.manual_seed(0)
+    log_alpha, log_beta = torch.tensor([[0.7, -0.3], [1.1, 0.2]]), torch.tensor([[0.1, 0.4], [-0.2, 2.0]])
+    action = sample_action(log_alpha, log_beta, masks_per_image=50_000)
+    assert action.cells.shape == (100_000, 2)
+    by_image = action.cells.view(2, 50_000, 2)  # rows b*K .. b*K+K-1 belong to image b
+    distribution = Beta(log_alpha.exp(), log_beta.exp())
+    torch.testing.assert_close(by_image.mean(1), distribution.mean, rtol=0, atol=6e-3)
+    torch.testing.assert_close(by_image.var(1), distribution.variance, rtol=0, atol=3e-3)
+    expected = distribution.log_prob(by_image.transpose(0, 1)).transpose(0, 1)
+    torch.testing.assert_close(action.log_prob.view(2, 50_000, 2), expected)
+    torch.testing.assert_close(action.entropy.view(2, 50_000, 2)[:, 0], distribution.entropy())
+
+
+@pytest.mark.parametrize("log_concentration", [-6.0, 6.0])
+def test_finite_at_the_bounds_and_in_float32_inside_autocast(log_concentration):
+    log_alpha = torch.full((4, 1000), log_concentration, requires_grad=True)
+    log_beta = torch.full((4, 1000), -6.0, requires_grad=True)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        action = sample_action(log_alpha, log_beta)
+    assert action.cells.dtype == action.log_prob.dtype == torch.float32
+    assert action.cells.min() >= 1e-6
+    assert action.cells.max() < 1
+    (action.log_prob.sum() + action.entropy.sum()).backward()
+    for tensor in (action.log_prob, action.entropy, log_alpha.grad, log_beta.grad):
+        assert tensor.isfinite().all()
+    assert not action.cells.requires_grad
+
+
+def test_health_by_hand():
+    policy = policy_with([0.0] * 4, [0.0] * 4)
+    head_alpha = torch.tensor([[10.0, 0.0, 0.0, 0.0], [-10.0, 0.0, 0.0, 0.0]])
+    action = sample_action(torch.zeros(2, 4), torch.zeros(2, 4))
+    masks = torch.tensor([0.25, 0.75]).view(2, 1, 1, 1)
+    health = policy_health(policy, (head_alpha, torch.zeros(2, 4)), action, masks, torch.tensor([1.0, 3.0]))
+    spread = torch.sigmoid(torch.tensor(1.0)) - 0.5  # the first cell's means are sigmoid(1) and sigmoid(-1)
+    assert health["mask_mean"].item() == pytest.approx(0.5)
+    assert health["mask_std"].item() == pytest.approx(0.25)
+    assert health["mask_std_between_images"].item() == pytest.approx(spread.item() / 4, rel=1e-5)
+    assert health["policy_entropy"].item() == pytest.approx(0, abs=1e-6)
+    assert health["policy_log_density"].item() == pytest.approx(0, abs=1e-6)
+    assert health["advantage_std"].item() == pytest.approx(1)
+    assert health["prior_drift"].item() == 0

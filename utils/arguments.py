@@ -1,0 +1,254 @@
+"""The command line that both scripts share, and where each value comes from: given, the file, or the default."""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from utils import optim, transforms
+from utils.errors import UserError
+
+# What a resumed run may be given anew, since the trajectory does not depend on it (`epochs` rebuilds the schedule).
+FREE_ON_RESUME = {
+    "data_path", "device", "epochs", "finetune", "output_dir", "print_freq", "resume", "split", "test_only", "workers",
+}  # fmt: skip
+# What weights were made for: taken from their file when it says so.
+MODEL_FLAGS = (
+    "model", "policy_model", "mask_policy", "grid", "kernel", "sigma",
+    "train_crop_size", "val_resize_size", "val_crop_size", "interpolation", "backend", "mean", "std",
+)  # fmt: skip
+# What a fine-tuning may choose anew although the file says otherwise.
+FREE_ON_FINETUNE = {"train_crop_size", "val_resize_size", "val_crop_size", "interpolation", "backend"}
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser whose errors are UserErrors, so that one process speaks for all."""
+
+    def __init__(self, description: str) -> None:
+        super().__init__(
+            description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False
+        )
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message} (--help lists all flags)", agreed=True)
+
+
+def positive_int(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text}: expected a whole number of at least 1")
+    return value
+
+
+def natural(text: str) -> int:
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"{text}: expected a whole number of at least 0")
+    return value
+
+
+def positive_float(text: str) -> float:
+    value = float(text)
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text}: expected a number above 0")
+    return value
+
+
+def non_negative_float(text: str) -> float:
+    value = float(text)
+    if not 0 <= value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text}: expected a number of at least 0")
+    return value
+
+
+def fraction(text: str) -> float:
+    value = float(text)
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"{text}: expected a number from 0 to 1")
+    return value
+
+
+def shared_parser(description: str) -> Parser:
+    """The flags of both scripts, in groups, with their defaults; names and meanings as in torchvision's reference."""
+    parser = Parser(description)
+    _add_data_flags(parser.add_argument_group("data"))
+    _add_model_flags(parser.add_argument_group("classifier"))
+    _add_optimisation_flags(parser.add_argument_group("optimisation"))
+    _add_schedule_flags(parser.add_argument_group("learning-rate schedule of the classifier"))
+    _add_augmentation_flags(parser.add_argument_group("augmentation"))
+    _add_run_flags(parser.add_argument_group("run"))
+    return parser
+
+
+def _add_data_flags(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
+    add("--data-path", help="folder with {train,val,test}/<class>/<image>; without it, generated phantoms are used")
+    add("--num-classes", type=positive_int, help="checked against the data when given, else taken from it")
+    add("--split", default="val", choices=("train", "val", "test"), help="what --test-only evaluates on")
+    add("-b", "--batch-size", "--batch_size", type=positive_int, default=32, help="images in each process")
+    add("-j", "--workers", type=natural, default=16, help="data loading processes for each process; 0: none")
+    add("--mean", type=float, nargs="+", default=[0.3162], help="of the pixels in 0..1; one value, or one a channel")
+    add("--std", type=positive_float, nargs="+", default=[0.3213], help="of the pixels; one value, or one a channel")
+    add("--train-crop-size", type=positive_int, default=224, help="pixels, random resized crop")
+    add("--val-resize-size", type=positive_int, default=256, help="pixels, shorter side in evaluation")
+    add("--val-crop-size", type=positive_int, default=224, help="pixels, central crop in evaluation")
+    add("--interpolation", default="bilinear", choices=transforms.INTERPOLATIONS, help="of every resize")
+    add("--backend", type=str.lower, default="pil", choices=transforms.BACKENDS, help="what the transforms work on")
+
+
+def _add_model_flags(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
+    add("--model", default="resnet50", help="any timm classifier")
+    add("--weights", metavar="TAG", help="start from timm's pretrained weights of this tag (a1_in1k, say)")
+    add("--sync-bn", action="store_true", help="share BatchNorm statistics over all GPUs")
+    add("--model-ema", action="store_true", help="keep, validate and save a moving average of the weights")
+    add("--model-ema-steps", type=positive_int, default=32, help="steps between updates of the moving average")
+    add("--model-ema-decay", type=fraction, default=0.99998, help="before the adjustment to batch size and epochs")
+
+
+def _add_optimisation_flags(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
+    add("--epochs", type=positive_int, default=90, help="in all, those before a resumption included")
+    add("--opt", type=str.lower, default="sgd", choices=optim.OPTIMIZERS, help="optimiser")
+    add("--lr", type=positive_float, default=0.1, help="initial learning rate")
+    add("--momentum", type=fraction, default=0.9, help="of sgd, sgd_nesterov and rmsprop")
+    add("--wd", "--weight-decay", dest="weight_decay", type=non_negative_float, default=1e-4, help="weight decay")
+    add("--norm-weight-decay", type=non_negative_float, help="of normalisation layers; None: as --weight-decay")
+    add("--bias-weight-decay", type=non_negative_float, help="of biases; None: as --weight-decay")
+    add(
+        "--transformer-embedding-decay",
+        type=non_negative_float,
+        help=f"of {', '.join(optim.EMBEDDINGS)}; None: as --weight-decay",
+    )
+    add("--label-smoothing", type=fraction, default=0.0, help="of the training loss")
+    add("--clip-grad-norm", type=positive_float, help="largest norm of each network's gradient; None: no limit")
+    add("--amp", action="store_true", help="mixed precision")
+    add("--amp-dtype", default="bf16", choices=("bf16", "fp16"), help="of --amp")
+    add("--compile", action="store_true", help="torch.compile the networks")
+
+
+def _add_schedule_flags(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
+    add("--lr-scheduler", type=str.lower, default="steplr", choices=optim.SCHEDULERS, help="stepped once an epoch")
+    add("--lr-step-size", type=positive_int, default=30, help="epochs between the steps of steplr")
+    add("--lr-gamma", type=positive_float, default=0.1, help="factor of steplr and exponentiallr")
+    add("--lr-min", type=non_negative_float, default=0.0, help="where cosineannealinglr ends")
+    add("--lr-warmup-epochs", type=natural, default=0, help="epochs before the schedule begins")
+    add("--lr-warmup-method", type=str.lower, default="constant", choices=optim.WARMUPS, help="shape of the warm-up")
+    add("--lr-warmup-decay", type=positive_float, default=0.01, help="factor at the start of the warm-up")
+
+
+def _add_augmentation_flags(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
+    add("--auto-augment", choices=transforms.AUTO_AUGMENTS, help="RandAugment, TrivialAugment, AugMix or a policy")
+    add("--ra-magnitude", type=natural, default=9, help="of --auto-augment ra, 0 to 30")
+    add("--augmix-severity", type=positive_int, default=3, help="of --auto-augment augmix, 1 to 10")
+    add("--random-erase", type=fraction, default=0.0, help="probability of erasing a rectangle")
+    add("--mixup-alpha", type=non_negative_float, default=0.0, help="0: no MixUp")
+    add("--cutmix-alpha", type=non_negative_float, default=0.0, help="0: no CutMix")
+    add("--ra-sampler", action="store_true", help="repeated augmentation: each image several times in an epoch")
+    add("--ra-reps", type=positive_int, default=3, help="repetitions of --ra-sampler")
+
+
+def _add_run_flags(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
+    add("--device", help="cuda or cpu; None: cuda where there is one")
+    add("--seed", type=natural, default=0, help="of initial weights, order, augmentation and masks")
+    add("--use-deterministic-algorithms", action="store_true", help="only algorithms that repeat bit for bit")
+    add("--print-freq", type=positive_int, default=10, help="steps between two lines, each a wait for the device")
+    add("--output-dir", help="where files are written; None: the folder of --resume, else the current one")
+    add("--resume", metavar="FILE", help="go on from this checkpoint.pth; with --test-only any weights")
+    add("--test-only", action="store_true", help="evaluate the weights of --resume on --split, and leave")
+
+
+def parse_given(parser: Parser, argv: Sequence[str] | None = None) -> dict[str, Any]:
+    """Only what the command line says, without defaults."""
+    absent = object()
+    blank = argparse.Namespace(**{action.dest: absent for action in parser._actions if action.dest != "help"})
+    parsed = vars(parser.parse_args(argv, namespace=blank))
+    return {name: value for name, value in parsed.items() if value is not absent}
+
+
+def defaults(parser: Parser) -> dict[str, Any]:
+    return {action.dest: action.default for action in parser._actions if action.dest != "help"}
+
+
+def for_fresh_start(parser: Parser, given: dict[str, Any]) -> argparse.Namespace:
+    return _namespace({**defaults(parser), **given})
+
+
+def for_resume(parser: Parser, given: dict[str, Any], saved: dict[str, Any], source: str) -> argparse.Namespace:
+    """All from the checkpoint, but what is free; raises UserError for a flag that would change the trajectory."""
+    for name in given.keys() - FREE_ON_RESUME:
+        if name in saved and given[name] != saved[name]:
+            raise UserError(
+                f"{flag(name)} {_text(given[name])}: {source} was trained with {_text(saved[name])}, and a resumed run "
+                "must go on as it began; leave the flag out, or start a new run."
+            )
+    known = defaults(parser)
+    # Where the files lie, and on what they are read, is said anew for each start.
+    again = {name: value for name, value in saved.items() if name in known and name not in ("device", "split")}
+    again.pop("test_only", None)
+    return _namespace({**known, **again, **given, "output_dir": given.get("output_dir", str(Path(source).parent))})
+
+
+def for_weights(
+    parser: Parser, given: dict[str, Any], saved: dict[str, Any], source: str, *, test_only: bool
+) -> argparse.Namespace:
+    """What the weights were made for comes from their file; raises UserError for a flag that contradicts it.
+
+    `saved` may be the arguments of other code: only values of the expected type are taken. A fine-tuning may choose
+    other crops (and other classes: the caller renews the head); an evaluation may not.
+    """
+    actions = {action.dest: action for action in parser._actions}
+    told = {
+        name: saved[name]
+        for name in MODEL_FLAGS
+        if name in actions and name in saved and _plausible(saved[name], actions[name])
+    }
+    for name in (given.keys() & told.keys()) - (set() if test_only else FREE_ON_FINETUNE):
+        if given[name] != told[name]:
+            raise UserError(
+                f"{flag(name)} {_text(given[name])}: {source} was made with {_text(told[name])}; leave the flag out."
+            )
+    output_dir = str(Path(source).parent) if "resume" in given else "."
+    return _namespace({**defaults(parser), "output_dir": output_dir, **told, **given})
+
+
+def _plausible(value: Any, action: argparse.Action) -> bool:
+    """True if a value out of a file is one that this flag could have been given."""
+    if action.choices is not None and value not in action.choices:
+        return False
+    kind = (int, float) if isinstance(action.default, float) else type(action.default)
+    return isinstance(value, kind)
+
+
+def flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
+def _text(value: Any) -> str:
+    return " ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def _namespace(values: dict[str, Any]) -> argparse.Namespace:
+    """The final values; raises UserError where two of them do not go together."""
+    args = argparse.Namespace(**values)
+    args.output_dir = args.output_dir or "."
+    for name in ("mean", "std"):
+        if len(getattr(args, name)) not in (1, 3):
+            raise UserError(f"--{name}: expected one value or three, got {len(getattr(args, name))}.")
+    if args.ra_magnitude > 30:
+        raise UserError(f"--ra-magnitude {args.ra_magnitude}: expected 0 to 30.")
+    if args.augmix_severity > 10:
+        raise UserError(f"--augmix-severity {args.augmix_severity}: expected 1 to 10.")
+    if args.val_crop_size > args.val_resize_size:
+        raise UserError(
+            f"--val-crop-size {args.val_crop_size}: larger than --val-resize-size {args.val_resize_size}, so "
+            "evaluation would pad the images; give a larger --val-resize-size."
+        )
+    if args.opt == "sgd_nesterov" and args.momentum == 0:
+        raise UserError("--opt sgd_nesterov: Nesterov momentum needs --momentum above 0.")
+    if args.test_only and not (args.resume or getattr(args, "finetune", None)):
+        raise UserError("--test-only: name the weights to evaluate with --resume FILE.")
+    return args

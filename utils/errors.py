@@ -1,0 +1,90 @@
+"""What the user must mend: one clear sentence, printed once, a non-zero exit on every rank, no rank left waiting."""
+
+import os
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+
+from utils import distributed
+
+EXIT_CODE = 2
+GRACE_SECONDS = 10
+
+
+class UserError(Exception):
+    """Bad input, a full disk, and the like; the message names the thing, what was expected, and what to do.
+
+    `agreed` is set when every rank raises the same error at the same place, so that rank 0 may speak for all.
+    """
+
+    def __init__(self, message: str, agreed: bool = False) -> None:
+        super().__init__(message)
+        self.agreed = agreed
+
+
+@contextmanager
+def agreed() -> Iterator[None]:
+    """Run a block without collectives that may fail on some ranks only; if one fails, all raise its UserError."""
+    problem = None
+    try:
+        yield
+    except UserError as error:
+        problem = str(error)
+    problems = [found for found in distributed.all_gather_object(problem) if found is not None]
+    if problems:
+        raise UserError(problems[0], agreed=True)
+
+
+def join_processes(device_name: str | None) -> torch.device:
+    """Join the process group; returns this process's device. Raises UserError for a device that is not there."""
+    try:
+        return distributed.initialize(device_name)
+    except ValueError as error:
+        raise UserError(str(error), agreed=True) from None
+
+
+def run_script(main: Callable[[], None]) -> None:
+    """Run `main`, then leave the process group; a UserError becomes one sentence on stderr and exit code 2.
+
+    A rank that fails alone speaks for itself, and leaves word for the others, so that they stop without a traceback of
+    the broken connection.
+    """
+    try:
+        main()
+    except UserError as error:
+        alone = distributed.launched_world_size() == 1
+        if alone or not error.agreed or distributed.launched_rank() == 0:
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        if not alone and error.agreed:
+            _wait_for_rank_0()
+        elif not alone:
+            distributed.post_failure(str(error))
+            _leave_at_once()
+        distributed.shutdown()
+        sys.exit(EXIT_CODE)
+    except Exception:
+        if distributed.world_size() == 1:
+            raise
+        if not distributed.failure_posted():
+            traceback.print_exc()
+        _leave_at_once()
+    distributed.shutdown()
+
+
+def _wait_for_rank_0() -> None:
+    """Let rank 0 speak before any rank exits: torchrun ends all others, rank 0 too, as soon as one has gone."""
+    if distributed.in_process_group():
+        distributed.barrier()
+    elif distributed.launched_rank() != 0:
+        time.sleep(GRACE_SECONDS)  # rank 0 meets the same error, exits, and torchrun ends this process sooner
+
+
+def _leave_at_once() -> None:
+    """End this process without waiting for collectives that the others will never join."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(EXIT_CODE)

@@ -1,0 +1,96 @@
+"""Evaluation: every image exactly once, whatever the number of processes, and the files that --test-only leaves."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from utils import distributed
+from utils.data import batches
+from utils.files import write_atomically
+from utils.metrics import Metrics, classification_metrics, per_class_table, table_as_csv
+from utils.progress import Progress, say
+
+
+class Predictions(NamedTuple):
+    """Logits (N, C) float32 and targets (N,) int64 of a whole split on the CPU, in the order of its images."""
+
+    logits: Tensor
+    targets: Tensor
+
+
+@torch.no_grad()
+def predict(
+    model: nn.Module,
+    loader: DataLoader,
+    prepare: Callable[[Tensor], Tensor],
+    device: torch.device,
+    *,
+    autocast_dtype: torch.dtype | None = None,
+    print_freq: int = 10,
+    label: str = "evaluate",
+) -> Predictions:
+    """Predictions of all ranks together, the same on every rank. Rank 0's buffers are broadcast first.
+
+    model: the unwrapped classifier; prepare: uint8 images (B, 3, S, S) on the device to the classifier's input.
+    """
+    distributed.broadcast_buffers(model)
+    model.eval()
+    logits, targets, indices = [], [], []
+    global_batch = loader.batch_sampler.batch_size * distributed.world_size()
+    progress = Progress(label, len(loader), print_freq, global_batch)
+    for step, batch in progress.track(batches(loader, device)):
+        with torch.autocast(device.type, dtype=autocast_dtype, enabled=autocast_dtype is not None):
+            output = model(prepare(batch.images))
+        logits.append(output.float())
+        targets.append(batch.targets)
+        indices.append(batch.indices)
+        if progress.is_due(step):
+            progress.show(step, {})
+    mine = [torch.cat(parts).cpu() for parts in (logits, targets, indices)] if logits else None
+    shares = [share for share in distributed.all_gather_object(mine) if share is not None]
+    all_logits, all_targets, all_indices = (torch.cat(parts) for parts in zip(*shares, strict=True))
+    order = all_indices.argsort()
+    return Predictions(all_logits[order], all_targets[order])
+
+
+def measure(predictions: Predictions, auroc: bool = False) -> Metrics:
+    """The metrics, computed on rank 0 and told to all ranks."""
+    metrics = None
+    if distributed.is_main_process():
+        metrics = classification_metrics(predictions.logits, predictions.targets, auroc)
+    return distributed.broadcast_object(metrics)
+
+
+def report_test(
+    output_dir: Path, results: dict[str, Predictions], classes: list[str], *, split: str, weights: str
+) -> dict[str, Metrics]:
+    """Print and write what --test-only found, on rank 0: metrics.json and, for each result, a per-class table.
+
+    results: predictions by name, "clean" first; its table is per_class.csv, that of another name per_class_<name>.csv.
+    """
+    metrics = {name: measure(predictions, auroc=True) for name, predictions in results.items()}
+    if not distributed.is_main_process():
+        return metrics
+    images = len(results["clean"].targets)
+    for name, predictions in results.items():
+        rows = per_class_table(predictions.logits, predictions.targets, classes)
+        suffix = "" if name == "clean" else f"_{name}"
+        write_atomically(output_dir / f"per_class{suffix}.csv", table_as_csv(rows).encode())
+        say(f"{split}, {images} images, {name}: {format_metrics(metrics[name])}")
+        width = max(len(row["class"]) for row in rows)
+        for row in rows:
+            scores = "  ".join(f"{key} {row[key]:.4f}" for key in ("precision", "recall", "f1"))
+            say(f"  {row['class']:<{width}}  {row['images']:>6} images  {scores}")
+    summary = {"split": split, "images": images, "weights": weights, "metrics": metrics}
+    write_atomically(output_dir / "metrics.json", (json.dumps(summary, indent=2) + "\n").encode())
+    return metrics
+
+
+def format_metrics(metrics: Metrics) -> str:
+    """One line: `loss 0.1234  top1 0.9876 ...`; a metric that is undefined is called so."""
+    return "  ".join(f"{name} {'undefined' if value is None else f'{value:.4f}'}" for name, value in metrics.items())

@@ -1,0 +1,111 @@
+"""Numbers: running means on the device during training, and scikit-learn's metrics of gathered predictions."""
+
+import csv
+import io
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from sklearn.metrics import accuracy_score, precision_recall_fscore_support, recall_score, roc_auc_score
+from torch import Tensor
+
+from utils import distributed
+
+Metrics = dict[str, float | None]
+
+
+class RunningMean:
+    """Means of named scalars over steps and ranks, summed on the device in float64; only `read` waits for it."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.names: tuple[str, ...] = ()
+        self.total = torch.zeros(0, dtype=torch.float64, device=device)
+        self.count = 0
+
+    def update(self, **values: Tensor) -> None:
+        """Take in one step; every call names the same scalars, tensors () on the device."""
+        if not self.names:
+            self.names = tuple(values)
+            self.total = torch.zeros(len(values), dtype=torch.float64, device=self.device)
+        self.total += torch.stack([values[name].detach().double() for name in self.names])
+        self.count += 1
+
+    def read(self) -> dict[str, float]:
+        """The means so far, over all ranks; every rank must call it. Empty before the first update."""
+        if not self.count:
+            return {}
+        means = distributed.all_reduce_mean(self.total / self.count).tolist()
+        return dict(zip(self.names, means, strict=True))
+
+
+def batch_accuracy(logits: Tensor, targets: Tensor) -> Tensor:
+    """Top-1 accuracy of a batch, a tensor () in [0, 1]; targets (B,) or, when mixed, (B, C): their largest counts."""
+    if targets.ndim == 2:
+        targets = targets.argmax(1)
+    return (logits.argmax(1) == targets).float().mean()
+
+
+def classification_metrics(logits: Tensor, targets: Tensor, auroc: bool = False) -> Metrics:
+    """Metrics of a whole split: logits (N, C), targets (N,) int64, on the CPU. Fractions in [0, 1].
+
+    top1, top5 (top-C with fewer than five classes), precision, recall and f1 (macro, over the classes that occur in
+    targets or predictions), balanced_accuracy (mean recall of the classes that occur in targets), loss (cross-entropy,
+    nats) and, if asked for, auroc: macro, one-vs-one, over the classes present; None with a single one, or where a
+    logit is not finite.
+    """
+    log_probabilities = logits.double().log_softmax(1).numpy()
+    predictions = logits.argmax(1).numpy()
+    truth = targets.numpy()
+    precision, recall, f1, _ = precision_recall_fscore_support(truth, predictions, average="macro", zero_division=0)
+    metrics: Metrics = {
+        "loss": float(-log_probabilities[np.arange(len(truth)), truth].mean()),
+        "top1": float(accuracy_score(truth, predictions)),
+        "top5": _top_k(truth, logits, min(5, logits.shape[1])),
+        "precision": float(precision),
+        "recall": float(recall),
+        "f1": float(f1),
+        "balanced_accuracy": float(
+            recall_score(truth, predictions, labels=np.unique(truth), average="macro", zero_division=0)
+        ),
+    }
+    if auroc:
+        metrics["auroc"] = _auroc(truth, np.exp(log_probabilities))
+    return metrics
+
+
+def _top_k(truth: np.ndarray, logits: Tensor, k: int) -> float:
+    top = logits.topk(k, dim=1).indices.numpy()  # (N, k)
+    return float((top == truth[:, None]).any(1).mean())
+
+
+def _auroc(truth: np.ndarray, probabilities: np.ndarray) -> float | None:
+    """Macro one-vs-one AUROC (Hand and Till 2001); every pair of present classes is scored by its own two columns."""
+    present = np.unique(truth)
+    if len(present) < 2 or not np.isfinite(probabilities).all():
+        return None
+    if probabilities.shape[1] == 2:
+        return float(roc_auc_score(truth, probabilities[:, 1]))
+    classes = np.arange(probabilities.shape[1])
+    return float(roc_auc_score(truth, probabilities, multi_class="ovo", average="macro", labels=classes))
+
+
+def per_class_table(logits: Tensor, targets: Tensor, classes: Sequence[str]) -> list[dict[str, str | int | float]]:
+    """One row a class: name, images, precision, recall, f1 (0 where undefined)."""
+    columns = precision_recall_fscore_support(
+        targets.numpy(), logits.argmax(1).numpy(), labels=np.arange(len(classes)), zero_division=0
+    )
+    return [
+        {"class": name, "images": int(n), "precision": float(p), "recall": float(r), "f1": float(f)}
+        for name, p, r, f, n in zip(classes, *columns, strict=True)
+    ]
+
+
+def table_as_csv(rows: list[dict[str, str | int | float]]) -> str:
+    """The table as CSV with a header; fractions with six decimals."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    for row in rows:
+        writer.writerow({key: f"{value:.6f}" if isinstance(value, float) else value for key, value in row.items()})
+    return text.getvalue()

@@ -1,0 +1,138 @@
+"""Classifiers from timm: creation, loading of weights, renewal of the head, freezing."""
+
+import difflib
+
+import timm
+import torch
+from timm.layers import convert_sync_batchnorm
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from utils.errors import UserError
+
+StateDict = dict[str, Tensor]
+
+
+def check_model_name(name: str, flag: str = "--model") -> None:
+    """Raise UserError, with the closest names, unless timm has this model."""
+    if not timm.is_model(name):
+        closest = difflib.get_close_matches(name, timm.list_models(), n=3)
+        hint = f"did you mean {', '.join(closest)}?" if closest else "timm.list_models() lists all names."
+        raise UserError(f"{flag} {name}: timm has no such model; {hint}")
+    try:
+        timm.models.get_pretrained_cfg(name)
+    except RuntimeError as error:  # an unknown tag in the name
+        raise UserError(f"{flag} {name}: {error}") from None
+
+
+def create_classifier(name: str, num_classes: int, image_size: int, weights: str | None = None) -> nn.Module:
+    """A timm classifier with `num_classes` logits; `weights` is one of timm's pretrained tags (a1_in1k, say).
+
+    `image_size` (pixels) is handed to models that are built for one size, such as vision transformers.
+    Raises UserError for an unknown model or tag, a download that fails, and a size that the model refuses.
+    """
+    check_model_name(name)
+    settings = {}
+    if timm.models.get_pretrained_cfg(name).fixed_input_size:
+        settings["img_size"] = image_size
+    if weights is None:
+        try:
+            model = timm.create_model(name, num_classes=num_classes, **settings)
+        except (AssertionError, RuntimeError, ValueError) as error:
+            raise UserError(f"--model {name}: cannot be built for images of {image_size} pixels ({error}).") from None
+        if settings:
+            check_image_size(model, image_size)
+        return model
+    architecture = name.split(".")[0]
+    tags = [tagged.split(".", 1)[1] for tagged in timm.list_models(f"{architecture}.*", pretrained=True)]
+    if weights not in tags:
+        raise UserError(f"--weights {weights}: timm has for {architecture} the tags {', '.join(tags) or '(none)'}.")
+    try:
+        model = timm.create_model(f"{architecture}.{weights}", pretrained=True, num_classes=num_classes, **settings)
+    except Exception as error:  # the hub's client raises many kinds
+        reason = str(error).split("\n")[0]
+        raise UserError(f"--weights {weights}: could not be fetched or loaded ({reason}).") from None
+    if settings:
+        check_image_size(model, image_size)
+    return model
+
+
+def check_image_size(model: nn.Module, image_size: int) -> None:
+    """Raise UserError if the model, on the CPU, refuses images of so many pixels, as those built for one size do."""
+    try:
+        with torch.no_grad():
+            model.eval()(torch.zeros(1, 3, image_size, image_size))
+    except (AssertionError, RuntimeError, ValueError) as error:
+        raise UserError(f"--model: it refuses images of {image_size} pixels ({error})") from None
+    finally:
+        model.train()
+
+
+def head_names(model: nn.Module) -> list[str]:
+    """The names of the classifier's last layers in `named_modules` (one, but for a few models with several heads)."""
+    heads = model.get_classifier()
+    heads = heads if isinstance(heads, (tuple, list)) else (heads,)
+    return [name for name, module in model.named_modules() if any(module is head for head in heads)]
+
+
+def head_size(model: nn.Module, state_dict: StateDict) -> int | None:
+    """The number of classes that a state dict's head gives, or None if it has none under the model's names."""
+    weights = (state_dict.get(f"{head}.weight") for head in head_names(model))
+    return next((weight.shape[0] for weight in weights if weight is not None), None)
+
+
+def _is_head_key(key: str, heads: list[str]) -> bool:
+    return any(key.startswith(f"{head}.") for head in heads)
+
+
+def load_classifier(model: nn.Module, state_dict: StateDict, source: str, *, renew_head: bool = False) -> None:
+    """Load weights into the model, in place; with `renew_head` all but the head, which keeps its fresh values.
+
+    state_dict: clean timm keys; integer buffers that an averaging turned to floats are cast back.
+    Raises UserError, listing the keys, for anything missing, unexpected or of another shape.
+    """
+    expected = model.state_dict()
+    if renew_head:
+        heads = head_names(model)
+        expected = {key: value for key, value in expected.items() if not _is_head_key(key, heads)}
+        state_dict = {key: value for key, value in state_dict.items() if not _is_head_key(key, heads)}
+    problems = [f"missing {key}" for key in expected.keys() - state_dict.keys()]
+    problems += [f"unexpected {key}" for key in state_dict.keys() - expected.keys()]
+    problems += [
+        f"{key} is {tuple(state_dict[key].shape)}, expected {tuple(expected[key].shape)}"
+        for key in expected.keys() & state_dict.keys()
+        if state_dict[key].shape != expected[key].shape
+    ]
+    if problems:
+        shown = "; ".join(sorted(problems)[:6]) + (f"; and {len(problems) - 6} more" if len(problems) > 6 else "")
+        raise UserError(f"{source}: these weights do not fit the model: {shown}. Give the --model they were made with.")
+    model.load_state_dict(state_dict, strict=not renew_head)
+
+
+def freeze_backbone(model: nn.Module) -> None:
+    """Let only the head learn: all other parameters stop requiring gradients (see `set_training_mode` for buffers)."""
+    heads = head_names(model)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(_is_head_key(name, heads))
+
+
+def set_training_mode(model: nn.Module, backbone_frozen: bool = False) -> None:
+    """`model.train()`; with a frozen backbone its BatchNorm layers keep their statistics and its dropout is off."""
+    model.train(not backbone_frozen)
+    if backbone_frozen:
+        for name in head_names(model):
+            model.get_submodule(name).train()
+
+
+def synchronize_batch_norm(model: nn.Module, device: torch.device) -> nn.Module:
+    """SyncBatchNorm in place of BatchNorm, by timm's conversion (torch's own drops the activation of fused layers).
+
+    On the CPU, where torch has no kernel for it, the model comes back as it is.
+    """
+    return convert_sync_batchnorm(model) if device.type == "cuda" else model
+
+
+def check_batch_norm(model: nn.Module, batch_size: int, flag: str) -> None:
+    """Raise UserError if BatchNorm would see one image at a time, whose statistics say nothing."""
+    if batch_size == 1 and any(isinstance(module, _BatchNorm) for module in model.modules()):
+        raise UserError(f"--batch-size 1: {flag} has BatchNorm layers, which need two images or more in each process.")

@@ -1,0 +1,266 @@
+"""Optimisers, schedules, the guarded update, and the moving average of the weights."""
+
+import math
+import warnings
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from torch.optim import SGD, AdamW, Optimizer, RMSprop
+from torch.optim.lr_scheduler import (
+    ConstantLR,
+    CosineAnnealingLR,
+    ExponentialLR,
+    LinearLR,
+    LRScheduler,
+    SequentialLR,
+    StepLR,
+)
+from torch.optim.swa_utils import AveragedModel
+
+from utils import distributed
+from utils.errors import UserError
+
+OPTIMIZERS = ("sgd", "sgd_nesterov", "rmsprop", "adamw")
+SCHEDULERS = ("steplr", "cosineannealinglr", "exponentiallr")
+WARMUPS = ("linear", "constant")
+EMBEDDINGS = ("cls_token", "dist_token", "reg_token", "pos_embed", "relative_position_bias_table")  # timm's names
+SMALLEST_SCALE = 2.0**-14  # of the fp16 gradient scaler: below it, every step has been overflowing
+
+
+def parameter_groups(
+    model: nn.Module,
+    weight_decay: float,
+    *,
+    norm_weight_decay: float | None = None,
+    bias_weight_decay: float | None = None,
+    transformer_embedding_decay: float | None = None,
+) -> list[dict]:
+    """Parameter groups of the parameters that learn, by weight decay; None means the same as the others.
+
+    As in torchvision's reference: embeddings by name first, then biases, then what belongs to a normalisation layer.
+    """
+    groups: dict[float, list[nn.Parameter]] = {}
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if not parameter.requires_grad:
+                continue
+            decay = weight_decay
+            if transformer_embedding_decay is not None and name in EMBEDDINGS:
+                decay = transformer_embedding_decay
+            elif bias_weight_decay is not None and name == "bias":
+                decay = bias_weight_decay
+            elif norm_weight_decay is not None and _is_norm(module):
+                decay = norm_weight_decay
+            groups.setdefault(decay, []).append(parameter)
+    return [{"params": parameters, "weight_decay": decay} for decay, parameters in groups.items()]
+
+
+def _is_norm(module: nn.Module) -> bool:
+    """True for BatchNorm2d, LayerNorm, GroupNorm, timm's RmsNorm and the like, which share no base class."""
+    return "norm" in type(module).__name__.lower()
+
+
+def build_optimizer(name: str, groups: list[dict], lr: float, momentum: float) -> Optimizer:
+    """sgd, sgd_nesterov, rmsprop (eps .0316, alpha .9, as torchvision's reference) or adamw; fused where torch can."""
+    if name == "adamw":
+        return AdamW(groups, lr=lr, fused=True)
+    if name == "rmsprop":
+        return RMSprop(groups, lr=lr, momentum=momentum, eps=0.0316, alpha=0.9)
+    optimizer = SGD(groups, lr=lr, momentum=momentum, nesterov=name == "sgd_nesterov", fused=True)
+    if momentum > 0:
+        # The fused kernel leaves the buffers of a first step that is held back uninitialised; zeros give the same step.
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    return optimizer
+
+
+def build_scheduler(
+    optimizer: Optimizer,
+    name: str,
+    epochs: int,
+    *,
+    first_epoch: int = 0,
+    step_size: int = 30,
+    gamma: float = 0.1,
+    lr_min: float = 0.0,
+    warmup_epochs: int = 0,
+    warmup_method: str = "constant",
+    warmup_decay: float = 0.01,
+) -> LRScheduler:
+    """A schedule stepped once an epoch, and already brought to `first_epoch` from the optimiser's initial rates.
+
+    Since a schedule follows from its arguments alone, a resumed run builds it anew, and may do so for other `epochs`.
+    """
+    for group in optimizer.param_groups:
+        group["lr"] = group.pop("initial_lr", group["lr"])
+    scheduler: LRScheduler
+    if name == "steplr":
+        scheduler = StepLR(optimizer, step_size=step_size, gamma=gamma)
+    elif name == "cosineannealinglr":
+        scheduler = CosineAnnealingLR(optimizer, T_max=max(1, epochs - warmup_epochs), eta_min=lr_min)
+    else:
+        scheduler = ExponentialLR(optimizer, gamma=gamma)
+    if warmup_epochs > 0:
+        if warmup_method == "linear":
+            warmup: LRScheduler = LinearLR(optimizer, start_factor=warmup_decay, total_iters=warmup_epochs)
+        else:
+            warmup = ConstantLR(optimizer, factor=warmup_decay, total_iters=warmup_epochs)
+        scheduler = SequentialLR(optimizer, [warmup, scheduler], milestones=[warmup_epochs])
+    with warnings.catch_warnings():  # torch warns of a schedule stepped before the optimiser, which is meant here
+        warnings.simplefilter("ignore", UserWarning)
+        for _ in range(first_epoch):
+            scheduler.step()
+    return scheduler
+
+
+class FiniteGuard:
+    """Holds back every update whose loss is not finite on any rank, and remembers the first such step, on the device.
+
+    `check` never waits for the device; `raise_if_found` does, and is meant for print steps and for before a save.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.first_bad_step = torch.full((), -1, dtype=torch.int64, device=device)
+
+    def check(self, loss: Tensor, step: int) -> Tensor:
+        """True, as a bool tensor () equal on all ranks, if the loss () of this step is not finite on some rank."""
+        found = distributed.all_reduce_sum((~loss.isfinite()).float()) > 0
+        first = found & (self.first_bad_step < 0)
+        self.first_bad_step = torch.where(first, step, self.first_bad_step)
+        return found
+
+    def raise_if_found(self, epoch: int) -> None:
+        """Raise UserError, on all ranks at once, if a loss was not finite."""
+        step = int(self.first_bad_step)
+        if step >= 0:
+            raise UserError(
+                f"the loss was not finite at epoch {epoch}, step {step}; that update was held back, and nothing was "
+                "saved since. Lower --lr, give --clip-grad-norm, or try --amp-dtype bf16.",
+                agreed=True,
+            )
+
+
+class GuardedUpdate:
+    """Backward pass, clipping and step of one or more optimisers, the step held back where the loss is not finite.
+
+    Fused optimisers read the flag on the device; for rmsprop, which has no fused form, the host waits for it.
+    Under fp16 the gradient scaler decides instead, and its skips are counted (`skipped_steps`, on the device).
+    """
+
+    def __init__(
+        self,
+        optimizers: dict[str, Optimizer],
+        device: torch.device,
+        fp16: bool = False,
+        clip_grad_norm: float | None = None,
+    ) -> None:
+        """optimizers: by the name of the network that each updates."""
+        self.optimizers = optimizers
+        self.clip_grad_norm = clip_grad_norm
+        self.fp16 = fp16
+        self.scaler = torch.amp.GradScaler(device.type, enabled=fp16)
+        self.skipped_steps = torch.zeros((), dtype=torch.int64, device=device)
+
+    def __call__(self, loss: Tensor, hold_back: Tensor) -> None:
+        """One update from a loss (); hold_back: bool tensor (), equal on all ranks."""
+        for optimizer in self.optimizers.values():
+            optimizer.zero_grad(set_to_none=True)
+        self.scaler.scale(loss).backward()
+        finite = ~hold_back
+        for optimizer in self.optimizers.values():
+            if self.fp16 or self.clip_grad_norm is not None:
+                self.scaler.unscale_(optimizer)
+                parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+                norm = nn.utils.clip_grad_norm_(parameters, self.clip_grad_norm or math.inf)
+                finite = finite & norm.isfinite()
+            self._step(optimizer, hold_back)
+        if self.fp16:
+            self.skipped_steps += ~finite
+        self.scaler.update()
+
+    def _step(self, optimizer: Optimizer, hold_back: Tensor) -> None:
+        if self.fp16:
+            self.scaler.step(optimizer)
+        elif optimizer.defaults.get("fused"):
+            optimizer.grad_scale, optimizer.found_inf = None, hold_back.float()
+            optimizer.step()
+        elif not hold_back.item():
+            optimizer.step()
+
+    def state(self) -> dict:
+        optimizers = {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()}
+        return {"optimizers": optimizers, "scaler": self.scaler.state_dict()}
+
+    def load_state(self, state: dict, source: str) -> None:
+        """Restore `state()`, keeping the learning rates that the rebuilt schedules have set.
+
+        Raises UserError if it is of other optimisers or of other parameters.
+        """
+        for name, optimizer in self.optimizers.items():
+            rates = [(group["lr"], group["initial_lr"]) for group in optimizer.param_groups]
+            try:
+                optimizer.load_state_dict(state["optimizers"][name])
+            except (ValueError, KeyError, TypeError) as error:
+                raise UserError(f"{source}: its {name} optimiser's state does not fit this run ({error}).") from None
+            for group, (lr, initial_lr) in zip(optimizer.param_groups, rates, strict=True):
+                group["lr"], group["initial_lr"] = lr, initial_lr
+        self.scaler.load_state_dict(state["scaler"])
+
+    def read_skipped(self) -> dict[str, int]:
+        """For the log: how many steps the fp16 scaler has skipped since the process began; empty without fp16."""
+        return {"skipped_steps": int(self.skipped_steps)} if self.fp16 else {}
+
+    def raise_if_collapsed(self) -> None:
+        """Raise UserError if the fp16 scale has collapsed: every step overflows, and nothing is learned any more."""
+        if self.fp16 and self.scaler.get_scale() < SMALLEST_SCALE:
+            raise UserError(
+                "the fp16 gradient scale has fallen below 2^-14: every step overflows. Lower --lr or use bf16.",
+                agreed=True,
+            )
+
+
+@torch.no_grad()
+def _move(averaged: list[Tensor], current: list[Tensor], _: Tensor, *, weight: float) -> None:
+    """Move tensors of one dtype towards the current ones by `weight`, in place; integers go all the way."""
+    if averaged[0].is_floating_point():
+        torch._foreach_lerp_(averaged, current, weight)
+    else:
+        torch._foreach_copy_(averaged, current)
+
+
+class MovingAverage:
+    """Exponential moving average of a model's weights and buffers (`--model-ema`), by torch's AveragedModel.
+
+    Integer buffers are copied: torch's own average rounds them down, and so breaks the tables of relative positions.
+
+    As in torchvision's reference: updated every `steps` steps, a plain copy during the warm-up, and with the decay
+    adjusted so that it means the same at any batch size and length: 1 - min(1, (1 - decay) * global_batch * steps /
+    epochs).
+    """
+
+    def __init__(
+        self, model: nn.Module, decay: float, steps: int, *, epochs: int, global_batch: int, warmup_epochs: int = 0
+    ) -> None:
+        adjusted = 1 - min(1.0, (1 - decay) * global_batch * steps / epochs)
+        self.source, self.steps, self.warmup_epochs = model, steps, warmup_epochs
+        self.averaged = AveragedModel(model, multi_avg_fn=partial(_move, weight=1 - adjusted), use_buffers=True)
+
+    @property
+    def model(self) -> nn.Module:
+        return self.averaged.module
+
+    def update(self, epoch: int, step: int) -> None:
+        """To be called after every step; takes the weights in at every `steps`-th."""
+        if step % self.steps == 0:
+            self.averaged.update_parameters(self.source)
+            if epoch < self.warmup_epochs:
+                self.averaged.n_averaged.fill_(0)  # the next update copies again
+
+    def state(self) -> dict:
+        return {"model_ema": self.model.state_dict(), "model_ema_updates": int(self.averaged.n_averaged)}
+
+    def load_state(self, state: dict) -> None:
+        self.model.load_state_dict(state["model_ema"])
+        self.averaged.n_averaged.fill_(state["model_ema_updates"])

@@ -1,0 +1,141 @@
+"""A small radiology-like image classification set, made from a seed: what is used when no --data-path is given.
+
+`python -m utils.phantoms OUTPUT` makes one as an ImageFolder; `utils/phantom_images.py` draws the images.
+"""
+
+import argparse
+import os
+import tempfile
+import zlib
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from utils.phantom_images import PAINTERS
+
+VERSION = 1  # part of the default folder's name: raise it with every change of the images
+# Class (modality-organ-finding) and its training images: as uneven as findings in a clinic.
+CLASSES: tuple[tuple[str, int], ...] = (
+    ("ct-abdomen-cyst", 66),
+    ("ct-abdomen-metastasis", 89),
+    ("ct-abdomen-normal", 159),
+    ("ct-head-haemorrhage", 103),
+    ("ct-head-infarct", 77),
+    ("ct-head-normal", 184),
+    ("mr-brain-normal", 247),
+    ("mr-brain-sclerosis", 57),
+    ("mr-brain-tumour", 137),
+    ("us-breast-carcinoma", 119),
+    ("us-breast-cyst", 49),
+    ("us-breast-normal", 213),
+)
+SPLITS = {"train": 1.0, "val": 0.2, "test": 0.2}  # images for each training image
+
+
+def render(class_name: str, rng: np.random.Generator, size: int = 96) -> np.ndarray:
+    """Draw one image of a class, uint8 (size, size).
+
+    Raises ValueError for an unknown class or a size outside 32 to 1024.
+    """
+    if class_name not in dict(CLASSES):
+        known = ", ".join(name for name, _ in CLASSES)
+        raise ValueError(f"unknown class {class_name!r}; the classes are {known}")
+    if not 32 <= size <= 1024:
+        raise ValueError(f"size must be 32 to 1024 pixels, not {size}")
+    organ, finding = class_name.rsplit("-", 1)
+    image = PAINTERS[organ](finding, rng, size)
+    return np.rint(255 * np.clip(image, 0, 1)).astype(np.uint8)
+
+
+def image_counts(scale: float = 1.0) -> dict[str, dict[str, int]]:
+    """Images by split and class, at least 2 each; ValueError for a scale not above 0 or above 100."""
+    if not 0 < scale <= 100:
+        raise ValueError(f"scale must be above 0 and at most 100, not {scale}")
+    return {
+        split: {name: max(2, round(count * share * scale)) for name, count in CLASSES}
+        for split, share in SPLITS.items()
+    }
+
+
+def write_images(root: Path, seed: int, size: int, scale: float) -> None:
+    """Write every image of the set into the new folder root."""
+    for split_number, (split, classes) in enumerate(image_counts(scale).items()):
+        for name, count in classes.items():
+            folder = root / split / name
+            folder.mkdir(parents=True)
+            for number in range(count):
+                # crc32 rather than hash(): the same in every process.
+                key = [seed, split_number, zlib.crc32(name.encode()), number]
+                image = render(name, np.random.default_rng(np.random.SeedSequence(key)), size)
+                Image.fromarray(image).save(folder / f"{number:05d}.png", compress_level=1)  # noise hardly compresses
+
+
+def generate(root: str | Path, seed: int = 0, size: int = 96, scale: float = 1.0) -> Path:
+    """Make the set as root/{train,val,test}/<class>/<number>.png, 8-bit grey, size x size.
+
+    Each image depends on (seed, split, class, number) and size alone; scale multiplies the counts. The set appears
+    under root in one step, whole or not at all. Returns root as an absolute path. Raises FileExistsError if root
+    exists, ValueError for a bad number, OSError where the file system refuses.
+    """
+    root = Path(os.path.abspath(root))
+    if seed < 0:
+        raise ValueError(f"seed must not be negative, not {seed}")
+    taken = FileExistsError(f"{root} exists already; give a path that does not exist yet")
+    if os.path.lexists(root):
+        raise taken
+    root.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{root.name}-", dir=root.parent) as scratch:
+        draft = Path(scratch) / "draft"  # the scratch folder itself is closed to other users
+        write_images(draft, seed, size, scale)
+        try:
+            draft.rename(root)
+        except OSError:
+            if os.path.lexists(root):  # another process was faster; its set is whole
+                raise taken from None
+            raise
+    return root
+
+
+def default_root(seed: int = 0) -> Path:
+    """Folder of a seed's default set, in $XDG_CACHE_HOME or ~/.cache; it need not exist."""
+    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(cache) / "policy-gradient-noise-masks" / f"phantoms-v{VERSION}-seed-{seed}"
+
+
+def ensure_default(seed: int = 0) -> Path:
+    """Folder of a seed's default set, generated if absent; processes may race for it. Raises as generate does."""
+    root = default_root(seed)
+    if not root.is_dir():
+        try:
+            generate(root, seed)
+        except FileExistsError:
+            if not root.is_dir():  # a file in the way, not another process's set
+                raise
+    return root
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Command line: generate a set and print its counts; bad input exits with code 2."""
+    parser = argparse.ArgumentParser(
+        "python -m utils.phantoms",
+        usage=argparse.SUPPRESS,  # so that an error is one line, not buried under the usage
+        description="Make a small ImageFolder data set of synthetic CT, MR and ultrasound images.",
+    )
+    parser.add_argument("output", type=Path, help="folder to make; it must not exist")
+    parser.add_argument("--seed", type=int, default=0, help="(default: %(default)s)")
+    parser.add_argument("--size", type=int, default=96, help="pixels (default: %(default)s)")
+    parser.add_argument("--scale", type=float, default=1.0, help="of counts (default: %(default)s)")
+    options = parser.parse_args(arguments)
+    try:
+        root = generate(options.output, options.seed, options.size, options.scale)
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
+    for split, classes in image_counts(options.scale).items():
+        listing = ", ".join(f"{name} {count}" for name, count in classes.items())
+        print(f"{root / split}: {sum(classes.values())} images ({listing})")
+
+
+if __name__ == "__main__":
+    main()

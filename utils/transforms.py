@@ -1,0 +1,107 @@
+"""Images to tensors: torchvision's v2 transforms for training and evaluation, and mixing of whole batches."""
+
+import torch
+from torch import Tensor, nn
+from torchvision.transforms import v2
+from torchvision.transforms.v2 import functional as F
+
+from utils.data import derive_seed
+from utils.errors import UserError
+
+INTERPOLATIONS = ("bilinear", "bicubic", "nearest")
+AUTO_AUGMENTS = ("ra", "ta_wide", "augmix", *(policy.value for policy in v2.AutoAugmentPolicy))
+BACKENDS = ("pil", "tensor")
+
+
+def training_transform(
+    crop_size: int,
+    mean: tuple[float, ...],
+    *,
+    interpolation: str = "bilinear",
+    auto_augment: str | None = None,
+    ra_magnitude: int = 9,
+    augmix_severity: int = 3,
+    random_erase: float = 0.0,
+    backend: str = "pil",
+) -> nn.Module:
+    """PIL RGB image to a uint8 tensor (3, crop_size, crop_size): random resized crop, flip, and what is asked for.
+
+    torchvision's classification preset, but for the last step: images stay uint8 until they are on the device
+    (`Normalize`), and RandomErasing, which fills with 0 after normalisation there, fills with the rounded mean here.
+    """
+    mode = v2.InterpolationMode(interpolation)
+    steps: list[nn.Module] = [v2.PILToTensor()] if backend == "tensor" else []
+    steps += [v2.RandomResizedCrop(crop_size, interpolation=mode, antialias=True), v2.RandomHorizontalFlip()]
+    if auto_augment is not None:
+        steps.append(_auto_augment(auto_augment, mode, ra_magnitude, augmix_severity))
+    if backend == "pil":
+        steps.append(v2.PILToTensor())
+    if random_erase > 0:
+        steps.append(v2.RandomErasing(p=random_erase, value=[round(255 * value) for value in _three(mean)]))
+    return v2.Compose(steps)
+
+
+def _auto_augment(name: str, mode: v2.InterpolationMode, ra_magnitude: int, augmix_severity: int) -> nn.Module:
+    if name == "ra":
+        return v2.RandAugment(interpolation=mode, magnitude=ra_magnitude)
+    if name == "ta_wide":
+        return v2.TrivialAugmentWide(interpolation=mode)
+    if name == "augmix":
+        return v2.AugMix(interpolation=mode, severity=augmix_severity)
+    return v2.AutoAugment(policy=v2.AutoAugmentPolicy(name), interpolation=mode)
+
+
+def evaluation_transform(
+    resize_size: int, crop_size: int, *, interpolation: str = "bilinear", backend: str = "pil"
+) -> nn.Module:
+    """PIL RGB image to a uint8 tensor (3, crop_size, crop_size): shorter side to resize_size, then the centre."""
+    mode = v2.InterpolationMode(interpolation)
+    resize = [v2.Resize(resize_size, interpolation=mode, antialias=True), v2.CenterCrop(crop_size)]
+    return v2.Compose([v2.PILToTensor(), *resize] if backend == "tensor" else [*resize, v2.PILToTensor()])
+
+
+class Normalize(nn.Module):
+    """uint8 images (B, 3, S, S) to float32, (x / 255 - mean) / std; mean and std have one value or three."""
+
+    def __init__(self, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
+        super().__init__()
+        self.mean, self.std = _three(mean), _three(std)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return F.normalize(F.to_dtype(images, torch.float32, scale=True), self.mean, self.std)
+
+
+def _three(values: tuple[float, ...]) -> list[float]:
+    """One value for all three channels, or three values."""
+    return list(values) * 3 if len(values) == 1 else list(values)
+
+
+class BatchMixing(nn.Module):
+    """MixUp and CutMix of a batch on the device, one of them at random if both are asked for; else nothing.
+
+    What is drawn depends on (seed, epoch, step, rank) only.
+    """
+
+    def __init__(self, mixup_alpha: float, cutmix_alpha: float, num_classes: int, seed: int, rank: int) -> None:
+        """Raises UserError for a single class, whose mixture is no mixture."""
+        super().__init__()
+        if num_classes < 2 and (mixup_alpha > 0 or cutmix_alpha > 0):
+            raise UserError("--mixup-alpha and --cutmix-alpha need at least two classes.")
+        choices: list[nn.Module] = []
+        if mixup_alpha > 0:
+            choices.append(v2.MixUp(alpha=mixup_alpha, num_classes=num_classes))
+        if cutmix_alpha > 0:
+            choices.append(v2.CutMix(alpha=cutmix_alpha, num_classes=num_classes))
+        self.mix = v2.RandomChoice(choices) if choices else None
+        self.seed, self.rank = seed, rank
+
+    def forward(self, images: Tensor, targets: Tensor, epoch: int, step: int) -> tuple[Tensor, Tensor]:
+        """Images (B, 3, S, S) float32; targets (B,) int64, which become (B, C) probabilities if anything is mixed."""
+        if self.mix is None:
+            return images, targets
+        state = torch.random.get_rng_state()
+        torch.default_generator.manual_seed(derive_seed("mixing", self.seed, epoch, step, self.rank))
+        try:
+            return self.mix(images, targets)
+        finally:
+            torch.random.set_rng_state(state)
