@@ -1,9 +1,15 @@
 """Several processes compute what one does: gradients, prior, predictions, metrics; and stop together."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 
-from tests.conftest import run_script
+from tests import worker
+from tests.conftest import ROOT, run_script
+from utils import distributed
 from utils.distributed import Launch, read_launch, resolve_device, slurm_rendezvous
 
 
@@ -12,41 +18,37 @@ def work(job, output, *rest, processes):
     return torch.load(output, weights_only=True)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("objective", "mask_policy"), [("reinforce", "learned"), ("reinforce", "none"), ("reinforce", "prior")]
-)
-def test_two_ranks_with_half_the_batch_have_the_gradients_of_one(objective, mask_policy, tmp_path):
-    one = work("gradients", tmp_path / "one", objective, mask_policy, processes=None)
-    two = work("gradients", tmp_path / "two", objective, mask_policy, processes=2)
-    assert one.keys() == two.keys()
-    for name, value in one.items():
-        torch.testing.assert_close(two[name], value, rtol=1e-4, atol=1e-6, msg=name)
+@pytest.fixture(scope="module")
+def of_two_ranks(tmp_path_factory):
+    """Gradients and prior of 2 ranks with 4 images each, by the number of the setting."""
+    return work("gradients", tmp_path_factory.mktemp("gradients") / "two", processes=2)
 
 
-@pytest.mark.slow
-def test_published_gradients_are_the_average_of_the_ranks_own(tmp_path, monkeypatch):
+@pytest.mark.parametrize("number", range(3))
+def test_two_ranks_with_half_the_batch_have_the_gradients_of_one(number, of_two_ranks):
+    objective, mask_policy = worker.SETTINGS[number]
+    assert objective == "reinforce"
+    expected = worker.gradients(objective, mask_policy)
+    torch.testing.assert_close(of_two_ranks[str(number)], expected, rtol=1e-4, atol=1e-6)
+
+
+def test_published_gradients_are_the_average_of_the_ranks_own(of_two_ranks, monkeypatch):
     """A product of two means over a rank's own batch: not the gradient of the global batch."""
-    from tests import worker
-    from utils import distributed
-
-    two = work("gradients", tmp_path / "two", "published", "learned", processes=2)
     own = []
+    monkeypatch.setattr(distributed, "world_size", lambda: 2)
+    monkeypatch.setattr(distributed, "all_gather_object", lambda value: [value])
+    monkeypatch.setattr(distributed, "all_reduce_mean", lambda tensor: tensor.detach())
     for rank in (0, 1):
         monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
-        monkeypatch.setattr(distributed, "world_size", lambda: 2)
-        monkeypatch.setattr(distributed, "all_gather_object", lambda value: [value])
-        monkeypatch.setattr(distributed, "all_reduce_mean", lambda tensor: tensor.detach())
-        monkeypatch.setattr(distributed, "is_main_process", lambda: True)
-        worker.gradients(tmp_path / str(rank), "published", "learned")
-        own.append(torch.load(tmp_path / str(rank), weights_only=True))
-    for name, value in two.items():
-        torch.testing.assert_close(value, (own[0][name] + own[1][name]) / 2, rtol=1e-4, atol=1e-6, msg=name)
+        own.append(worker.gradients("published", "learned"))
+    expected = {name: (own[0][name] + own[1][name]) / 2 for name in own[0]}
+    torch.testing.assert_close(of_two_ranks["3"], expected, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.slow
 def test_predictions_and_metrics_do_not_depend_on_the_number_of_processes(image_folder, tmp_path):
-    one = work("evaluation", tmp_path / "1", image_folder, processes=None)
+    worker.evaluation(tmp_path / "1", image_folder)
+    one = torch.load(tmp_path / "1", weights_only=True)
     logits, targets = one["predictions"]
     assert targets.tolist() == [0] * 7 + [1] * 7 + [2] * 7
     for processes in (2, 3, 8):
@@ -98,12 +100,6 @@ def test_slurm_rendezvous():
 
 def test_a_slurm_step_without_torchrun_finds_its_processes(tmp_path, image_folder):
     """Two processes with Slurm's variables only, as srun would start them."""
-    import os
-    import subprocess
-    import sys
-
-    from tests.conftest import ROOT
-
     step = {"SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_NUM_NODES": "1", "SLURM_JOB_ID": str(os.getpid())}
     processes = [
         subprocess.Popen(

@@ -145,7 +145,7 @@ def test_backgrounds_tell_the_modalities_apart():
 
 def test_ct_findings_change_the_attenuation_by_the_right_sign(monkeypatch):
     # Without the scanner, two findings in the same patient differ by the lesion alone.
-    monkeypatch.setattr(phantoms, "ct_scan", lambda hounsfield, *args, **kwargs: hounsfield)
+    monkeypatch.setattr(phantom_images, "ct_scan", lambda hounsfield, *args, **kwargs: hounsfield)
 
     def lesion(organ, finding, seed):
         painter = phantoms.PAINTERS[organ]

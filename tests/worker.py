@@ -22,7 +22,17 @@ from utils.transforms import Normalize, evaluation_transform
 CPU = torch.device("cpu")
 
 
-def gradients(output: Path, objective_name: str, mask_policy: str) -> None:
+SETTINGS = [("reinforce", "learned"), ("reinforce", "prior"), ("reinforce", "none"), ("published", "learned")]
+
+
+def all_gradients(output: Path) -> None:
+    """`gradients` for each of SETTINGS, by its number."""
+    found = {str(number): gradients(*setting) for number, setting in enumerate(SETTINGS)}
+    if distributed.is_main_process():
+        torch.save(found, output)
+
+
+def gradients(objective_name: str, mask_policy: str) -> dict[str, torch.Tensor]:
     """Gradients of both networks on a fixed global batch of 8 images with given cells, BatchNorm frozen; and the prior
     after its update, and the advantage normalised."""
     torch.manual_seed(0)
@@ -39,7 +49,8 @@ def gradients(output: Path, objective_name: str, mask_policy: str) -> None:
         loss = F.cross_entropy(parallel(images[mine]), targets[mine])
     else:
         policy.eval()
-        heads = distributed.wrap(policy, CPU)(images[mine])
+        parallel_policy = distributed.wrap(policy, CPU)
+        heads = parallel_policy(images[mine])
         log_alpha, log_beta = policy.log_concentrations(*heads)
         distribution = Beta(log_alpha.exp(), log_beta.exp())
         masks = F.interpolate(cells[mine].view(-1, 1, 4, 4), size=32)
@@ -53,8 +64,7 @@ def gradients(output: Path, objective_name: str, mask_policy: str) -> None:
         found["prior"] = policy.prior
     priors = distributed.all_gather_object(found.get("prior"))
     assert all(prior is None or torch.equal(prior, priors[0]) for prior in priors)  # equal bits on every rank
-    if distributed.is_main_process():
-        torch.save(found, output)
+    return found
 
 
 def evaluation(output: Path, data: str) -> None:
@@ -100,7 +110,7 @@ def guard(output: Path) -> None:
 
 
 def failure(output: Path, kind: str) -> None:
-    """The last rank meets an error that the others do not: `agreed` (a check before training) or `alone` (a bad image)."""
+    """The last rank meets an error that the others do not: `agreed` (in a check) or `alone` (a bad image)."""
     last = distributed.rank() == distributed.world_size() - 1
     if kind == "agreed":
         with agreed():
@@ -115,7 +125,7 @@ def failure(output: Path, kind: str) -> None:
 def main() -> None:
     join_processes("cpu")
     job, output, *rest = sys.argv[1:]
-    {"gradients": gradients, "evaluation": evaluation, "guard": guard, "failure": failure}[job](Path(output), *rest)
+    {"gradients": all_gradients, "evaluation": evaluation, "guard": guard, "failure": failure}[job](Path(output), *rest)
 
 
 if __name__ == "__main__":

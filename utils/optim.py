@@ -209,8 +209,10 @@ class GuardedUpdate:
         self.scaler.load_state_dict(state["scaler"])
 
     def read_skipped(self) -> dict[str, int]:
-        """For the log: how many steps the fp16 scaler has skipped since the process began; empty without fp16."""
-        return {"skipped_steps": int(self.skipped_steps)} if self.fp16 else {}
+        """For the log: how many steps the fp16 scaler has skipped since the last call; empty without fp16."""
+        skipped = {"skipped_steps": int(self.skipped_steps)} if self.fp16 else {}
+        self.skipped_steps.zero_()
+        return skipped
 
     def raise_if_collapsed(self) -> None:
         """Raise UserError if the fp16 scale has collapsed: every step overflows, and nothing is learned any more."""

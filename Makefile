@@ -1,0 +1,31 @@
+# make test: the environment if needed, then the whole suite. make demo: the whole route on generated images.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(abspath $(VENV)/bin)
+DEMO := demo
+# torchrun's own; one thread a process, since the demo and the suite start several.
+export OMP_NUM_THREADS ?= 1
+
+.PHONY: test demo lint clean
+
+$(VENV)/runtime: requirements.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet -r requirements.txt
+	touch $@
+
+$(VENV)/development: $(VENV)/runtime requirements-dev.txt
+	$(BIN)/pip install --quiet -r requirements-dev.txt
+	touch $@
+
+test: $(VENV)/development
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/development
+	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+
+demo: $(VENV)/runtime
+	PATH="$(BIN):$$PATH" bash demo.sh $(DEMO)
+
+clean:
+	rm -rf $(VENV) $(DEMO) .pytest_cache .ruff_cache .hypothesis

@@ -1,0 +1,152 @@
+"""Bad input: one clear sentence, an exit code other than 0, no rank left waiting, nothing written over."""
+
+import shutil
+
+import pytest
+from PIL import Image
+
+from _normal import train as normal
+from _policy_gradient import train as policy_gradient
+from tests.conftest import SMALL, SMALL_POLICY, run_script, write_image_folder
+from utils.errors import UserError
+
+
+def refuse(script, *flags, match):
+    small = SMALL if script is normal else SMALL_POLICY
+    with pytest.raises(UserError, match=match) as caught:
+        script.main([*small, *map(str, flags)])
+    message = str(caught.value)
+    assert "\n" not in message
+    assert len(message) < 500
+
+
+@pytest.mark.parametrize(
+    ("flags", "match"),
+    [
+        (("--model", "resnet540"), r"--model resnet540: timm has no such model; did you mean resnet50"),
+        (("--num-classes", 4), r"--num-classes 4: .* has 3 classes"),
+        (("--batch-size", 37), "36 images, fewer than one global batch of 37 x 1 processes = 37"),
+        (("--batch-size", 1), "--batch-size 1: --model has BatchNorm layers"),
+        (("--device", "cuda"), "finds no CUDA device here; give --device cpu"),
+        (("--weights", "a_tag", "--finetune", "b.pth"), "--weights a_tag: the weights already come from b.pth"),
+        (("--finetune", "absent.pth"), "absent.pth: no such file"),
+    ],
+)
+def test_both_kinds_of_values(flags, match, image_folder, tmp_path):
+    refuse(normal, "--data-path", image_folder, "--output-dir", tmp_path / "run", *flags, match=match)
+    assert not (tmp_path / "run" / "checkpoint.pth").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "match"),
+    [
+        (("--grid", 33), "--grid 33: expected 1 to 32"),
+        (("--kernel", 4), "--kernel 4: .* odd"),
+        (("--kernel", 65), "--kernel 65: too large"),
+        (("--sigma", 0), "--sigma: .*above 0"),
+        (("--sigma", -1), "--sigma: .*above 0"),
+        (("--policy-model", "resnet10q"), "--policy-model resnet10q: timm has no such model"),
+        (("--policy-sign", "adversarial"), "--policy-sign adversarial: the published objective"),
+        (("--objective", "reinforce", "--baseline", "loo"), "--masks-per-image 2 or more"),
+        (("--mask-policy", "uniform", "--policy-lr", 0.1), "--policy-lr: --mask-policy uniform has nothing to learn"),
+        (("--batch-size", 1, "--masks-per-image", 2), "--batch-size 1: --policy-model has BatchNorm layers"),
+        (("--finetune", "x.pth"), "unrecognized arguments: --finetune"),
+    ],
+)
+def test_values_of_the_method(flags, match, image_folder, tmp_path):
+    refuse(policy_gradient, "--data-path", image_folder, "--output-dir", tmp_path / "run", *flags, match=match)
+
+
+def test_folders(tmp_path):
+    run = ("--output-dir", tmp_path / "run", "--data-path")
+    refuse(normal, *run, tmp_path / "absent", match=r"--data-path .*absent: no such folder; expected DATA")
+    (tmp_path / "empty").mkdir()
+    refuse(normal, *run, tmp_path / "empty", match=r"empty/val: no such folder")
+    for split in ("train", "val"):
+        (tmp_path / "empty" / split).mkdir()
+    refuse(normal, *run, tmp_path / "empty", match=r"empty/val: holds no class folders")
+    data = write_image_folder(tmp_path / "data", images=4)
+    shutil.rmtree(data / "val" / "dark")
+    refuse(normal, *run, data, match=r"data/train/dark: this class is in 'train' but not in 'val'")
+    (data / "val" / "dark").mkdir()
+    refuse(normal, *run, data, match=r"data/val/dark: holds no image")
+    shutil.copytree(data / "val" / "bright", data / "val" / "dark", dirs_exist_ok=True)
+    shutil.rmtree(data / "test" / "striped")
+    refuse(normal, *run, data, match=r"this class is in 'train' but not in 'test'")
+
+
+def test_an_output_folder_that_cannot_be_made(image_folder, tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    refuse(normal, "--data-path", image_folder, "--output-dir", tmp_path / "file" / "run", match="cannot be made")
+
+
+def test_weights_of_another_architecture_name_the_keys(image_folder, tmp_path):
+    data = ("--data-path", image_folder)
+    normal.main([*SMALL, "--data-path", str(image_folder), "--epochs", "1", "--output-dir", str(tmp_path / "run")])
+    weights = tmp_path / "run" / "model_0.pth"
+    refuse(normal, *data, "--finetune", weights, "--model", "test_vit", match="was made with test_resnet")
+    import torch
+
+    bare = tmp_path / "bare.pth"
+    torch.save(torch.load(weights, weights_only=True)["model"], bare)
+    other = [flag if flag != "test_resnet" else "test_vit" for flag in SMALL]
+    with pytest.raises(UserError, match=r"these weights do not fit the model: .*missing .*--model"):
+        normal.main([*other, "--data-path", str(image_folder), "--finetune", str(bare), "--output-dir", str(tmp_path)])
+
+
+def test_code_in_a_file_is_refused_unread(image_folder, tmp_path):
+    import os
+    import pickle
+
+    class Payload:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "ran"),)
+
+    (tmp_path / "bad.pth").write_bytes(pickle.dumps({"model": Payload()}))
+    data = ("--data-path", image_folder)
+    for flags in (("--finetune", tmp_path / "bad.pth"), ("--resume", tmp_path / "bad.pth")):
+        refuse(normal, *data, *flags, match=r"bad.pth: (holds pickled objects|is no checkpoint)")
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_bad_image_stops_all_processes_with_its_path(workers, tmp_path):
+    data = write_image_folder(tmp_path / "data", images=8)
+    victim = data / "train" / "dark" / "3.png"
+    whole = victim.read_bytes()
+    victim.write_bytes(whole[: len(whole) // 2])
+    flags = [*SMALL, "--batch-size", 4, "--workers", workers, "--data-path", data, "--output-dir", tmp_path / "run"]
+    result = run_script("_normal/train.py", *flags, "--epochs", 2, processes=2, check=False)
+    assert result.returncode != 0
+    assert result.stderr.count(f"error: {victim}: cannot be read as an image") == 1
+    assert "Traceback" not in result.stderr.split("torch/distributed/elastic")[0]
+    assert not (tmp_path / "run" / "checkpoint.pth").exists()
+
+
+def test_a_text_called_png(tmp_path):
+    data = write_image_folder(tmp_path / "data", images=8)
+    (data / "val" / "dark" / "1.png").write_text("no image")
+    refuse(normal, "--data-path", data, "--output-dir", tmp_path / "run", match=r"val/dark/1.png: cannot be read as an")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("flags", [("--modell", "x"), ("--device", "cuda"), ("--model", "resnet540"), ("--grid", "99")])
+def test_two_processes_say_it_once(flags, image_folder, tmp_path):
+    arguments = [*SMALL_POLICY, "--data-path", image_folder, "--output-dir", tmp_path, *flags]
+    result = run_script("_policy_gradient/train.py", *arguments, processes=2, check=False)
+    assert result.returncode != 0
+    assert result.stderr.count("\nerror: ") + result.stderr.startswith("error: ") == 1
+    assert flags[-1] in result.stderr
+
+
+def test_images_of_other_kinds_are_read_as_rgb(tmp_path):
+    """Palette, transparent, one-bit and CMYK images, and names with spaces and non-ASCII letters."""
+    from utils.data import read_image
+
+    grey = Image.new("L", (4, 4), 128)
+    for mode in ("P", "LA", "RGBA", "1", "CMYK", "RGB"):
+        path = tmp_path / f"bild {mode} größe.{'tif' if mode == 'CMYK' else 'png'}"
+        grey.convert("RGB").convert(mode).save(path)
+        image = read_image(path)
+        assert (image.mode, image.size) == ("RGB", (4, 4))
