@@ -19,7 +19,7 @@ $(VENV)/development: $(VENV)/runtime requirements-dev.txt
 	touch $@
 
 test: $(VENV)/development
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2
 
 lint: $(VENV)/development
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .

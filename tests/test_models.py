@@ -181,7 +181,8 @@ def test_a_body_without_any_head_is_enough_where_the_head_is_renewed():
 def test_a_renewed_head_excuses_nothing_else():
     state = state_of(classifier(num_classes=7))
     del state["bn1.bias"]
-    with pytest.raises(UserError, match=r"missing bn1\.bias\."):
+    state["fc2.weight"] = torch.zeros(1)  # its name begins as the head's does
+    with pytest.raises(UserError, match=r"missing bn1\.bias; unexpected fc2\.weight\."):
         load_classifier(classifier(), state, "other.pth", renew_head=True)
 
 

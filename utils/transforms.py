@@ -28,7 +28,13 @@ def training_transform(
 
     torchvision's classification preset, but for the last step: images stay uint8 until they are on the device
     (`Normalize`), and RandomErasing, which fills with 0 after normalisation there, fills with the rounded mean here.
+    Raises UserError for bicubic automatic augmentation of tensors, which torchvision has not (and augmix needs).
     """
+    if interpolation == "bicubic" and (auto_augment == "augmix" or (auto_augment is not None and backend == "tensor")):
+        raise UserError(
+            f"--interpolation bicubic: torchvision cannot use it for --auto-augment {auto_augment} with --backend "
+            f"{backend}; give bilinear or nearest."
+        )
     mode = v2.InterpolationMode(interpolation)
     steps: list[nn.Module] = [v2.PILToTensor()] if backend == "tensor" else []
     steps += [v2.RandomResizedCrop(crop_size, interpolation=mode, antialias=True), v2.RandomHorizontalFlip()]
