@@ -17,7 +17,7 @@ $two _policy_gradient/train.py "${small[@]}" --model resnet10t --batch-size 16 -
 echo "2/4 averaging the last three epochs"
 python -m utils.weight_averaging "$output"/pretrained/model_{1,2,3}.pth -o "$output/heated.pth"
 echo "3/4 fine-tuning without masks"
-$two _normal/train.py "${small[@]}" --finetune "$output/heated.pth" --batch-size 16 --lr 0.01 --epochs 4 \
+$two _normal/train.py "${small[@]}" --finetune "$output/heated.pth" --batch-size 16 --opt adamw --lr 0.001 --epochs 4 \
     --lr-scheduler cosineannealinglr --output-dir "$output/finetuned"
 echo "4/4 evaluating on the test split"
 $two _normal/train.py --device cpu --workers 1 --resume "$output/finetuned/checkpoint.pth" --test-only --split test

@@ -2,6 +2,7 @@
 
 import shutil
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -150,3 +151,14 @@ def test_images_of_other_kinds_are_read_as_rgb(tmp_path):
         grey.convert("RGB").convert(mode).save(path)
         image = read_image(path)
         assert (image.mode, image.size) == ("RGB", (4, 4))
+
+
+def test_sixteen_bits_keep_their_upper_eight_and_thirty_two_are_refused(tmp_path):
+    from utils.data import read_image
+
+    pixels = np.array([[0, 256, 40_000, 65_535]], dtype=np.uint16)
+    Image.fromarray(pixels).save(tmp_path / "16.png")
+    assert np.asarray(read_image(tmp_path / "16.png"))[0].tolist() == [[value] * 3 for value in (0, 1, 156, 255)]
+    Image.fromarray(pixels.astype(np.float32)).save(tmp_path / "32.tif")
+    with pytest.raises(UserError, match=r"32.tif: cannot be read as an image \(32 bits a pixel"):
+        read_image(tmp_path / "32.tif")

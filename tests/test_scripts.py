@@ -27,6 +27,10 @@ def train(image_folder, tmp_path):
     return train
 
 
+def evaluate_only(script, *flags, data):
+    script.main(["--test-only", "--device", "cpu", "--workers", "0", "--data-path", str(data), *map(str, flags)])
+
+
 def test_a_pretraining_leaves_the_files_it_promises(train):
     folder = train(policy_gradient, "--epochs", 2)
     expected = {"checkpoint.pth", "checkpoint_prev.pth", "log.jsonl", "model_0.pth", "model_1.pth", "model_best.pth"}
@@ -124,11 +128,10 @@ def test_policy_flags_reach_the_policy(train):
             assert not torch.equal(state["model"]["fc.weight"], reference["model"]["fc.weight"])
 
 
-def test_test_only_repeats_the_last_validation(train, capsys):
+def test_test_only_repeats_the_last_validation(train, image_folder, capsys):
     folder = train(policy_gradient, "--epochs", 1)
     line = read_log(folder)[0]
-    policy_gradient.main(["--resume", str(folder / "checkpoint.pth"), "--test-only", "--device", "cpu",
-                          "--data-path", found_data(folder)])  # fmt: skip
+    evaluate_only(policy_gradient, "--resume", folder / "checkpoint.pth", data=image_folder)
     found = json.loads((folder / "metrics.json").read_text())
     assert (found["split"], found["images"]) == ("val", 21)
     for name, value in found["metrics"]["clean"].items():
@@ -139,21 +142,16 @@ def test_test_only_repeats_the_last_validation(train, capsys):
     assert [row.split(",")[:2] for row in rows[1:]] == [["bright", "7"], ["dark", "7"], ["striped", "7"]]
     assert (folder / "per_class_masked.csv").exists()
     # The same weights, read by the other script.
-    normal.main(["--finetune", str(folder / "model_0.pth"), "--test-only", "--device", "cpu", "--workers", "0",
-                 "--data-path", found_data(folder), "--output-dir", str(folder / "plain")])  # fmt: skip
+    flags = ("--finetune", folder / "model_0.pth", "--output-dir", folder / "plain")
+    evaluate_only(normal, *flags, data=image_folder)
     again = json.loads((folder / "plain" / "metrics.json").read_text())
     assert again["metrics"]["clean"] == pytest.approx(found["metrics"]["clean"], abs=1e-6)
-    policy_gradient.main(["--resume", str(folder / "model_0.pth"), "--test-only", "--device", "cpu", "--workers", "0",
-                          "--data-path", found_data(folder), "--split", "test"])  # fmt: skip
+    evaluate_only(policy_gradient, "--resume", folder / "model_0.pth", "--split", "test", data=image_folder)
     assert "holds no policy" in capsys.readouterr().out
     assert json.loads((folder / "metrics.json").read_text())["images"] == 9
 
 
-def found_data(folder: Path) -> str:
-    return torch.load(folder / "checkpoint.pth", weights_only=True)["args"]["data_path"]
-
-
-def test_masked_evaluation_uses_the_mean_mask_of_the_images_own_policy(train):
+def test_masked_evaluation_uses_the_mean_mask_of_the_images_own_policy(train, image_folder):
     from _policy_gradient.mask import SmoothMask
     from _policy_gradient.policy import create_policy
     from utils.data import SampleKey
@@ -164,7 +162,7 @@ def test_masked_evaluation_uses_the_mean_mask_of_the_images_own_policy(train):
     folder = train(policy_gradient, "--epochs", 1)
     start = policy_gradient.run.choose_start(
         policy_gradient.build_parser(), {"resume": str(folder / "checkpoint.pth"), "test_only": True,
-                                         "data_path": found_data(folder)}, "_policy_gradient")  # fmt: skip
+                                         "data_path": str(image_folder)}, "_policy_gradient")  # fmt: skip
     evaluation = open_splits(start.args).evaluation
     images = torch.stack([evaluation[SampleKey(index)][0] for index in range(len(evaluation))])
     state = torch.load(folder / "checkpoint.pth", weights_only=True)
@@ -181,8 +179,7 @@ def test_masked_evaluation_uses_the_mean_mask_of_the_images_own_policy(train):
         loss = torch.nn.functional.cross_entropy(
             classifier(normalised * masks), torch.tensor(evaluation.targets).long()
         )
-    policy_gradient.main(["--resume", str(folder / "checkpoint.pth"), "--test-only", "--device", "cpu",
-                          "--data-path", found_data(folder)])  # fmt: skip
+    evaluate_only(policy_gradient, "--resume", folder / "checkpoint.pth", data=image_folder)
     found = json.loads((folder / "metrics.json").read_text())
     assert found["metrics"]["masked"]["loss"] == pytest.approx(loss.item(), rel=1e-5)
 
@@ -247,15 +244,14 @@ def test_print_freq_sets_the_number_of_lines(train, capsys):
     assert lines("--print-freq", 1, name="one") == [f"epoch 0 [{step}/4]" for step in (1, 2, 3, 4)]
 
 
-def test_the_moving_average_is_what_is_validated_and_saved(train):
+def test_the_moving_average_is_what_is_validated_and_saved(train, image_folder):
     flags = ("--epochs", 2, "--model-ema", "--model-ema-steps", 1, "--model-ema-decay", 0.9)
     folder = train(normal, *flags)
     state = torch.load(folder / "checkpoint.pth", weights_only=True)
     saved = torch.load(folder / "model_1.pth", weights_only=True)["model"]
     assert all(torch.equal(saved[key], value) for key, value in state["model_ema"].items())
     assert not torch.equal(saved["fc.weight"], state["model"]["fc.weight"])
-    normal.main(["--resume", str(folder / "checkpoint.pth"), "--test-only", "--device", "cpu", "--workers", "0",
-                 "--data-path", state["args"]["data_path"]])  # fmt: skip
+    evaluate_only(normal, "--resume", folder / "checkpoint.pth", data=image_folder)
     found = json.loads((folder / "metrics.json").read_text())["metrics"]["clean"]
     assert found["loss"] == pytest.approx(read_log(folder)[1]["val_loss"], abs=1e-6)
 
@@ -277,8 +273,20 @@ def test_mixed_precision_runs(train):
 
 @pytest.mark.slow
 def test_compiled_run_has_clean_keys_and_the_same_losses(train):
-    plain = read_log(train(policy_gradient, "--epochs", 1, "--lr", 1e-3, name="plain"))[0]
-    folder = train(policy_gradient, "--epochs", 1, "--lr", 1e-3, "--compile", name="compiled")
+    plain = read_log(train(normal, "--epochs", 1, "--lr", 1e-3, name="plain"))[0]
+    folder = train(normal, "--epochs", 1, "--lr", 1e-3, "--compile", name="compiled")
+    assert read_log(folder)[0]["train_loss"] == pytest.approx(plain["train_loss"], rel=1e-3)
+    state = torch.load(folder / "checkpoint.pth", weights_only=True)
+    assert not any("_orig_mod" in key for key in state["model"])
+
+
+def test_traced_policy_and_classifier_have_clean_keys_and_the_same_losses(train, monkeypatch):
+    """As `--compile`, but for the code generation, which takes a minute a network."""
+    compile_module = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda module: compile_module(module, backend="aot_eager"))
+    flags = ("--epochs", 1, "--lr", 1e-3, "--objective", "reinforce")
+    plain = read_log(train(policy_gradient, *flags, name="plain"))[0]
+    folder = train(policy_gradient, *flags, "--compile", name="compiled")
     assert read_log(folder)[0]["train_loss"] == pytest.approx(plain["train_loss"], rel=1e-3)
     state = torch.load(folder / "checkpoint.pth", weights_only=True)
     for part in ("model", "policy_net"):

@@ -119,9 +119,9 @@ def classifier(
     """The classifier on its device, with the weights of the checkpoint, of the file, of timm's tag, or fresh ones."""
     starts_from_file = state is not None or weights is not None
     tag = None if starts_from_file else args.weights
-    size = args.val_crop_size if args.test_only else args.train_crop_size
-    model = models.create_classifier(args.model, len(classes), size, tag)
-    if args.val_crop_size != size:
+    # A model built for one size is built as it was trained, with --test-only too.
+    model = models.create_classifier(args.model, len(classes), args.train_crop_size, tag)
+    if args.val_crop_size != args.train_crop_size:
         models.check_image_size(model, args.val_crop_size)
     if state is not None:
         if state["classes"] != classes:
