@@ -556,7 +556,7 @@ def test_moving_average_copies_integers():
 
 
 def test_moving_average_keeps_relative_positions():
-    model = timm.create_model("test_vit_relpos", num_classes=3, img_size=80)
+    model = timm.create_model("vit_relpos_small_patch16_224", num_classes=3, img_size=80, depth=1)
     average = MovingAverage(model, 0.9, 1, epochs=8, global_batch=8)
     for step in range(3):
         average.update(0, step)

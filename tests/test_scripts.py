@@ -135,7 +135,7 @@ def test_test_only_repeats_the_last_validation(train, image_folder, capsys):
     found = json.loads((folder / "metrics.json").read_text())
     assert (found["split"], found["images"]) == ("val", 21)
     for name, value in found["metrics"]["clean"].items():
-        assert value == pytest.approx(line[f"val_{name}"], abs=1e-6)
+        assert value == pytest.approx(line[f"val_{name}"], rel=1e-6, abs=1e-6)
     assert found["metrics"]["masked"]["loss"] != found["metrics"]["clean"]["loss"]
     rows = (folder / "per_class.csv").read_text().splitlines()
     assert rows[0] == "class,images,precision,recall,f1"
@@ -145,7 +145,7 @@ def test_test_only_repeats_the_last_validation(train, image_folder, capsys):
     flags = ("--finetune", folder / "model_0.pth", "--output-dir", folder / "plain")
     evaluate_only(normal, *flags, data=image_folder)
     again = json.loads((folder / "plain" / "metrics.json").read_text())
-    assert again["metrics"]["clean"] == pytest.approx(found["metrics"]["clean"], abs=1e-6)
+    assert again["metrics"]["clean"] == pytest.approx(found["metrics"]["clean"], rel=1e-6, abs=1e-6)
     evaluate_only(policy_gradient, "--resume", folder / "model_0.pth", "--split", "test", data=image_folder)
     assert "holds no policy" in capsys.readouterr().out
     assert json.loads((folder / "metrics.json").read_text())["images"] == 9
@@ -253,7 +253,7 @@ def test_the_moving_average_is_what_is_validated_and_saved(train, image_folder):
     assert not torch.equal(saved["fc.weight"], state["model"]["fc.weight"])
     evaluate_only(normal, "--resume", folder / "checkpoint.pth", data=image_folder)
     found = json.loads((folder / "metrics.json").read_text())["metrics"]["clean"]
-    assert found["loss"] == pytest.approx(read_log(folder)[1]["val_loss"], abs=1e-6)
+    assert found["loss"] == pytest.approx(read_log(folder)[1]["val_loss"], rel=1e-6, abs=1e-6)
 
 
 def test_mixed_precision_runs(train):
