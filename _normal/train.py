@@ -78,10 +78,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         splits = wiring.open_splits(args)
         model = wiring.classifier(args, splits.classes, state, weights, device)
         run.prepare_output_dir(output_dir, args.resume, first_epoch, args.test_only)
+    normalize = Normalize(args.mean, args.std).to(device)
     evaluate = partial(
         predict,
         loader=wiring.evaluation_loader(args, splits.evaluation, device),
-        prepare=Normalize(args.mean, args.std),
+        prepare=normalize,
         device=device,
         autocast_dtype=wiring.autocast_dtype(args),
         print_freq=args.print_freq,
@@ -115,7 +116,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         line |= train_one_epoch(
             parallel_model,
             loader,
-            Normalize(args.mean, args.std),
+            normalize,
             mixing,
             update,
             ema,

@@ -51,7 +51,7 @@ def build_parser() -> arguments.Parser:
 def train_one_epoch(
     classifier: nn.Module,
     policy: nn.Module | None,
-    mask: SmoothMask,
+    mask: SmoothMask | None,
     objective: Objective,
     loader: DataLoader,
     normalize: Normalize,
@@ -65,7 +65,7 @@ def train_one_epoch(
     autocast_dtype: torch.dtype | None,
     print_freq: int,
 ) -> dict[str, float]:
-    """One pass over the training split; returns the epoch's means for the log. `policy` None: no masks at all."""
+    """One pass over the training split; returns the epoch's means for the log. No `policy`, no masks."""
     guard, meters = optim.FiniteGuard(device), RunningMean(device)
     sampler: TrainingSampler = loader.batch_sampler
     sampler.set_position(epoch)
@@ -124,16 +124,22 @@ def build_policy(
     return policy.to(device)
 
 
+def build_mask(args: argparse.Namespace, size: int, device: torch.device) -> SmoothMask | None:
+    """The mask of images of size x size pixels; None if there are no masks."""
+    return None if args.mask_policy == "none" else SmoothMask(size, args.grid, args.kernel, args.sigma).to(device)
+
+
 def check_flags(args: argparse.Namespace) -> None:
     """Raise UserError for values that do not go together, before anything is read or written."""
-    for size in {args.val_crop_size} if args.test_only else {args.train_crop_size, args.val_crop_size}:
+    sizes = {args.val_crop_size} if args.test_only else {args.train_crop_size, args.val_crop_size}
+    for size in sizes if args.mask_policy != "none" else ():
         check_mask_size(size, args.grid, args.kernel, args.sigma)
     if args.mask_policy in ("uniform", "none") and args.policy_lr is not None:
         raise UserError(f"--policy-lr: --mask-policy {args.mask_policy} has nothing to learn.")
 
 
 def test(
-    evaluate: partial, classifier: nn.Module, policy: Policy | None, mask: SmoothMask, normalize: Normalize
+    evaluate: partial, classifier: nn.Module, policy: Policy | None, mask: SmoothMask | None, normalize: Normalize
 ) -> dict[str, Any]:
     """Predictions without masks, and with each image's own mean mask where there is a policy."""
     results = {"clean": evaluate(classifier, prepare=normalize)}
@@ -165,7 +171,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         classifier = wiring.classifier(args, splits.classes, state, weights, device)
         policy = build_policy(args, state, weights, device)
         run.prepare_output_dir(output_dir, args.resume, first_epoch, args.test_only)
-    normalize = Normalize(args.mean, args.std)
+    normalize = Normalize(args.mean, args.std).to(device)
     evaluate = partial(
         predict,
         loader=wiring.evaluation_loader(args, splits.evaluation, device),
@@ -174,15 +180,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         print_freq=args.print_freq,
     )
     if args.test_only:
-        mask = SmoothMask(args.val_crop_size, args.grid, args.kernel, args.sigma).to(device)
-        results = test(evaluate, classifier, policy, mask, normalize)
+        results = test(evaluate, classifier, policy, build_mask(args, args.val_crop_size, device), normalize)
         report_test(output_dir, results, splits.classes, split=args.split, weights=weights.path)
         return
 
     with agreed():
         loader = wiring.training_loader(args, splits.training, device)
         models.check_batch_norm(classifier, args.batch_size * args.masks_per_image, "--model")
-        mask = SmoothMask(args.train_crop_size, args.grid, args.kernel, args.sigma).to(device)
+        mask = build_mask(args, args.train_crop_size, device)
         objective = Objective(
             args.objective, args.baseline, args.masks_per_image, args.entropy_weight, args.policy_sign
         ).to(device)

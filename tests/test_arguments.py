@@ -388,6 +388,7 @@ def test_a_resumed_run_goes_on_as_it_began():
     assert (args.lr, args.epochs, args.workers, args.data_path, args.output_dir) == (0.3, 7, 2, "there", "run")
     assert args.device is None  # chosen anew
     again = given("_normal", "--resume", "f", "--lr", 0.3, "--epochs", 9, "--workers", 0, "--data-path", "elsewhere")
+    again |= given("_normal", "--num-classes", 3)  # only checked against the data
     args = arguments.for_resume(parser, again, saved, "f")
     assert (args.lr, args.epochs, args.workers, args.data_path) == (0.3, 9, 0, "elsewhere")
     for flag in (("--lr", 0.2), ("--seed", 1), ("--batch-size", 8), ("--amp",), ("--model", "resnet18")):

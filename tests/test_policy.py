@@ -3,6 +3,7 @@
 import math
 
 import pytest
+import scipy.stats
 import timm
 import torch
 from torch.distributions import Beta
@@ -130,6 +131,20 @@ def test_samples_follow_the_distribution_and_the_densities_are_its_own():
     expected = distribution.log_prob(by_image.transpose(0, 1)).transpose(0, 1)
     torch.testing.assert_close(action.log_prob.view(2, 50_000, 2), expected)
     torch.testing.assert_close(action.entropy.view(2, 50_000, 2)[:, 0], distribution.entropy())
+
+
+@pytest.mark.parametrize("log_alpha", [-6.0, -4.0, -1.0, 0.0, 3.0, 6.0])
+@pytest.mark.parametrize("log_beta", [-6.0, -2.0, 0.0, 6.0])
+def test_samples_follow_the_distribution_over_the_whole_range(log_alpha, log_beta):
+    """The share of samples below each of several thresholds, against scipy's distribution function."""
+    torch.manual_seed(0)
+    samples = 40_000
+    cells = sample_action(torch.full((1, samples), log_alpha), torch.full((1, samples), log_beta)).cells[0].double()
+    distribution = scipy.stats.beta(math.exp(log_alpha), math.exp(log_beta))
+    for threshold in (0.001, 0.01, 0.1, 0.3, 0.49, 0.51, 0.7, 0.9, 0.99, 0.999):
+        expected = distribution.cdf(threshold)
+        spread = math.sqrt(expected * (1 - expected) / samples)
+        assert (cells < threshold).double().mean().item() == pytest.approx(expected, abs=4.5 * spread + 1e-5)
 
 
 @pytest.mark.parametrize("log_concentration", [-6.0, 6.0])

@@ -99,7 +99,8 @@ def test_every_mask_policy_and_objective(train):
 
 
 def test_without_masks_the_joint_loop_is_the_plain_loop(train):
-    joint = train(policy_gradient, "--epochs", 2, "--mask-policy", "none", name="joint")
+    unused = ("--grid", 99)  # larger than the image, but there is no mask
+    joint = train(policy_gradient, "--epochs", 2, "--mask-policy", "none", *unused, name="joint")
     plain = train(normal, "--epochs", 2, name="plain")
     one, other = (torch.load(folder / "model_1.pth", weights_only=True)["model"] for folder in (joint, plain))
     assert all(torch.equal(one[key], other[key]) for key in other)

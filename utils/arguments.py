@@ -10,7 +10,8 @@ from utils.errors import UserError
 
 # What a resumed run may be given anew, since the trajectory does not depend on it (`epochs` rebuilds the schedule).
 FREE_ON_RESUME = {
-    "data_path", "device", "epochs", "finetune", "output_dir", "print_freq", "resume", "split", "test_only", "workers",
+    "data_path", "device", "epochs", "finetune", "num_classes", "output_dir", "print_freq", "resume", "split",
+    "test_only", "workers",
 }  # fmt: skip
 # What weights were made for: taken from their file when it says so.
 MODEL_FLAGS = (

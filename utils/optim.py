@@ -146,7 +146,8 @@ class GuardedUpdate:
     """Backward pass, clipping and step of one or more optimisers, the step held back where the loss is not finite.
 
     Fused optimisers read the flag on the device; for rmsprop, which has no fused form, the host waits for it.
-    Under fp16 the gradient scaler decides instead, and its skips are counted (`skipped_steps`, on the device).
+    Where gradients are measured anyway, by the fp16 scaler or for clipping, a network whose gradient is not finite is
+    held back too, and such steps are counted (`skipped_steps`, on the device).
     """
 
     def __init__(
@@ -161,6 +162,7 @@ class GuardedUpdate:
         self.clip_grad_norm = clip_grad_norm
         self.fp16 = fp16
         self.scaler = torch.amp.GradScaler(device.type, enabled=fp16)
+        self.measures_gradients = fp16 or clip_grad_norm is not None
         self.skipped_steps = torch.zeros((), dtype=torch.int64, device=device)
 
     def __call__(self, loss: Tensor, hold_back: Tensor) -> None:
@@ -168,16 +170,20 @@ class GuardedUpdate:
         for optimizer in self.optimizers.values():
             optimizer.zero_grad(set_to_none=True)
         self.scaler.scale(loss).backward()
-        finite = ~hold_back
+        skipped = hold_back
         for optimizer in self.optimizers.values():
-            if self.fp16 or self.clip_grad_norm is not None:
-                self.scaler.unscale_(optimizer)
+            held = hold_back
+            if self.measures_gradients:
                 parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+                if self.fp16:  # the scaler skips for what it finds in the gradients, so let it find something
+                    learning = next(parameter for parameter in parameters if parameter.grad is not None)
+                    learning.grad.mul_(torch.where(hold_back, math.nan, 1.0))
+                self.scaler.unscale_(optimizer)
                 norm = nn.utils.clip_grad_norm_(parameters, self.clip_grad_norm or math.inf)
-                finite = finite & norm.isfinite()
-            self._step(optimizer, hold_back)
-        if self.fp16:
-            self.skipped_steps += ~finite
+                held = hold_back | ~norm.isfinite()
+                skipped = skipped | held
+            self._step(optimizer, held)
+        self.skipped_steps += skipped
         self.scaler.update()
 
     def _step(self, optimizer: Optimizer, hold_back: Tensor) -> None:
@@ -209,8 +215,8 @@ class GuardedUpdate:
         self.scaler.load_state_dict(state["scaler"])
 
     def read_skipped(self) -> dict[str, int]:
-        """For the log: how many steps the fp16 scaler has skipped since the last call; empty without fp16."""
-        skipped = {"skipped_steps": int(self.skipped_steps)} if self.fp16 else {}
+        """For the log: the steps skipped since the last call; empty where gradients are not measured."""
+        skipped = {"skipped_steps": int(self.skipped_steps)} if self.measures_gradients else {}
         self.skipped_steps.zero_()
         return skipped
 

@@ -71,10 +71,12 @@ class Normalize(nn.Module):
 
     def __init__(self, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
         super().__init__()
-        self.mean, self.std = _three(mean), _three(std)
+        # Buffers, since torchvision's normalize copies both to the device at every call, and waits.
+        self.register_buffer("mean", torch.tensor(_three(mean)).view(3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(_three(std)).view(3, 1, 1), persistent=False)
 
     def forward(self, images: Tensor) -> Tensor:
-        return F.normalize(F.to_dtype(images, torch.float32, scale=True), self.mean, self.std)
+        return F.to_dtype(images, torch.float32, scale=True).sub_(self.mean).div_(self.std)
 
 
 def _three(values: tuple[float, ...]) -> list[float]:
