@@ -77,7 +77,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         wiring.seed_everything(args)
         splits = wiring.open_splits(args)
         model = wiring.classifier(args, splits.classes, state, weights, device)
-        run.prepare_output_dir(output_dir, args.resume, first_epoch, args.test_only)
+        if args.test_only:
+            run.make_output_dir(output_dir)
     normalize = Normalize(args.mean, args.std).to(device)
     evaluate = partial(
         predict,
@@ -93,6 +94,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     with agreed():
         loader = wiring.training_loader(args, splits.training, device)
+        mixing = wiring.batch_mixing(args, len(splits.classes))
         if args.freeze_backbone:
             models.freeze_backbone(model)
         else:
@@ -103,10 +105,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         update = optim.GuardedUpdate({"classifier": optimizer}, device, wiring.uses_fp16(args), args.clip_grad_norm)
         if state:
             run.load_training_state(state, update, ema, args.resume)
+        run.begin_run(output_dir, args.resume, first_epoch, args.epochs)
     if args.compile:
         model.compile()
     parallel_model = distributed.wrap(model, device)
-    mixing = wiring.batch_mixing(args, len(splits.classes))
     run.restore_generators(state, args.seed)
     best_f1 = state["best_f1"] if state else -1.0
 

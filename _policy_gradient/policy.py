@@ -2,13 +2,12 @@
 
 from typing import NamedTuple
 
-import timm
 import torch
 from torch import Tensor, nn
 from torch.distributions import Beta, Gamma
 
 from utils import distributed
-from utils.models import check_model_name
+from utils.models import create_classifier, output_width
 
 MASK_POLICIES = ("learned", "prior", "uniform", "none")
 PRIOR_WEIGHT = 0.9  # of the running prior in an action's log-concentrations; the image's own heads have the rest
@@ -20,11 +19,12 @@ SAMPLE_MARGIN = 1e-6  # samples are kept inside (1e-6, 1 - 1e-6), where the log-
 class ConcentrationNetwork(nn.Module):
     """A timm backbone and two heads that give log-concentrations for each cell (published: resnet10t, 512 features)."""
 
-    def __init__(self, model_name: str, grid: int) -> None:
+    def __init__(self, model_name: str, grid: int, image_size: int) -> None:
+        """Raises UserError for an unknown model, and for images of a size that it refuses."""
         super().__init__()
-        check_model_name(model_name, "--policy-model")
-        self.backbone = timm.create_model(model_name, num_classes=0)
-        features = self.backbone.num_features
+        self.backbone = create_classifier(model_name, 0, image_size, flag="--policy-model")
+        # Not `num_features`, which some of timm's models widen before their pooled output.
+        features = output_width(self.backbone, image_size, "--policy-model")
         self.alpha_head = _head(features, grid * grid)
         self.beta_head = _head(features, grid * grid)
 
@@ -124,7 +124,7 @@ class Policy(nn.Module):
         return (self.prior - self.initial_prior).square().mean().sqrt()
 
 
-def create_policy(mask_policy: str, model_name: str, grid: int) -> Policy | None:
+def create_policy(mask_policy: str, model_name: str, grid: int, image_size: int) -> Policy | None:
     """The policy for `--mask-policy`: learned, prior, uniform, or None for none.
 
     The running prior starts from U[0, 1); for `uniform` it is 0 and stays there, so that every cell is Beta(1, 1).
@@ -133,7 +133,7 @@ def create_policy(mask_policy: str, model_name: str, grid: int) -> Policy | None
         return None
     if mask_policy == "uniform":
         return Policy(UniformConcentrations(grid), torch.zeros(2, 1, grid * grid))
-    heads = SharedConcentrations(grid) if mask_policy == "prior" else ConcentrationNetwork(model_name, grid)
+    heads = SharedConcentrations(grid) if mask_policy == "prior" else ConcentrationNetwork(model_name, grid, image_size)
     return Policy(heads, torch.rand(2, 1, grid * grid))
 
 

@@ -28,6 +28,14 @@ from utils.progress import Progress, say
 from utils.transforms import BatchMixing, Normalize
 
 SCRIPT = "_policy_gradient"
+IGNORED_FLAGS = {
+    "prior": ("policy_model",),
+    "uniform": ("policy_model", "policy_lr", "policy_sign", "baseline", "entropy_weight"),
+    "none": (
+        *("policy_model", "policy_lr", "policy_sign", "baseline", "entropy_weight"),
+        *("objective", "masks_per_image", "grid", "kernel", "sigma"),
+    ),
+}
 
 
 def build_parser() -> arguments.Parser:
@@ -110,9 +118,11 @@ def build_policy(
     """The policy on its device, with the state of the checkpoint or file; None if there is none to train or to test."""
     if weights is not None and weights.policy_net is None:
         return None
-    policy = create_policy(args.mask_policy, args.policy_model, args.grid)
+    policy = create_policy(args.mask_policy, args.policy_model, args.grid, args.train_crop_size)
     if policy is None:
         return None
+    if args.test_only and args.mask_policy == "learned" and args.val_crop_size != args.train_crop_size:
+        models.output_width(policy.heads.backbone, args.val_crop_size, "--policy-model")
     saved = state["policy_net"] if state else weights.policy_net if weights else None
     if saved is not None:
         try:
@@ -124,18 +134,19 @@ def build_policy(
     return policy.to(device)
 
 
-def build_mask(args: argparse.Namespace, size: int, device: torch.device) -> SmoothMask | None:
-    """The mask of images of size x size pixels; None if there are no masks."""
-    return None if args.mask_policy == "none" else SmoothMask(size, args.grid, args.kernel, args.sigma).to(device)
+def build_mask(args: argparse.Namespace, size: int, device: torch.device) -> SmoothMask:
+    """The mask of images of size x size pixels, on the device."""
+    return SmoothMask(size, args.grid, args.kernel, args.sigma).to(device)
 
 
-def check_flags(args: argparse.Namespace) -> None:
-    """Raise UserError for values that do not go together, before anything is read or written."""
-    sizes = {args.val_crop_size} if args.test_only else {args.train_crop_size, args.val_crop_size}
-    for size in sizes if args.mask_policy != "none" else ():
-        check_mask_size(size, args.grid, args.kernel, args.sigma)
-    if args.mask_policy in ("uniform", "none") and args.policy_lr is not None:
-        raise UserError(f"--policy-lr: --mask-policy {args.mask_policy} has nothing to learn.")
+def check_flags(args: argparse.Namespace, given: dict[str, Any], masks: bool) -> None:
+    """Say which flags the chosen --mask-policy ignores; raise UserError for a mask that does not fit the images."""
+    ignored = [arguments.flag(name) for name in IGNORED_FLAGS.get(args.mask_policy, ()) if name in given]
+    if ignored:
+        say(f"--mask-policy {args.mask_policy}: {' '.join(ignored)} without effect.")
+    if masks:
+        for size in (args.val_crop_size,) if args.test_only else (args.train_crop_size, args.val_crop_size):
+            check_mask_size(size, args.grid, args.kernel, args.sigma)
 
 
 def test(
@@ -163,14 +174,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     device = join_processes(given.get("device"))
     with agreed():
         args, state, weights = run.choose_start(parser, given, SCRIPT)
-        check_flags(args)
+        masks = args.mask_policy != "none" and (weights is None or weights.policy_net is not None)
+        check_flags(args, given, masks)
         first_epoch = state["epoch"] if state else 0
         output_dir = Path(args.output_dir)
         wiring.seed_everything(args)
         splits = wiring.open_splits(args)
         classifier = wiring.classifier(args, splits.classes, state, weights, device)
         policy = build_policy(args, state, weights, device)
-        run.prepare_output_dir(output_dir, args.resume, first_epoch, args.test_only)
+        if args.test_only:
+            run.make_output_dir(output_dir)
     normalize = Normalize(args.mean, args.std).to(device)
     evaluate = partial(
         predict,
@@ -180,14 +193,16 @@ def main(argv: Sequence[str] | None = None) -> None:
         print_freq=args.print_freq,
     )
     if args.test_only:
-        results = test(evaluate, classifier, policy, build_mask(args, args.val_crop_size, device), normalize)
+        mask = build_mask(args, args.val_crop_size, device) if masks else None
+        results = test(evaluate, classifier, policy, mask, normalize)
         report_test(output_dir, results, splits.classes, split=args.split, weights=weights.path)
         return
 
     with agreed():
         loader = wiring.training_loader(args, splits.training, device)
+        mixing = wiring.batch_mixing(args, len(splits.classes))
         models.check_batch_norm(classifier, args.batch_size * args.masks_per_image, "--model")
-        mask = build_mask(args, args.train_crop_size, device)
+        mask = build_mask(args, args.train_crop_size, device) if masks else None
         objective = Objective(
             args.objective, args.baseline, args.masks_per_image, args.entropy_weight, args.policy_sign
         ).to(device)
@@ -204,13 +219,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         if state:
             run.load_training_state(state, update, ema, args.resume)
             objective.load_state_dict(state["objective"])
+        run.begin_run(output_dir, args.resume, first_epoch, args.epochs)
     if args.compile:
         classifier.compile()
         if policy is not None:
             policy.heads.compile()  # sampling and densities stay outside of the graph
     parallel_classifier = distributed.wrap(classifier, device)
     parallel_policy = None if policy is None else distributed.wrap(policy, device)
-    mixing = wiring.batch_mixing(args, len(splits.classes))
     run.restore_generators(state, args.seed)
     best_f1 = state["best_f1"] if state else -1.0
 

@@ -4,11 +4,13 @@ import shutil
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from _normal import train as normal
 from _policy_gradient import train as policy_gradient
 from tests.conftest import SMALL, SMALL_POLICY, run_script, write_image_folder
+from utils import checkpoint
 from utils.errors import UserError
 
 
@@ -49,7 +51,6 @@ def test_both_kinds_of_values(flags, match, image_folder, tmp_path):
         (("--policy-model", "resnet10q"), "--policy-model resnet10q: timm has no such model"),
         (("--policy-sign", "adversarial"), "--policy-sign adversarial: the published objective"),
         (("--objective", "reinforce", "--baseline", "loo"), "--masks-per-image 2 or more"),
-        (("--mask-policy", "uniform", "--policy-lr", 0.1), "--policy-lr: --mask-policy uniform has nothing to learn"),
         (("--batch-size", 1, "--masks-per-image", 2), "--batch-size 1: --policy-model has BatchNorm layers"),
         (("--finetune", "x.pth"), "unrecognized arguments: --finetune"),
     ],
@@ -76,6 +77,37 @@ def test_folders(tmp_path):
     refuse(normal, *run, data, match=r"this class is in 'train' but not in 'test'")
 
 
+def test_a_mistake_found_late_does_not_lock_the_folder(image_folder, tmp_path):
+    run = ("--data-path", image_folder, "--output-dir", tmp_path / "run")
+    refuse(normal, *run, "--batch-size", 37, match="fewer than one global batch")
+    refuse(policy_gradient, *run, "--baseline", "ema", match="--baseline ema")
+    assert not (tmp_path / "run").exists()
+    normal.main([*SMALL, *map(str, run), "--epochs", "1"])
+
+
+def test_a_model_that_has_diverged_is_not_saved(image_folder, tmp_path):
+    """The last update of an epoch is not seen by any loss of that epoch, but by the validation."""
+    run = ("--data-path", image_folder, "--output-dir", tmp_path, "--batch-size", 36, "--lr", 1e25, "--epochs", 2)
+    refuse(normal, *run, match="the loss on val after epoch 0 is not finite, so this epoch was not saved")
+    assert [path.name for path in tmp_path.iterdir()] == ["log.jsonl"]
+    assert (tmp_path / "log.jsonl").read_text() == ""
+
+
+def test_a_log_that_is_damaged_is_named(image_folder, tmp_path):
+    normal.main([*SMALL, "--data-path", str(image_folder), "--output-dir", str(tmp_path), "--epochs", "1"])
+    with (tmp_path / "log.jsonl").open("a") as log:
+        log.write("garbage\n")
+    with pytest.raises(UserError, match=r"log.jsonl: holds a line that is no JSON"):
+        normal.main(["--resume", str(tmp_path / "checkpoint.pth"), "--epochs", "2", "--device", "cpu"])
+    with pytest.raises(UserError, match=r"--epochs 1: .*later.pth has 2 epochs behind it already"):
+        state = torch.load(tmp_path / "checkpoint.pth", weights_only=True)
+        checkpoint.save(tmp_path / "later.pth", {**state, "epoch": 2})
+        normal.main(["--resume", str(tmp_path / "later.pth"), "--epochs", "1", "--device", "cpu"])
+    checkpoint.save(tmp_path / "torso.pth", {"format_version": 1, "optimizers": {}})
+    with pytest.raises(UserError, match=r"torso.pth: its 'script' is not a str"):
+        normal.main(["--resume", str(tmp_path / "torso.pth"), "--device", "cpu"])
+
+
 def test_an_output_folder_that_cannot_be_made(image_folder, tmp_path):
     (tmp_path / "file").write_text("in the way")
     refuse(normal, "--data-path", image_folder, "--output-dir", tmp_path / "file" / "run", match="cannot be made")
@@ -86,8 +118,6 @@ def test_weights_of_another_architecture_name_the_keys(image_folder, tmp_path):
     normal.main([*SMALL, "--data-path", str(image_folder), "--epochs", "1", "--output-dir", str(tmp_path / "run")])
     weights = tmp_path / "run" / "model_0.pth"
     refuse(normal, *data, "--finetune", weights, "--model", "test_vit", match="was made with test_resnet")
-    import torch
-
     bare = tmp_path / "bare.pth"
     torch.save(torch.load(weights, weights_only=True)["model"], bare)
     other = [flag if flag != "test_resnet" else "test_vit" for flag in SMALL]
@@ -153,12 +183,11 @@ def test_images_of_other_kinds_are_read_as_rgb(tmp_path):
         assert (image.mode, image.size) == ("RGB", (4, 4))
 
 
-def test_sixteen_bits_keep_their_upper_eight_and_thirty_two_are_refused(tmp_path):
+@pytest.mark.parametrize("kind", ["16.png", "16.tif", "32.tif", "float.tif"])
+def test_more_than_eight_bits_are_refused_rather_than_clipped(kind, tmp_path):
     from utils.data import read_image
 
-    pixels = np.array([[0, 256, 40_000, 65_535]], dtype=np.uint16)
-    Image.fromarray(pixels).save(tmp_path / "16.png")
-    assert np.asarray(read_image(tmp_path / "16.png"))[0].tolist() == [[value] * 3 for value in (0, 1, 156, 255)]
-    Image.fromarray(pixels.astype(np.float32)).save(tmp_path / "32.tif")
-    with pytest.raises(UserError, match=r"32.tif: cannot be read as an image \(32 bits a pixel"):
-        read_image(tmp_path / "32.tif")
+    types = {"16.png": np.uint16, "16.tif": np.uint16, "32.tif": np.int32, "float.tif": np.float32}
+    Image.fromarray(np.array([[0, 256, 40_000, 65_535]]).astype(types[kind])).save(tmp_path / kind)
+    with pytest.raises(UserError, match=rf"{kind}: cannot be read as an image \(more than 8 bits"):
+        read_image(tmp_path / kind)

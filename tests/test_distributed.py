@@ -88,6 +88,7 @@ def test_the_launcher_is_read_rightly():
     step = {**batch_script, "SLURM_STEP_NUM_TASKS": "8", "SLURM_PROCID": "5", "SLURM_LOCALID": "1",
             "SLURM_STEP_NUM_NODES": "2"}  # fmt: skip
     assert read_launch(step) == Launch(5, 8, 1, 4)
+    assert read_launch({**step, "SLURM_GPUS_PER_TASK": "1"}) == Launch(5, 8, 0, 1)  # each task sees one GPU only
     assert read_launch({**step, "SLURM_STEP_NUM_TASKS": "1"}) is None
     assert read_launch({**step, **torchrun}) == Launch(3, 8, 1, 2)  # RANK wins
 

@@ -590,3 +590,28 @@ def test_moving_average_goes_on_from_its_state():
     assert not torch.equal(average.model[0].weight, network[0].weight)
     for key, value in average.model.state_dict().items():
         assert torch.equal(restored.model.state_dict()[key], value)
+
+
+def test_fp16_holds_back_a_loss_that_is_not_finite_though_its_gradient_is():
+    """A target's logit of -inf: the loss is infinite, the gradient is not, and the scaler alone would step."""
+    parameter = nn.Parameter(torch.zeros(2))
+    update = fp16_update(parameter)
+    loss = nn.functional.cross_entropy((parameter + torch.tensor([0.0, -math.inf]))[None], torch.tensor([1]))
+    update(loss, ~loss.isfinite())
+    assert parameter.grad.isnan().any()
+    assert parameter.tolist() == [0.0, 0.0]
+    assert update.read_skipped() == {"skipped_steps": 1}
+    update((parameter * torch.tensor([0.5, 0.25])).sum(), torch.tensor(False))
+    assert parameter.tolist() == [-0.5, -0.25]
+
+
+def test_clipping_holds_back_and_counts_a_gradient_that_is_not_finite():
+    parameter = nn.Parameter(torch.zeros(2))
+    optimizer = build_optimizer("sgd", [{"params": [parameter]}], 1.0, 0.9)
+    update = GuardedUpdate({"classifier": optimizer}, CPU, clip_grad_norm=1.0)
+    update(parameter.sqrt().sum(), torch.tensor(False))  # the root's slope at 0 is infinite
+    assert parameter.tolist() == [0.0, 0.0]
+    assert update.read_skipped() == {"skipped_steps": 1}
+    update((parameter * torch.tensor([0.6, 0.8])).sum(), torch.tensor(False))
+    torch.testing.assert_close(parameter.detach(), torch.tensor([-0.6, -0.8]))
+    assert update.read_skipped() == {"skipped_steps": 0}

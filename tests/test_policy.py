@@ -55,7 +55,7 @@ def test_prior_moves_by_a_hundredth_of_the_batch_mean():
 
 def test_learned_policy_has_the_published_shape():
     torch.manual_seed(0)
-    policy = create_policy("learned", "resnet10t", grid=8)
+    policy = create_policy("learned", "resnet10t", grid=8, image_size=32)
     backbone = timm.create_model("resnet10t", num_classes=0)
     linear = [module for module in policy.heads.alpha_head if isinstance(module, torch.nn.Linear)]
     assert [(layer.in_features, layer.out_features) for layer in linear] == [(512, 512), (512, 512), (512, 64)]
@@ -70,8 +70,17 @@ def test_learned_policy_has_the_published_shape():
     assert {"prior", "initial_prior"} < set(policy.state_dict())
 
 
+@pytest.mark.parametrize("name", ["mobilenetv3_small_050", "vit_tiny_patch16_224", "test_convnext"])
+def test_any_backbone(name):
+    """Also one whose output is wider than its `num_features`, and one that is built for one size."""
+    policy = create_policy("learned", name, grid=4, image_size=64)
+    assert policy(torch.rand(2, 3, 64, 64))[0].shape == (2, 16)
+    with pytest.raises(UserError, match="--policy-model"):
+        create_policy("learned", "vit_tiny_patch16_224", grid=4, image_size=8)
+
+
 def test_each_head_runs_once_a_step():
-    policy = create_policy("learned", "test_resnet", grid=4)
+    policy = create_policy("learned", "test_resnet", grid=4, image_size=32)
     runs = []
     policy.heads.alpha_head.register_forward_hook(lambda *_: runs.append("alpha"))
     policy.heads.beta_head.register_forward_hook(lambda *_: runs.append("beta"))
@@ -91,7 +100,7 @@ def test_mean_cells_are_alpha_over_alpha_plus_beta():
 
 
 def test_control_prior_gives_every_image_the_same():
-    policy = create_policy("prior", "unused", grid=4)
+    policy = create_policy("prior", "unused", grid=4, image_size=32)
     assert [parameter.shape for parameter in policy.parameters()] == [(1, 16), (1, 16)]
     head_alpha, head_beta = policy(torch.rand(3, 3, 8, 8))
     assert head_alpha.shape == (3, 16)
@@ -101,7 +110,7 @@ def test_control_prior_gives_every_image_the_same():
 
 
 def test_control_uniform_is_beta_1_1_and_stays_so():
-    policy = create_policy("uniform", "unused", grid=4)
+    policy = create_policy("uniform", "unused", grid=4, image_size=32)
     assert list(policy.parameters()) == []
     heads = policy(torch.rand(3, 3, 8, 8))
     policy.update_prior(*heads, hold_back=torch.tensor(False))
@@ -111,12 +120,12 @@ def test_control_uniform_is_beta_1_1_and_stays_so():
 
 
 def test_control_none_is_no_policy():
-    assert create_policy("none", "unused", grid=4) is None
+    assert create_policy("none", "unused", grid=4, image_size=32) is None
 
 
 def test_unknown_policy_model_names_the_closest():
     with pytest.raises(UserError, match=r"--policy-model resnet10q: .*resnet10t"):
-        create_policy("learned", "resnet10q", grid=4)
+        create_policy("learned", "resnet10q", grid=4, image_size=32)
 
 
 def test_samples_follow_the_distribution_and_the_densities_are_its_own():

@@ -98,6 +98,11 @@ def test_every_mask_policy_and_objective(train):
         )
 
 
+def test_flags_without_effect_are_named(train, capsys):
+    train(policy_gradient, "--epochs", 1, "--mask-policy", "uniform", "--policy-lr", 0.1)
+    assert "--mask-policy uniform: --policy-model --policy-lr without effect." in capsys.readouterr().out
+
+
 def test_without_masks_the_joint_loop_is_the_plain_loop(train):
     unused = ("--grid", 99)  # larger than the image, but there is no mask
     joint = train(policy_gradient, "--epochs", 2, "--mask-policy", "none", *unused, name="joint")
@@ -167,7 +172,7 @@ def test_masked_evaluation_uses_the_mean_mask_of_the_images_own_policy(train, im
     evaluation = open_splits(start.args).evaluation
     images = torch.stack([evaluation[SampleKey(index)][0] for index in range(len(evaluation))])
     state = torch.load(folder / "checkpoint.pth", weights_only=True)
-    policy = create_policy("learned", "test_resnet", 8).eval()
+    policy = create_policy("learned", "test_resnet", 8, 32).eval()
     policy.load_state_dict(state["policy_net"])
     classifier = create_classifier("test_resnet", 3, 32).eval()
     classifier.load_state_dict(state["model"])

@@ -38,7 +38,7 @@ def gradients(objective_name: str, mask_policy: str) -> dict[str, torch.Tensor]:
     torch.manual_seed(0)
     classifier, policy = (
         models.create_classifier("test_resnet", 3, 32).eval(),
-        create_policy(mask_policy, "test_resnet", 4),
+        create_policy(mask_policy, "test_resnet", 4, 32),
     )
     images, cells = torch.rand(8, 3, 32, 32), torch.rand(8, 16).clamp(0.05, 0.95)
     targets = torch.arange(8) % 3

@@ -88,7 +88,13 @@ def _add_data_flags(group: argparse._ArgumentGroup) -> None:
     add("--split", default="val", choices=("train", "val", "test"), help="what --test-only evaluates on")
     add("-b", "--batch-size", "--batch_size", type=positive_int, default=32, help="images in each process")
     add("-j", "--workers", type=natural, default=16, help="data loading processes for each process; 0: none")
-    add("--mean", type=float, nargs="+", default=[0.3162], help="of the pixels in 0..1; one value, or one a channel")
+    add(
+        "--mean",
+        type=non_negative_float,
+        nargs="+",
+        default=[0.3162],
+        help="of the pixels in 0..1; one value, or one a channel",
+    )
     add("--std", type=positive_float, nargs="+", default=[0.3213], help="of the pixels; one value, or one a channel")
     add("--train-crop-size", type=positive_int, default=224, help="pixels, random resized crop")
     add("--val-resize-size", type=positive_int, default=256, help="pixels, shorter side in evaluation")
@@ -159,7 +165,7 @@ def _add_run_flags(group: argparse._ArgumentGroup) -> None:
     add("--print-freq", type=positive_int, default=10, help="steps between two lines, each a wait for the device")
     add("--output-dir", help="where files are written; None: the folder of --resume, else the current one")
     add("--resume", metavar="FILE", help="go on from this checkpoint.pth; with --test-only any weights")
-    add("--test-only", action="store_true", help="evaluate the weights of --resume on --split, and leave")
+    add("--test-only", action="store_true", help="evaluate the weights of --resume (or --finetune) on --split")
 
 
 def parse_given(parser: Parser, argv: Sequence[str] | None = None) -> dict[str, Any]:
@@ -167,7 +173,11 @@ def parse_given(parser: Parser, argv: Sequence[str] | None = None) -> dict[str, 
     absent = object()
     blank = argparse.Namespace(**{action.dest: absent for action in parser._actions if action.dest != "help"})
     parsed = vars(parser.parse_args(argv, namespace=blank))
-    return {name: value for name, value in parsed.items() if value is not absent}
+    given = {name: value for name, value in parsed.items() if value is not absent}
+    for name in ("mean", "std"):  # three equal values are one
+        if len(given.get(name, ())) == 3 and len(set(given[name])) == 1:
+            given[name] = given[name][:1]
+    return given
 
 
 def defaults(parser: Parser) -> dict[str, Any]:

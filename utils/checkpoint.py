@@ -105,6 +105,7 @@ def read_checkpoint(path: str | Path, script: str) -> dict[str, Any]:
             f"{path}: holds weights but no full training state, so a run cannot resume from it; "
             f"use {CHECKPOINT}, or start from these weights with _normal/train.py --finetune."
         )
+    _check_types(path, state, script=str, epoch=int, best_f1=float, classes=list, args=dict, model=dict, rng=list)
     if state["format_version"] > FORMAT_VERSION:
         raise UserError(f"{path}: was written by a newer version (format {state['format_version']}); update this code.")
     if state["script"] != script:
@@ -113,6 +114,15 @@ def read_checkpoint(path: str | Path, script: str) -> dict[str, Any]:
             "to go on from its weights use _normal/train.py --finetune."
         )
     return state
+
+
+def _check_types(path: str | Path, state: dict[str, Any], **kinds: type) -> None:
+    """Raise UserError for an entry that is missing or of another type."""
+    for name, kind in kinds.items():
+        if not isinstance(state.get(name), kind):
+            raise UserError(
+                f"{path}: its '{name}' is not a {kind.__name__}; this is no whole checkpoint of this project."
+            )
 
 
 class Weights(NamedTuple):
@@ -144,6 +154,8 @@ def read_weights(path: str | Path) -> Weights:
     args = state.get("args", {}) if wrapped else {}
     args = vars(args) if isinstance(args, argparse.Namespace) else args
     ours = "format_version" in state
+    if ours:
+        _check_types(path, state, classes=list, args=dict)
     return Weights(
         model=model,
         classes=state.get("classes") if ours else None,

@@ -107,16 +107,15 @@ def list_images(class_folder: Path) -> list[str]:
 
 
 def read_image(path: Path) -> Image.Image:
-    """Decode an image to 8-bit RGB with Pillow; of 16-bit grey the upper 8 bits.
+    """Decode an 8-bit image to RGB with Pillow.
 
-    Raises UserError with the path if it is no image, is cut short, or has 32 bits a pixel, whose range nobody states.
+    Raises UserError with the path if it is no image, is cut short, or has more bits a pixel: nobody states what range
+    of them is meant, and Pillow's own conversion would clip it at 255.
     """
     try:
         with Image.open(path) as image:
-            if image.mode in ("I", "F"):
-                raise ValueError("32 bits a pixel; save it with 8 or 16")
-            if image.mode.startswith("I;16"):  # Pillow's own conversion would clip at 255
-                image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+            if image.mode == "F" or image.mode.startswith("I"):
+                raise ValueError("more than 8 bits a channel: save it with 8, windowed as it is to be seen")
             return image.convert("RGB")
     except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error, ...
         reason = str(error).split("\n")[0]

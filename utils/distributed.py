@@ -38,6 +38,8 @@ def read_launch(environment: dict[str, str]) -> Launch | None:
         return Launch(*(int(environment.get(name, default)) for name, default in zip(names, (0, 1, 0, 1), strict=True)))
     tasks = int(environment.get("SLURM_STEP_NUM_TASKS", 1))
     if tasks > 1:
+        if environment.get("SLURM_GPUS_PER_TASK") == "1":  # each task sees its own GPU only, as device 0
+            return Launch(int(environment["SLURM_PROCID"]), tasks, 0, 1)
         nodes = int(environment.get("SLURM_STEP_NUM_NODES", 1))
         return Launch(int(environment["SLURM_PROCID"]), tasks, int(environment["SLURM_LOCALID"]), -(-tasks // nodes))
     return None
@@ -141,11 +143,7 @@ def is_main_process() -> bool:
 
 def all_reduce_mean(tensor: Tensor) -> Tensor:
     """Mean over the ranks, elementwise, on the device; a new tensor without gradient. Equal bits on every rank."""
-    if world_size() == 1:
-        return tensor.detach()
-    reduced = tensor.detach().clone()
-    dist.all_reduce(reduced)
-    return reduced / world_size()
+    return all_reduce_sum(tensor) / world_size()
 
 
 def all_reduce_sum(tensor: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ import os
 import sys
 import time
 import traceback
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -41,6 +42,8 @@ def agreed() -> Iterator[None]:
 
 def join_processes(device_name: str | None) -> torch.device:
     """Join the process group; returns this process's device. Raises UserError for a device that is not there."""
+    if distributed.launched_rank() != 0:
+        warnings.simplefilter("ignore")  # rank 0 speaks for all
     try:
         return distributed.initialize(device_name)
     except ValueError as error:

@@ -51,15 +51,15 @@ def classification_metrics(logits: Tensor, targets: Tensor, auroc: bool = False)
 
     top1, top5 (top-C with fewer than five classes), precision, recall and f1 (macro, over the classes that occur in
     targets or predictions), balanced_accuracy (mean recall of the classes that occur in targets), loss (cross-entropy,
-    nats) and, if asked for, auroc: macro, one-vs-one, over the classes present; None with a single one, or where a
-    logit is not finite.
+    nats; None if it is not finite) and, if asked for, auroc: macro, one-vs-one, over the classes present; None with a
+    single one, or where a logit is not finite.
     """
     log_probabilities = logits.double().log_softmax(1).numpy()
     predictions = logits.argmax(1).numpy()
     truth = targets.numpy()
     precision, recall, f1, _ = precision_recall_fscore_support(truth, predictions, average="macro", zero_division=0)
     metrics: Metrics = {
-        "loss": float(-log_probabilities[np.arange(len(truth)), truth].mean()),
+        "loss": _finite(float(-log_probabilities[np.arange(len(truth)), truth].mean())),
         "top1": float(accuracy_score(truth, predictions)),
         "top5": _top_k(truth, logits, min(5, logits.shape[1])),
         "precision": float(precision),
@@ -72,6 +72,10 @@ def classification_metrics(logits: Tensor, targets: Tensor, auroc: bool = False)
     if auroc:
         metrics["auroc"] = _auroc(truth, np.exp(log_probabilities))
     return metrics
+
+
+def _finite(value: float) -> float | None:
+    return value if np.isfinite(value) else None
 
 
 def _top_k(truth: np.ndarray, logits: Tensor, k: int) -> float:

@@ -25,13 +25,15 @@ def check_model_name(name: str, flag: str = "--model") -> None:
         raise UserError(f"{flag} {name}: {error}") from None
 
 
-def create_classifier(name: str, num_classes: int, image_size: int, weights: str | None = None) -> nn.Module:
-    """A timm classifier with `num_classes` logits; `weights` is one of timm's pretrained tags (a1_in1k, say).
+def create_classifier(
+    name: str, num_classes: int, image_size: int, weights: str | None = None, flag: str = "--model"
+) -> nn.Module:
+    """A timm classifier with `num_classes` logits (0: features); `weights`: one of timm's pretrained tags (a1_in1k).
 
     `image_size` (pixels) is handed to models that are built for one size, such as vision transformers.
-    Raises UserError for an unknown model or tag, a download that fails, and a size that the model refuses.
+    Raises UserError, naming `flag`, for an unknown model or tag, a failed download, and a size that the model refuses.
     """
-    check_model_name(name)
+    check_model_name(name, flag)
     settings = {}
     if timm.models.get_pretrained_cfg(name).fixed_input_size:
         settings["img_size"] = image_size
@@ -39,9 +41,8 @@ def create_classifier(name: str, num_classes: int, image_size: int, weights: str
         try:
             model = timm.create_model(name, num_classes=num_classes, **settings)
         except (AssertionError, RuntimeError, ValueError) as error:
-            raise UserError(f"--model {name}: cannot be built for images of {image_size} pixels ({error}).") from None
-        if settings:
-            check_image_size(model, image_size)
+            raise UserError(f"{flag} {name}: cannot be built for images of {image_size} pixels ({error}).") from None
+        output_width(model, image_size, flag)
         return model
     architecture = name.split(".")[0]
     tags = [tagged.split(".", 1)[1] for tagged in timm.list_models(f"{architecture}.*", pretrained=True)]
@@ -52,18 +53,20 @@ def create_classifier(name: str, num_classes: int, image_size: int, weights: str
     except Exception as error:  # the hub's client raises many kinds
         reason = str(error).split("\n")[0]
         raise UserError(f"--weights {weights}: could not be fetched or loaded ({reason}).") from None
-    if settings:
-        check_image_size(model, image_size)
+    output_width(model, image_size, flag)
     return model
 
 
-def check_image_size(model: nn.Module, image_size: int) -> None:
-    """Raise UserError if the model, on the CPU, refuses images of so many pixels, as those built for one size do."""
+def output_width(model: nn.Module, image_size: int, flag: str = "--model") -> int:
+    """How many logits or features the model, on the CPU, gives for images of so many pixels.
+
+    Raises UserError, naming `flag`, if it refuses them: it is built for another size, or they are too small for it.
+    """
     try:
         with torch.no_grad():
-            model.eval()(torch.zeros(1, 3, image_size, image_size))
+            return model.eval()(torch.zeros(1, 3, image_size, image_size)).shape[1]
     except (AssertionError, RuntimeError, ValueError) as error:
-        raise UserError(f"--model: it refuses images of {image_size} pixels ({error})") from None
+        raise UserError(f"{flag}: it refuses images of {image_size} pixels ({error})") from None
     finally:
         model.train()
 
@@ -105,7 +108,10 @@ def load_classifier(model: nn.Module, state_dict: StateDict, source: str, *, ren
     ]
     if problems:
         shown = "; ".join(sorted(problems)[:6]) + (f"; and {len(problems) - 6} more" if len(problems) > 6 else "")
-        raise UserError(f"{source}: these weights do not fit the model: {shown}. Give the --model they were made with.")
+        raise UserError(
+            f"{source}: these weights do not fit the model: {shown}. Give the --model "
+            "and --train-crop-size they were made with."
+        )
     model.load_state_dict(state_dict, strict=not renew_head)
 
 

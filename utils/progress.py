@@ -10,6 +10,7 @@ from typing import TypeVar
 from tqdm import tqdm
 
 from utils import distributed
+from utils.errors import UserError
 from utils.files import write_atomically
 
 Item = TypeVar("Item")
@@ -73,7 +74,10 @@ def read_log(folder: Path) -> list[dict]:
     if not path.exists():
         return []
     lines = path.read_text().splitlines(keepends=True)
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    try:
+        return [json.loads(line) for line in lines if line.endswith("\n")]
+    except ValueError:
+        raise UserError(f"{path}: holds a line that is no JSON; mend or remove the file.") from None
 
 
 def write_log(folder: Path, lines: list[dict]) -> None:

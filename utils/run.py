@@ -44,11 +44,8 @@ def choose_start(parser: arguments.Parser, given: dict[str, Any], script: str) -
     return Start(arguments.for_fresh_start(parser, given), None, None)
 
 
-def prepare_output_dir(output_dir: Path, resume: str | None, first_epoch: int, test_only: bool) -> None:
-    """Make the folder, on rank 0, and the log up to `first_epoch`; raises UserError rather than write over another run.
-
-    A run resumed into another folder takes its log and its best model along.
-    """
+def make_output_dir(output_dir: Path) -> None:
+    """Make the folder, on rank 0; raises UserError if it cannot be made or written to."""
     if not distributed.is_main_process():
         return
     try:
@@ -57,19 +54,31 @@ def prepare_output_dir(output_dir: Path, resume: str | None, first_epoch: int, t
         raise UserError(f"--output-dir {output_dir}: cannot be made ({error.strerror}).") from None
     if not os.access(output_dir, os.W_OK):
         raise UserError(f"--output-dir {output_dir}: no permission to write there.")
-    if test_only:
+
+
+def begin_run(output_dir: Path, resume: str | None, first_epoch: int, epochs: int) -> None:
+    """Claim the folder for this run, on rank 0, when nothing else can fail any more: its log up to `first_epoch`.
+
+    A run resumed into another folder takes its log and its best model along. Raises UserError, before anything is
+    written, where another run is there or fewer epochs are asked for than are done.
+    """
+    if first_epoch > epochs:
+        raise UserError(f"--epochs {epochs}: {resume} has {first_epoch} epochs behind it already.")
+    if not distributed.is_main_process():
         return
     source = Path(resume).parent if resume else None
-    if source is None or not source.samefile(output_dir):
-        for name in (checkpoint.CHECKPOINT, checkpoint.PREVIOUS, progress.LOG):
-            if (output_dir / name).exists():
+    moves = source is None or not output_dir.exists() or not source.samefile(output_dir)
+    if moves:
+        names = (checkpoint.CHECKPOINT, checkpoint.PREVIOUS)
+        for path in (*(output_dir / name for name in names), *output_dir.glob("model_*.pth")):
+            if path.exists():
                 raise UserError(
-                    f"{output_dir / name}: another run is there; go on with it by --resume "
-                    f"{output_dir / checkpoint.CHECKPOINT}, or give another --output-dir."
+                    f"{path}: another run is there; go on with it by --resume, or give another --output-dir."
                 )
     log = progress.read_log(source) if source else []
+    make_output_dir(output_dir)
     progress.write_log(output_dir, [line for line in log if line["epoch"] < first_epoch])
-    if source and not source.samefile(output_dir) and (source / checkpoint.BEST).exists():
+    if source and moves and (source / checkpoint.BEST).exists():
         shutil.copyfile(source / checkpoint.BEST, output_dir / checkpoint.BEST)
 
 
@@ -105,9 +114,15 @@ def finish_epoch(
     """Say how the epoch went; write model_<epoch>.pth, model_best.pth if it is, the log line and the checkpoint.
 
     A kill in between leaves the last checkpoint; resumed from it, the same files are written again. If rank 0 cannot
-    write, all ranks raise its UserError.
+    write, all ranks raise its UserError; likewise, before anything is written, for a val loss that is not finite.
     """
     epoch = state["epoch"] - 1
+    if metrics["loss"] is None:
+        raise UserError(
+            f"the loss on val after epoch {epoch} is not finite, so this epoch was not saved; the last checkpoint, if "
+            "there is one, is unharmed. Lower --lr, or give --clip-grad-norm.",
+            agreed=True,
+        )
     progress.say(f"epoch {epoch}, val: {format_metrics(metrics)}{'  (best)' if is_best else ''}")
     weights = checkpoint.weights_state(evaluated, state["classes"], state["args"])
     with agreed():

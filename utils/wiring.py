@@ -122,7 +122,7 @@ def classifier(
     # A model built for one size is built as it was trained, with --test-only too.
     model = models.create_classifier(args.model, len(classes), args.train_crop_size, tag)
     if args.val_crop_size != args.train_crop_size:
-        models.check_image_size(model, args.val_crop_size)
+        models.output_width(model, args.val_crop_size)
     if state is not None:
         if state["classes"] != classes:
             raise UserError(
