@@ -402,7 +402,7 @@ def test_weights_of_our_own_files(tmp_path):
     save(tmp_path / "model_2.pth", weights_state(network(), CLASSES, {"model": "small"}))
     found = read_weights(tmp_path / "model_2.pth")
     assert_equal_states(found.model, network().state_dict())
-    assert (found.classes, found.num_classes, found.args) == (CLASSES, 2, {"model": "small"})
+    assert (found.classes, found.args) == (CLASSES, {"model": "small"})
     assert found.policy_net is None
     assert found.path == str(tmp_path / "model_2.pth")
 
@@ -442,7 +442,7 @@ def test_weights_of_the_authors_files(tmp_path, prefix):
     torch.save(authors_state(prefix), tmp_path / "RIN.pth")
     found = read_weights(tmp_path / "RIN.pth")
     assert found.args == {"model": "resnet50", "num_classes": 2, "lr": 0.1, "device": "cuda", "weights": None}
-    assert (found.classes, found.num_classes, found.policy_net) == (None, 2, None)
+    assert (found.classes, found.policy_net) == (None, None)
     assert list(found.model) == list(network().state_dict())
     restored = network(1)
     restored.load_state_dict(found.model)
@@ -460,7 +460,7 @@ def test_weights_of_a_bare_state_dict(tmp_path, kind):
     torch.save(kind(network().state_dict()), tmp_path / "bare.pth")
     found = read_weights(tmp_path / "bare.pth")
     assert_equal_states(found.model, network().state_dict())
-    assert (found.classes, found.num_classes, found.args, found.policy_net) == (None, None, {}, None)
+    assert (found.classes, found.args, found.policy_net) == (None, {}, None)
 
 
 def test_weights_of_torchs_old_format(tmp_path):

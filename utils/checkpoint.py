@@ -134,10 +134,6 @@ class Weights(NamedTuple):
     policy_net: StateDict | None
     path: str
 
-    @property
-    def num_classes(self) -> int | None:
-        return len(self.classes) if self.classes else self.args.get("num_classes")
-
 
 def read_weights(path: str | Path) -> Weights:
     """Weights from our files, the authors' checkpoints, a bare state dict or safetensors.
