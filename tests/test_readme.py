@@ -15,7 +15,7 @@ import torch
 from _normal import train as normal
 from _policy_gradient import train as policy_gradient
 from tests.conftest import ROOT, SMALL, SMALL_POLICY, run_script
-from tests.test_arguments import declared
+from tests.test_flags import declared
 from utils import phantoms
 from utils.progress import read_log
 
