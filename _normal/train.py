@@ -12,12 +12,16 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import DataLoader
 
-from utils import arguments, checkpoint, distributed, models, optim, run, wiring
-from utils.data import TrainingSampler, batches
+from utils import arguments, distributed, models, optim, run, wiring
+from utils.bad_images import BadImages
+from utils.data import batches
 from utils.errors import agreed, join_processes, run_script
 from utils.evaluation import measure, predict, report_test
+from utils.guard import StepGuard
 from utils.metrics import RunningMean, batch_accuracy
-from utils.progress import Progress, say
+from utils.progress import Position, Progress, say
+from utils.saving import Saver
+from utils.state import TrainingState
 from utils.transforms import BatchMixing, Normalize
 
 SCRIPT = "_normal"
@@ -38,41 +42,50 @@ def train_one_epoch(
     mixing: BatchMixing,
     update: optim.GuardedUpdate,
     ema: optim.MovingAverage | None,
+    saver: Saver,
+    bad_images: BadImages,
     *,
-    epoch: int,
+    epochs: int,
     device: torch.device,
+    backbone_frozen: bool,
     label_smoothing: float,
     autocast_dtype: torch.dtype | None,
     print_freq: int,
+    label: str = "epoch",
 ) -> dict[str, float]:
-    """One pass over the training split; returns the epoch's means for the log."""
-    guard, meters = optim.FiniteGuard(device), RunningMean(device)
-    sampler: TrainingSampler = loader.batch_sampler
-    sampler.set_position(epoch)
-    progress = Progress(f"epoch {epoch}", sampler.steps_per_epoch, print_freq, sampler.global_batch)
-    for step, batch in progress.track(batches(loader, device)):
+    """One pass over the training split, from where the run stands; returns the epoch's means for the log."""
+    start, meters, sampler = saver.position, saver.meters, loader.batch_sampler
+    epoch = start.epoch
+    sampler.set_position(epoch, start.step, start.images)
+    progress = Progress.over_epoch(sampler, label, print_freq, start, epochs)
+    guard = StepGuard(device, loader.dataset.path, saver.stop)
+    models.set_training_mode(distributed.unwrap(model), backbone_frozen)
+    for step, batch in progress.track(batches(loader, device, bad_images)):
         images, targets = mixing(normalize(batch.images), batch.targets, epoch, step)  # (B, 3, S, S), (B,) or (B, C)
         with torch.autocast(device.type, dtype=autocast_dtype, enabled=autocast_dtype is not None):
             logits = model(images)  # (B, C)
         loss = F.cross_entropy(logits.float(), targets, label_smoothing=label_smoothing)
-        update(loss, guard.check(loss, step))
+        update(loss, guard.check(loss, step, batch.indices))
         if ema is not None:
             ema.update(epoch, step)
         meters.update(train_loss=loss, train_top1=batch_accuracy(logits, targets))
         if progress.is_due(step):
             guard.raise_if_found(epoch)
             update.raise_if_collapsed()
+            bad_images.share()
             progress.show(step, meters.read())
-    return {**meters.read(), **update.read_skipped(), "images_per_second": progress.images_per_second(step)}
+        saver.after_step(progress.position(step), guard)
+    return {**meters.read(), **update.read_skipped(), "images_per_second": progress.images_per_second()}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = build_parser()
     given = arguments.parse_given(parser, argv)
-    device = join_processes(given.get("device"))
+    device = join_processes(given.get("device"), given.get("timeout", parser.get_default("timeout")))
+    given = run.find_checkpoint(given, SCRIPT)
     with agreed():
         args, state, weights = run.choose_start(parser, given, SCRIPT)
-        first_epoch = state["epoch"] if state else 0
+        start = Position.of(state)
         output_dir = Path(args.output_dir)
         wiring.seed_everything(args)
         splits = wiring.open_splits(args)
@@ -80,16 +93,20 @@ def main(argv: Sequence[str] | None = None) -> None:
         if args.test_only:
             run.make_output_dir(output_dir)
     normalize = Normalize(args.mean, args.std).to(device)
+    bad_images = wiring.bad_images(args)
     evaluate = partial(
         predict,
-        loader=wiring.evaluation_loader(args, splits.evaluation, device),
         prepare=normalize,
         device=device,
         autocast_dtype=wiring.autocast_dtype(args),
         print_freq=args.print_freq,
+        bad_images=bad_images,
     )
+    evaluation_loader = wiring.evaluation_loader(args, splits.evaluation, device)
     if args.test_only:
-        report_test(output_dir, {"clean": evaluate(model)}, splits.classes, split=args.split, weights=weights.path)
+        results = {"clean": evaluate(model, evaluation_loader)}
+        report_test(output_dir, results, splits.classes, split=args.split, weights=weights.path)
+        bad_images.say_count()
         return
 
     with agreed():
@@ -101,49 +118,45 @@ def main(argv: Sequence[str] | None = None) -> None:
             models.check_batch_norm(model, args.batch_size, "--model")
         ema = wiring.moving_average(args, model)
         optimizer = wiring.optimizer(args, model, args.lr)
-        scheduler = wiring.scheduler(args, optimizer, first_epoch)
+        scheduler = wiring.scheduler(args, optimizer, start.epoch)
         update = optim.GuardedUpdate({"classifier": optimizer}, device, wiring.uses_fp16(args), args.clip_grad_norm)
+        training = TrainingState({"model": model}, update, ema, RunningMean(device))
         if state:
-            run.load_training_state(state, update, ema, args.resume)
-        run.begin_run(output_dir, args.resume, first_epoch, args.epochs)
+            training.put_back(state, args.resume)
+        run.begin_run(output_dir, SCRIPT, args.resume, start.epoch, args.epochs)
     if args.compile:
         model.compile()
     parallel_model = distributed.wrap(model, device)
     run.restore_generators(state, args.seed)
-    best_f1 = state["best_f1"] if state else -1.0
-
-    for epoch in range(first_epoch, args.epochs):
-        models.set_training_mode(model, args.freeze_backbone)
-        line = {"epoch": epoch, "lr_classifier": optimizer.param_groups[0]["lr"]}
-        line |= train_one_epoch(
-            parallel_model,
-            loader,
-            normalize,
-            mixing,
-            update,
-            ema,
-            epoch=epoch,
-            device=device,
-            label_smoothing=args.label_smoothing,
-            autocast_dtype=wiring.autocast_dtype(args),
-            print_freq=args.print_freq,
-        )
-        scheduler.step()
-        evaluated = ema.model if ema else model
-        metrics = measure(evaluate(evaluated), auroc=epoch == args.epochs - 1)
-        is_best, best_f1 = metrics["f1"] > best_f1, max(metrics["f1"], best_f1)
-        next_state = checkpoint.full_state(
-            SCRIPT,
-            next_epoch=epoch + 1,
-            best_f1=best_f1,
-            classes=splits.classes,
-            args=vars(args),
-            model=model,
-            update=update,
-            ema=ema,
-        )
-        run.finish_epoch(output_dir, next_state, evaluated, metrics, line, is_best)
-    say(f"{args.epochs} epochs are done; best macro F1 on val {best_f1:.4f}; the files are in {output_dir.resolve()}")
+    train = partial(
+        train_one_epoch,
+        parallel_model,
+        normalize=normalize,
+        mixing=mixing,
+        update=update,
+        ema=ema,
+        bad_images=bad_images,
+        epochs=args.epochs,
+        device=device,
+        backbone_frozen=args.freeze_backbone,
+        label_smoothing=args.label_smoothing,
+        autocast_dtype=wiring.autocast_dtype(args),
+        print_freq=args.print_freq,
+    )
+    evaluated = ema.model if ema else model
+    evaluate = partial(evaluate, evaluated)
+    with wiring.saver(args, SCRIPT, splits.classes, training, state) as saver:
+        if start.epoch < args.epochs:
+            wiring.rehearse(args, train, evaluate, training, splits, saver, device)
+        for epoch in range(start.epoch, args.epochs):
+            line = {"epoch": epoch, "lr_classifier": optimizer.param_groups[0]["lr"]}
+            line |= train(loader, saver=saver)
+            scheduler.step()
+            predictions = evaluate(loader=evaluation_loader, stop_if_asked=saver.stop_if_asked)
+            saver.finish_epoch(evaluated, measure(predictions, auroc=epoch == args.epochs - 1), line)
+    bad_images.say_count()
+    best = f"best macro F1 on val {saver.best_f1:.4f}"
+    say(f"{args.epochs} epochs are done; {best}; the files are in {output_dir.resolve()}")
 
 
 if __name__ == "__main__":

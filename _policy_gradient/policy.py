@@ -8,6 +8,7 @@ from torch.distributions import Beta, Gamma
 
 from utils import distributed
 from utils.models import create_classifier, output_width
+from utils.progress import say
 
 MASK_POLICIES = ("learned", "prior", "uniform", "none")
 PRIOR_WEIGHT = 0.9  # of the running prior in an action's log-concentrations; the image's own heads have the rest
@@ -186,6 +187,7 @@ def policy_health(
     """
     log_alpha, log_beta = policy.log_concentrations(*heads)
     means = torch.sigmoid(log_alpha - log_beta)  # (B, G*G)
+    at_bounds = torch.stack([log_alpha, log_beta]).abs() >= LOG_CONCENTRATION_LIMIT  # (2, B, G*G)
     return {
         "mask_mean": masks.mean(),
         "mask_std": masks.std(correction=0),
@@ -194,4 +196,15 @@ def policy_health(
         "policy_log_density": action.log_prob.mean(),
         "advantage_std": advantage.double().std(correction=0),
         "prior_drift": policy.prior_drift(),
+        "concentrations_at_bounds": at_bounds.double().mean(),
     }
+
+
+def warn_of_bounds(epoch: int, share: float) -> None:
+    """Say what share of an epoch's log-concentrations were cut at their bounds, if any: there they cannot learn."""
+    if share > 0:
+        say(
+            f"warning: in epoch {epoch}, {100 * share:.3g} % of the log-concentrations were at their bounds of "
+            f"-{LOG_CONCENTRATION_LIMIT:g} and {LOG_CONCENTRATION_LIMIT:g}, where they have no gradient; a lower "
+            "--policy-lr or an --entropy-weight keeps them inside."
+        )

@@ -2,7 +2,7 @@
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,14 +17,25 @@ from torch.utils.data import DataLoader
 
 from _policy_gradient.mask import SmoothMask, check_mask_size
 from _policy_gradient.objective import BASELINES, OBJECTIVES, POLICY_SIGNS, Objective
-from _policy_gradient.policy import MASK_POLICIES, Policy, create_policy, policy_health, sample_action
-from utils import arguments, checkpoint, distributed, models, optim, run, wiring
+from _policy_gradient.policy import (
+    MASK_POLICIES,
+    Policy,
+    create_policy,
+    policy_health,
+    sample_action,
+    warn_of_bounds,
+)
+from utils import arguments, distributed, models, optim, run, wiring
+from utils.bad_images import BadImages
 from utils.checkpoint import Weights
-from utils.data import TrainingSampler, batches
+from utils.data import batches
 from utils.errors import UserError, agreed, join_processes, run_script
-from utils.evaluation import measure, predict, report_test
+from utils.evaluation import Predictions, measure, predict, report_test
+from utils.guard import StepGuard
 from utils.metrics import RunningMean, batch_accuracy
-from utils.progress import Progress, say
+from utils.progress import Position, Progress, say
+from utils.saving import Saver
+from utils.state import TrainingState
 from utils.transforms import BatchMixing, Normalize
 
 SCRIPT = "_policy_gradient"
@@ -66,22 +77,29 @@ def train_one_epoch(
     mixing: BatchMixing,
     update: optim.GuardedUpdate,
     ema: optim.MovingAverage | None,
+    saver: Saver,
+    bad_images: BadImages,
     *,
-    epoch: int,
+    epochs: int,
     device: torch.device,
     label_smoothing: float,
     autocast_dtype: torch.dtype | None,
     print_freq: int,
+    label: str = "epoch",
 ) -> dict[str, float]:
-    """One pass over the training split; returns the epoch's means for the log. No `policy`, no masks."""
-    guard, meters = optim.FiniteGuard(device), RunningMean(device)
-    sampler: TrainingSampler = loader.batch_sampler
-    sampler.set_position(epoch)
-    progress = Progress(f"epoch {epoch}", sampler.steps_per_epoch, print_freq, sampler.global_batch)
+    """One pass over the training split, from where the run stands; gives the log's means. No `policy`, no masks."""
+    start, meters, sampler = saver.position, saver.meters, loader.batch_sampler
+    epoch = start.epoch
+    sampler.set_position(epoch, start.step, start.images)
+    progress = Progress.over_epoch(sampler, label, print_freq, start, epochs)
+    guard = StepGuard(device, loader.dataset.path, saver.stop)
+    classifier.train()
+    if policy is not None:
+        policy.train()
     autocast = partial(torch.autocast, device.type, dtype=autocast_dtype, enabled=autocast_dtype is not None)
     masks_per_image = objective.masks_per_image
     policy_state: Policy | None = distributed.unwrap(policy)
-    for step, batch in progress.track(batches(loader, device)):
+    for step, batch in progress.track(batches(loader, device, bad_images)):
         images, targets = mixing(normalize(batch.images), batch.targets, epoch, step)  # (B, 3, S, S), (B,) or (B, C)
         if policy is not None:
             with autocast():
@@ -97,7 +115,7 @@ def train_one_epoch(
         if policy is not None:
             loss, advantage = objective(cross_entropy, action.log_prob, action.entropy)
             health = policy_health(policy_state, heads, action, masks, advantage)
-        hold_back = guard.check(loss, step)
+        hold_back = guard.check(loss, step, batch.indices)
         update(loss, hold_back)
         if policy is not None:
             policy_state.update_prior(*heads, hold_back)
@@ -108,8 +126,10 @@ def train_one_epoch(
         if progress.is_due(step):
             guard.raise_if_found(epoch)
             update.raise_if_collapsed()
+            bad_images.share()
             progress.show(step, meters.read())
-    return {**meters.read(), **update.read_skipped(), "images_per_second": progress.images_per_second(step)}
+        saver.after_step(progress.position(step), guard)
+    return {**meters.read(), **update.read_skipped(), "images_per_second": progress.images_per_second()}
 
 
 def build_policy(
@@ -150,7 +170,11 @@ def check_flags(args: argparse.Namespace, given: dict[str, Any], masks: bool) ->
 
 
 def test(
-    evaluate: partial, classifier: nn.Module, policy: Policy | None, mask: SmoothMask | None, normalize: Normalize
+    evaluate: Callable[..., Predictions],
+    classifier: nn.Module,
+    policy: Policy | None,
+    mask: SmoothMask | None,
+    normalize: Normalize,
 ) -> dict[str, Any]:
     """Predictions without masks, and with each image's own mean mask where there is a policy."""
     results = {"clean": evaluate(classifier, prepare=normalize)}
@@ -171,12 +195,13 @@ def test(
 def main(argv: Sequence[str] | None = None) -> None:
     parser = build_parser()
     given = arguments.parse_given(parser, argv)
-    device = join_processes(given.get("device"))
+    device = join_processes(given.get("device"), given.get("timeout", parser.get_default("timeout")))
+    given = run.find_checkpoint(given, SCRIPT)
     with agreed():
         args, state, weights = run.choose_start(parser, given, SCRIPT)
         masks = args.mask_policy != "none" and (weights is None or weights.policy_net is not None)
         check_flags(args, given, masks)
-        first_epoch = state["epoch"] if state else 0
+        start = Position.of(state)
         output_dir = Path(args.output_dir)
         wiring.seed_everything(args)
         splits = wiring.open_splits(args)
@@ -185,17 +210,20 @@ def main(argv: Sequence[str] | None = None) -> None:
         if args.test_only:
             run.make_output_dir(output_dir)
     normalize = Normalize(args.mean, args.std).to(device)
+    bad_images = wiring.bad_images(args)
     evaluate = partial(
         predict,
-        loader=wiring.evaluation_loader(args, splits.evaluation, device),
         device=device,
         autocast_dtype=wiring.autocast_dtype(args),
         print_freq=args.print_freq,
+        bad_images=bad_images,
     )
+    evaluation_loader = wiring.evaluation_loader(args, splits.evaluation, device)
     if args.test_only:
         mask = build_mask(args, args.val_crop_size, device) if masks else None
-        results = test(evaluate, classifier, policy, mask, normalize)
+        results = test(partial(evaluate, loader=evaluation_loader), classifier, policy, mask, normalize)
         report_test(output_dir, results, splits.classes, split=args.split, weights=weights.path)
+        bad_images.say_count()
         return
 
     with agreed():
@@ -208,18 +236,19 @@ def main(argv: Sequence[str] | None = None) -> None:
         ).to(device)
         ema = wiring.moving_average(args, classifier)
         optimizers = {"classifier": wiring.optimizer(args, classifier, args.lr)}
-        schedulers: list[LRScheduler] = [wiring.scheduler(args, optimizers["classifier"], first_epoch)]
+        schedulers: list[LRScheduler] = [wiring.scheduler(args, optimizers["classifier"], start.epoch)]
         if policy is not None and any(True for _ in policy.parameters()):
             models.check_batch_norm(policy, args.batch_size, "--policy-model")
             optimizers["policy"] = wiring.optimizer(args, policy, args.policy_lr or args.lr / 10)
             schedulers.append(
-                optim.build_scheduler(optimizers["policy"], "cosineannealinglr", args.epochs, first_epoch=first_epoch)
+                optim.build_scheduler(optimizers["policy"], "cosineannealinglr", args.epochs, first_epoch=start.epoch)
             )
         update = optim.GuardedUpdate(optimizers, device, wiring.uses_fp16(args), args.clip_grad_norm)
+        modules = {"model": classifier, "objective": objective} | ({} if policy is None else {"policy_net": policy})
+        training = TrainingState(modules, update, ema, RunningMean(device))
         if state:
-            run.load_training_state(state, update, ema, args.resume)
-            objective.load_state_dict(state["objective"])
-        run.begin_run(output_dir, args.resume, first_epoch, args.epochs)
+            training.put_back(state, args.resume)
+        run.begin_run(output_dir, SCRIPT, args.resume, start.epoch, args.epochs)
     if args.compile:
         classifier.compile()
         if policy is not None:
@@ -227,50 +256,39 @@ def main(argv: Sequence[str] | None = None) -> None:
     parallel_classifier = distributed.wrap(classifier, device)
     parallel_policy = None if policy is None else distributed.wrap(policy, device)
     run.restore_generators(state, args.seed)
-    best_f1 = state["best_f1"] if state else -1.0
-
-    for epoch in range(first_epoch, args.epochs):
-        classifier.train()
-        if policy is not None:
-            policy.train()
-        line = {"epoch": epoch} | {f"lr_{name}": of.param_groups[0]["lr"] for name, of in optimizers.items()}
-        line |= train_one_epoch(
-            parallel_classifier,
-            parallel_policy,
-            mask,
-            objective,
-            loader,
-            normalize,
-            mixing,
-            update,
-            ema,
-            epoch=epoch,
-            device=device,
-            label_smoothing=args.label_smoothing,
-            autocast_dtype=wiring.autocast_dtype(args),
-            print_freq=args.print_freq,
-        )
-        for scheduler in schedulers:
-            scheduler.step()
-        evaluated = ema.model if ema else classifier
-        metrics = measure(evaluate(evaluated, prepare=normalize), auroc=epoch == args.epochs - 1)
-        is_best, best_f1 = metrics["f1"] > best_f1, max(metrics["f1"], best_f1)
-        if policy is not None:
-            distributed.broadcast_buffers(policy)
-        next_state = checkpoint.full_state(
-            SCRIPT,
-            next_epoch=epoch + 1,
-            best_f1=best_f1,
-            classes=splits.classes,
-            args=vars(args),
-            model=classifier,
-            update=update,
-            ema=ema,
-            objective=objective.state_dict(),
-            **({} if policy is None else {"policy_net": policy.state_dict()}),
-        )
-        run.finish_epoch(output_dir, next_state, evaluated, metrics, line, is_best)
-    say(f"{args.epochs} epochs are done; best macro F1 on val {best_f1:.4f}; the files are in {output_dir.resolve()}")
+    train = partial(
+        train_one_epoch,
+        parallel_classifier,
+        parallel_policy,
+        mask,
+        objective,
+        normalize=normalize,
+        mixing=mixing,
+        update=update,
+        ema=ema,
+        bad_images=bad_images,
+        epochs=args.epochs,
+        device=device,
+        label_smoothing=args.label_smoothing,
+        autocast_dtype=wiring.autocast_dtype(args),
+        print_freq=args.print_freq,
+    )
+    evaluated = ema.model if ema else classifier
+    evaluate = partial(evaluate, evaluated, prepare=normalize)
+    with wiring.saver(args, SCRIPT, splits.classes, training, state) as saver:
+        if start.epoch < args.epochs:
+            wiring.rehearse(args, train, evaluate, training, splits, saver, device)
+        for epoch in range(start.epoch, args.epochs):
+            line = {"epoch": epoch} | {f"lr_{name}": of.param_groups[0]["lr"] for name, of in optimizers.items()}
+            line |= train(loader, saver=saver)
+            warn_of_bounds(epoch, line.get("concentrations_at_bounds", 0.0))
+            for scheduler in schedulers:
+                scheduler.step()
+            predictions = evaluate(loader=evaluation_loader, stop_if_asked=saver.stop_if_asked)
+            saver.finish_epoch(evaluated, measure(predictions, auroc=epoch == args.epochs - 1), line)
+    bad_images.say_count()
+    best = f"best macro F1 on val {saver.best_f1:.4f}"
+    say(f"{args.epochs} epochs are done; {best}; the files are in {output_dir.resolve()}")
 
 
 if __name__ == "__main__":

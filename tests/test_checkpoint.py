@@ -17,18 +17,19 @@ from utils.checkpoint import (
     CHECKPOINT,
     PREVIOUS,
     clean_keys,
-    full_state,
     read,
     read_checkpoint,
     read_weights,
-    restore_rng_state,
-    rng_states,
     save,
     save_checkpoint,
     weights_state,
 )
 from utils.errors import UserError
+from utils.metrics import RunningMean
 from utils.optim import GuardedUpdate, MovingAverage, build_optimizer, parameter_groups
+from utils.progress import Position
+from utils.saving import Saver
+from utils.state import TrainingState, restore_rng_state, rng_states
 
 CPU = torch.device("cpu")
 CLASSES = ["bright", "dark"]
@@ -214,7 +215,7 @@ def test_a_damaged_byte_in_a_tensor_is_found(tmp_path):
     path.write_bytes(content)
     with pytest.raises(UserError) as caught:
         read(path)
-    assert str(caught.value).startswith(f"{path}: is no checkpoint, or is damaged (the checksum of its record")
+    assert str(caught.value).startswith(f"{path}: is no checkpoint, or is damaged (Bad CRC-32 for file")
 
 
 @pytest.mark.parametrize("flip", [0x01, 0xFF])
@@ -271,10 +272,11 @@ def test_a_file_that_is_no_checkpoint_is_called_so(tmp_path, content):
 
 
 def test_a_missing_file_and_a_folder_are_named(tmp_path):
-    for path in (tmp_path / "absent.pth", tmp_path):
+    reasons = {"absent.pth": "no such file.", ".": "is no regular file; expected a checkpoint or weights."}
+    for name, reason in reasons.items():
         with pytest.raises(UserError) as caught:
-            read(path)
-        assert str(caught.value) == f"{path}: no such file."
+            read(tmp_path / name)
+        assert str(caught.value) == f"{tmp_path / name}: {reason}"
 
 
 def test_a_list_is_no_checkpoint(tmp_path):
@@ -336,23 +338,36 @@ def test_the_one_class_allowed_is_allowed_only_while_reading(tmp_path):
 # Full states
 
 
-def training_state(script: str = "_normal", **more) -> dict:
+def training_state(script: str = "_normal", **more: nn.Module) -> dict:
+    """What a run's saver writes; `more`: further modules by the name of their entry."""
     model = network()
     update = GuardedUpdate({"classifier": build_optimizer("sgd", parameter_groups(model, 1e-4), 0.1, 0.9)}, CPU)
-    settings = {"next_epoch": 3, "best_f1": 0.5, "classes": CLASSES, "args": {"model": "small", "mean": (0.3,)}}
-    return full_state(script, **settings, model=model, update=update, ema=None, **more)
+    training = TrainingState({"model": model, **more}, update, None, RunningMean(CPU))
+    saver = Saver(
+        Path(),
+        training,
+        script=script,
+        classes=CLASSES,
+        args={"model": "small", "mean": (0.3,)},
+        start=Position(3, 5, 40, 1.5),
+        best_f1=0.5,
+        checkpoint_steps=None,
+    )
+    return saver._state()
 
 
 def test_a_full_state_goes_through_its_file(tmp_path):
-    state = training_state(policy_net=network(1).state_dict())
+    state = training_state(policy_net=network(1))
     save_checkpoint(tmp_path, state)
     found = read_checkpoint(tmp_path / CHECKPOINT, "_normal")
-    plain = ("format_version", "script", "epoch", "step", "best_f1", "classes", "args")
+    plain = ("format_version", "script", "epoch", "step", "images", "seconds", "best_f1", "classes", "args")
     assert {key: found[key] for key in plain} == {
         "format_version": 1,
         "script": "_normal",
         "epoch": 3,
-        "step": 0,
+        "step": 5,
+        "images": 40,
+        "seconds": 1.5,
         "best_f1": 0.5,
         "classes": CLASSES,
         "args": {"model": "small", "mean": (0.3,)},
@@ -366,10 +381,10 @@ def test_a_full_state_goes_through_its_file(tmp_path):
 def test_random_numbers_go_on_from_the_checkpoint():
     torch.manual_seed(3)
     torch.rand(5)
-    [state] = rng_states()
+    states = rng_states()
     expected = torch.rand(4)
     torch.manual_seed(9)
-    restore_rng_state(state)
+    restore_rng_state(states)
     assert torch.equal(torch.rand(4), expected)
 
 
@@ -406,7 +421,7 @@ def test_weights_of_our_own_files(tmp_path):
 
 
 def test_weights_of_a_full_state_with_a_policy(tmp_path):
-    save(tmp_path / CHECKPOINT, training_state("_policy_gradient", policy_net=network(1).state_dict()))
+    save(tmp_path / CHECKPOINT, training_state("_policy_gradient", policy_net=network(1)))
     found = read_weights(tmp_path / CHECKPOINT)
     assert_equal_states(found.model, network().state_dict())
     assert_equal_states(found.policy_net, network(1).state_dict())

@@ -59,15 +59,23 @@ def test_predictions_and_metrics_do_not_depend_on_the_number_of_processes(image_
         assert found["metrics"] == pytest.approx(one["metrics"], abs=1e-6)
 
 
-def test_a_loss_that_is_not_finite_on_one_rank_holds_all_back(tmp_path):
+def test_what_one_rank_meets_all_ranks_agree_on(tmp_path):
     found = work("guard", tmp_path / "guard", processes=2)
     first, second, third = found["weights"]
     assert torch.equal(first, second)
     assert not torch.equal(second, third)
     assert third.isfinite().all()
     assert found["means"] == {"rank": 0.5}
-    assert len(found["messages"]) == 2
-    assert all("not finite at epoch 4, step 1" in message for message in found["messages"])
+    assert found["state"]["totals"].tolist() == [[0.0], [3.0]]
+    batch = [
+        {"rank": 0, "loss_is_finite": True, "images": ["0_1.png"]},
+        {"rank": 1, "loss_is_finite": False, "images": ["1_1.png"]},
+    ]
+    assert len(found["gathered"]) == 2
+    for (message, reported), stops in found["gathered"]:
+        assert "not finite at epoch 4, step 1" in message
+        assert reported == batch
+        assert stops == [False, False, True]  # the signal came to rank 1 alone, and both stop after the same step
 
 
 @pytest.mark.parametrize("kind", ["agreed", "alone"])

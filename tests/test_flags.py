@@ -1,6 +1,9 @@
 """A walk over every declared flag, which shows what each one changes."""
 
 import argparse
+import shutil
+import tempfile
+from pathlib import Path
 
 import pytest
 import torch
@@ -201,6 +204,28 @@ def check_num_classes(build, image_folder):
         wiring.open_splits(build("--num-classes", 4))
 
 
+def check_bad_images(build, image_folder):
+    def first_two(*flags):
+        """Images 0 and 1 of train and of val, where image 0 is none."""
+        with tempfile.TemporaryDirectory() as folder:
+            data = shutil.copytree(image_folder, f"{folder}/data")
+            for split in ("train", "val"):
+                Path(data, split, "bright", "0.png").write_text("no image")
+            splits = wiring.open_splits(build("--data-path", data, *flags))
+            found = [split.__getitems__([SampleKey(0), SampleKey(1)]) for split in (splits.training, splits.evaluation)]
+            return [one if isinstance(one, UserError) else one.indices.tolist() for one in found]
+
+    assert all("cannot be read as an image" in str(error) for error in first_two())
+    assert first_two("--bad-images", "skip") == [[1, 1], [-1, 1]]
+    assert wiring.bad_images(build()).limit is None
+
+
+def check_max_bad_images(build, image_folder):
+    assert wiring.bad_images(build("--bad-images", "skip")).limit == 100
+    args = build("--bad-images", "skip", "--max-bad-images", 7)
+    assert wiring.bad_images(args).limit == wiring.open_splits(args).training.max_bad_images == 7
+
+
 def check_split(build, image_folder):
     for split, images in (("train", 36), ("val", 21), ("test", 9)):
         args = build("--test-only", "--resume", "unread.pth", "--split", split)
@@ -266,6 +291,8 @@ RUNS = {
     "finetune": "test_scripts.py::test_fine_tuning_from_a_heated_model_onto_other_classes",
     "freeze_backbone": "test_scripts.py::test_freeze_backbone_trains_the_head_only",
     "resume": "test_resume.py",
+    "checkpoint_steps": "test_resume.py::test_checkpoints_within_an_epoch_and_their_copies_resume_exactly",
+    "timeout": "test_faults.py",
     "test_only": "test_scripts.py::test_test_only_repeats_the_last_validation",
     "output_dir": "test_scripts.py",
     "print_freq": "test_scripts.py::test_print_freq_sets_the_number_of_lines",
@@ -286,6 +313,8 @@ RUNS = {
 EFFECTS = {
     "data_path": lambda build, image_folder: assert_close(len(wiring.open_splits(build()).training), 36),
     "num_classes": check_num_classes,
+    "bad_images": check_bad_images,
+    "max_bad_images": check_max_bad_images,
     "split": check_split,
     "batch_size": check_batch_size,
     "workers": check_workers,

@@ -14,6 +14,7 @@ from _policy_gradient.policy import (
     create_policy,
     policy_health,
     sample_action,
+    warn_of_bounds,
 )
 from utils.errors import UserError
 
@@ -185,3 +186,16 @@ def test_health_by_hand():
     assert health["policy_log_density"].item() == pytest.approx(0, abs=1e-6)
     assert health["advantage_std"].item() == pytest.approx(1)
     assert health["prior_drift"].item() == 0
+    assert health["concentrations_at_bounds"].item() == 0
+
+
+def test_concentrations_at_their_bounds_are_counted_and_warned_of(capsys):
+    policy = policy_with([0.0] * 4, [0.0] * 4)
+    heads = torch.tensor([[60.1, -60.1, 59.9, 0.0]]), torch.tensor([[0.0, 0.0, 0.0, 200.0]])  # of weight 0.1
+    action = sample_action(*policy.log_concentrations(*heads))
+    health = policy_health(policy, heads, action, torch.rand(1, 1, 2, 2), torch.zeros(1))
+    assert health["concentrations_at_bounds"].item() == 3 / 8
+    warn_of_bounds(4, 3 / 8)
+    assert "in epoch 4, 37.5 % of the log-concentrations were at their bounds of -6 and 6" in capsys.readouterr().out
+    warn_of_bounds(5, 0.0)
+    assert capsys.readouterr().out == ""

@@ -4,9 +4,11 @@ import json
 import os
 import re
 import shutil
+import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -154,3 +156,42 @@ def test_the_route_learns_real_images(tmp_path):
         [*common, "--finetune", heated, "--epochs", "2", "--lr", "0.01", "--output-dir", str(tmp_path / "fine")]
     )
     assert read_log(tmp_path / "fine")[-1]["val_top1"] > 0.6
+
+
+COMMANDS = {
+    "scontrol": 'if [ "$1" = show ]; then echo node1; else echo "scontrol $*" >> "$TOLD"; fi',
+    "srun": 'trap "echo TERM >> $TOLD; exit 1" TERM; echo "srun $*" >> "$TOLD"; touch "$TOLD.started"; '
+    "while true; do sleep 0.05; done",
+}
+
+
+def test_the_slurm_job_ends_its_run_gently_and_queues_itself_again(tmp_path):
+    """The README's batch file, with commands of our own in the place of Slurm's, under the signal that Slurm sends."""
+    block = re.search(r"in the place of Slurm's. -->\n```bash\n(.*?)```", README, re.DOTALL)[1]
+    for name, body in COMMANDS.items():
+        (tmp_path / name).write_text(f"#!/bin/bash\n{body}\n")
+        (tmp_path / name).chmod(0o755)
+    told = tmp_path / "told"
+    environment = {
+        **os.environ,
+        **{"PATH": f"{tmp_path}:{os.environ['PATH']}", "TOLD": str(told)},
+        **{"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "node[1-2]", "SLURM_NNODES": "2"},
+    }
+    job = subprocess.Popen(["bash", "-c", block], env=environment)
+    while not (tmp_path / "told.started").exists():
+        time.sleep(0.05)
+    job.send_signal(signal.SIGUSR1)
+    job.wait(timeout=60)
+    started, ended, requeued = told.read_text().splitlines()
+    assert started.startswith("srun torchrun --nnodes=2 --nproc_per_node=8")
+    assert started.endswith("--resume auto --checkpoint-steps 1000")
+    assert (ended, requeued) == ("TERM", "scontrol requeue 7")
+
+
+def test_each_promise_names_a_test_that_is_there():
+    table = README.split("## What it promises")[1].split("\n## ")[0]
+    named = re.findall(r"`(test_\w+\.py)(?:::(test_\w+))?`", table)
+    assert len(named) >= 12
+    for file, function in named:
+        content = (ROOT / "tests" / file).read_text()
+        assert f"\ndef {function}(" in content if function else content, (file, function)

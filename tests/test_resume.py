@@ -1,6 +1,9 @@
 """A resumed run equals the uninterrupted one bit for bit; what would change the trajectory is refused."""
 
+import json
+import os
 import shutil
+import signal
 
 import pytest
 import torch
@@ -8,8 +11,11 @@ import torch
 from _normal import train as normal
 from _policy_gradient import train as policy_gradient
 from tests.conftest import SMALL, SMALL_POLICY, run_script
+from utils import checkpoint
 from utils.errors import UserError
+from utils.interruption import Interrupted
 from utils.progress import read_log
+from utils.saving import Saver
 
 SCRIPTS = {"_normal": (normal, SMALL), "_policy_gradient": (policy_gradient, SMALL_POLICY)}
 RICH = ["--model-ema", "--model-ema-steps", "2", "--mixup-alpha", "0.2", "--auto-augment", "ta_wide", "--ra-sampler",
@@ -37,7 +43,7 @@ def assert_same(one, other, where=""):
 def state_of(folder, name="checkpoint.pth"):
     """A file's content without what may differ: folders and workers."""
     state = torch.load(folder / name, weights_only=True)
-    for free in ("output_dir", "resume", "workers"):
+    for free in ("checkpoint_steps", "output_dir", "resume", "workers"):
         state["args"].pop(free)
     return state
 
@@ -46,12 +52,33 @@ def log_of(folder):
     return [{name: value for name, value in line.items() if name != "images_per_second"} for line in read_log(folder)]
 
 
-def cut_off_before_the_last_epoch(whole, part):
-    """The folder of a run that was killed in its last epoch: its newest checkpoint is the one before the last."""
-    shutil.copytree(whole, part)
-    (part / "checkpoint.pth").unlink()
-    (part / "checkpoint_prev.pth").rename(part / "checkpoint.pth")
-    return part / "checkpoint.pth"
+@pytest.fixture
+def stop_at(monkeypatch):
+    """Where this process sends itself which signal: (epoch, steps done) in the training, (epoch, "evaluation")."""
+    signals = {}
+    after_step, stop_if_asked = Saver.after_step, Saver.stop_if_asked
+
+    def send(place):
+        if place in signals:
+            os.kill(os.getpid(), signals.pop(place))
+
+    def stop_after_step(saver, position, guard):
+        if saver.stop._former:  # not in a rehearsal, whose saver is never entered
+            send((position.epoch, position.step))
+        after_step(saver, position, guard)
+
+    def stop_in_evaluation(saver):
+        send((saver.position.epoch, "evaluation"))
+        stop_if_asked(saver)
+
+    monkeypatch.setattr(Saver, "after_step", stop_after_step)
+    monkeypatch.setattr(Saver, "stop_if_asked", stop_in_evaluation)
+    return signals
+
+
+def status_of(folder):
+    status = json.loads((folder / "status.json").read_text())
+    return status["status"], status["epoch"], status["step"]
 
 
 @pytest.mark.parametrize(
@@ -62,33 +89,64 @@ def cut_off_before_the_last_epoch(whole, part):
         ("_normal", ["--amp", "--amp-dtype", "fp16", "--lr", "0.01"]),
         ("_policy_gradient", []),
         ("_policy_gradient", RICH),
-        ("_policy_gradient", ["--objective", "reinforce", "--lr", "0.01"]),
+        ("_policy_gradient", ["--objective", "reinforce", "--lr", "0.01", "--model-ema", "--model-ema-steps", "3"]),
         ("_policy_gradient", ["--mask-policy", "uniform"]),
     ],
 )
-def test_resumed_equals_uninterrupted(name, flags, image_folder, tmp_path):
+def test_resumed_from_anywhere_equals_uninterrupted(name, flags, image_folder, tmp_path, stop_at):
+    """Stopped within an epoch, after its last step, and in its evaluation; 4 steps an epoch, 3 epochs."""
     script, small = SCRIPTS[name]
     whole, part = tmp_path / "whole", tmp_path / "part"
-    script.main([*small, *flags, "--epochs", "3", "--data-path", str(image_folder), "--output-dir", str(whole)])
-    checkpoint = cut_off_before_the_last_epoch(whole, part)
-    script.main(["--resume", str(checkpoint), "--workers", "1", "--device", "cpu"])
-    assert_same(state_of(whole), state_of(part))
-    assert_same(state_of(whole, "model_2.pth"), state_of(part, "model_2.pth"))
-    assert_same(log_of(whole), log_of(part))
-    best = [state_of(folder, "model_best.pth")["model"] for folder in (whole, part)]
-    assert_same(*best)
+    command = [*small, *flags, "--epochs", "3", "--data-path", str(image_folder), "--output-dir"]
+    script.main([*command, str(whole)])
+    places = {  # where the signal comes, and after how many steps the run stops: it is heard at the next step's end
+        (0, 2): (signal.SIGTERM, 3),
+        (1, 3): (signal.SIGINT, 4),
+        (1, "evaluation"): (signal.SIGUSR1, 4),
+        (2, 1): (signal.SIGTERM, 2),
+        (2, 4): (signal.SIGTERM, 4),
+    }
+    for place, (number, step) in places.items():
+        stop_at[place] = number
+        with pytest.raises(Interrupted, match=rf"{number.name}: stopped after {step} steps of epoch {place[0]}"):
+            script.main([*command, str(part), "--resume", "auto", "--workers", str(place[0] % 2)])
+        assert status_of(part) == ("interrupted", place[0], step)
+        state = torch.load(part / "checkpoint.pth", weights_only=True)
+        assert (state["epoch"], state["step"], state["images"]) == (place[0], step, 8 * step)
+    script.main([*command, str(part), "--resume", "auto"])
+    assert status_of(part) == ("finished", 3, 0)
+    assert_same_run(whole, part)
 
 
-@pytest.mark.slow
-def test_resumed_equals_uninterrupted_with_two_processes(image_folder, tmp_path):
-    whole, part = tmp_path / "whole", tmp_path / "part"
-    flags = [*SMALL_POLICY, "--epochs", "3", "--data-path", image_folder, "--output-dir", whole]
-    run_script("_policy_gradient/train.py", *flags, processes=2)
-    checkpoint = cut_off_before_the_last_epoch(whole, part)
-    run_script("_policy_gradient/train.py", "--resume", checkpoint, "--workers", 1, "--device", "cpu", processes=2)
-    assert len(state_of(part)["rng"]) == 2
-    assert_same(state_of(whole), state_of(part))
+def assert_same_run(whole, part):
+    names = {path.name for path in whole.glob("*.pth")} - {"checkpoint_prev.pth"}
+    assert names == {path.name for path in part.glob("*.pth")} - {"checkpoint_prev.pth"}
+    for name in names:
+        assert_same(state_of(whole, name), state_of(part, name), name)
     assert_same(log_of(whole), log_of(part))
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_checkpoints_within_an_epoch_and_their_copies_resume_exactly(name, image_folder, tmp_path, monkeypatch):
+    """Every third step; each checkpoint that is ever written is copied, and the run resumed from some of them."""
+    script, small = SCRIPTS[name]
+    copies = []
+
+    def copy_too(output_dir, state):
+        save_checkpoint(output_dir, state)
+        copies.append(tmp_path / f"{state['epoch']}_{state['step']}")
+        shutil.copytree(output_dir, copies[-1])
+
+    save_checkpoint = checkpoint.save_checkpoint
+    monkeypatch.setattr(checkpoint, "save_checkpoint", copy_too)
+    whole = tmp_path / "whole"
+    command = [*small, "--epochs", "2", "--data-path", str(image_folder), "--batch-size", "5"]
+    script.main([*command, "--output-dir", str(whole), "--checkpoint-steps", "3"])
+    assert [path.name for path in copies] == ["0_3", "0_6", "1_0", "1_3", "1_6", "2_0"]
+    monkeypatch.setattr(checkpoint, "save_checkpoint", save_checkpoint)
+    for part in (copies[0], copies[4]):
+        script.main(["--resume", str(part / "checkpoint.pth"), "--device", "cpu", "--workers", "1"])
+        assert_same_run(whole, part)
 
 
 def test_more_epochs_rebuild_the_schedule(image_folder, tmp_path):
@@ -127,12 +185,72 @@ def test_a_run_resumed_into_another_folder_takes_its_log_and_best_model_along(im
         normal.main([*resume, str(second)])
 
 
-def test_another_world_size_goes_on_and_says_so(image_folder, tmp_path):
-    normal.main([*SMALL, "--data-path", str(image_folder), "--epochs", "1", "--output-dir", str(tmp_path)])
-    resume = ["--resume", tmp_path / "checkpoint.pth", "--epochs", 2, "--device", "cpu"]
-    result = run_script("_normal/train.py", *resume, processes=2)
+def test_another_world_size_goes_on_from_the_same_image(image_folder, tmp_path, stop_at):
+    """One process did 2 of 4 steps, 16 of 36 images; two processes have one global batch of 16 in the 20 left."""
+    stop_at[(0, 1)] = signal.SIGTERM
+    command = [*SMALL, "--data-path", str(image_folder), "--epochs", "2", "--output-dir", str(tmp_path)]
+    with pytest.raises(Interrupted):
+        normal.main([*command, "--resume", "auto"])
+    result = run_script("_normal/train.py", *command, "--resume", "auto", processes=2)
     assert "The checkpoint is of 1 processes, and now there are 2" in result.stdout
+    assert "the same place in the data" in result.stdout
+    assert "epoch 0 [3/3]" in result.stdout
+    assert "epoch 1 [2/2]" in result.stdout
     assert [line["epoch"] for line in read_log(tmp_path)] == [0, 1]
+
+
+def test_auto_takes_the_newest_valid_checkpoint(image_folder, tmp_path, capsys):
+    command = [*SMALL, "--data-path", str(image_folder), "--resume", "auto", "--output-dir", str(tmp_path), "--epochs"]
+    normal.main([*command, "1"])
+    assert "rehearsal" in capsys.readouterr().out
+    normal.main([*command, "1"])  # finished: nothing is left to do
+    assert "rehearsal" not in capsys.readouterr().out
+    normal.main([*command, "2"])
+    newest, previous = tmp_path / "checkpoint.pth", tmp_path / "checkpoint_prev.pth"
+    expected = state_of(tmp_path)
+    assert torch.load(previous, weights_only=True)["epoch"] == 1
+
+    newest.write_bytes(newest.read_bytes()[:1000])  # damaged: the one before is taken, and is not lost by the next save
+    normal.main([*command, "2"])
+    assert f"{newest}: is no checkpoint, or is damaged" in (said := capsys.readouterr().out)
+    assert f"Trying {previous}." in said
+    assert_same(state_of(tmp_path), expected)
+    assert torch.load(previous, weights_only=True)["epoch"] == 1
+
+    newest.unlink()
+    normal.main([*command, "2"])
+    assert_same(state_of(tmp_path), expected)
+
+    newest.write_bytes(b"damaged")
+    previous.write_bytes(b"damaged too")
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(UserError, match=r"checkpoint_prev\.pth: is no checkpoint"):
+        normal.main([*command, "2"])
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_auto_starts_afresh_where_there_is_no_checkpoint(image_folder, tmp_path, capsys):
+    """After a kill within the first epoch, too: before its checkpoint the weights of that epoch may be there."""
+    data = ["--data-path", str(image_folder), "--device", "cpu", "--workers", "0"]
+    part, whole = tmp_path / "part", tmp_path / "whole"
+    part.mkdir()
+    (part / "model_0.pth").write_bytes(b"of a first epoch that was killed")
+    (part / ".checkpoint.pth.99.tmp").write_bytes(b"half a checkpoint")
+    normal.main([*SMALL, *data, "--epochs", "1", "--output-dir", str(whole)])
+    normal.main([*SMALL, *data, "--epochs", "1", "--output-dir", str(part), "--resume", "auto"])
+    assert not (part / ".checkpoint.pth.99.tmp").exists()
+    assert_same_run(whole, part)
+    with pytest.raises(UserError, match="--resume auto: no checkpoint to test in"):
+        normal.main([*data, "--output-dir", str(tmp_path / "none"), "--resume", "auto", "--test-only"])
+    tested = ["--output-dir", str(part), "--resume", "auto", "--test-only"]
+    normal.main([*data, *tested])
+    assert json.loads((part / "metrics.json").read_text())["weights"] == str(part / "checkpoint.pth")
+
+    fine = tmp_path / "fine"
+    command = [*SMALL, *data, "--finetune", str(whole / "model_0.pth"), "--resume", "auto", "--output-dir", str(fine)]
+    normal.main([*command, "--epochs", "1"])  # the first start takes the weights of --finetune,
+    normal.main([*command, "--epochs", "2"])  # and the second one goes on with the run
+    assert [line["epoch"] for line in read_log(fine)] == [0, 1]
 
 
 def test_what_cannot_be_resumed_is_refused_and_unharmed(image_folder, tmp_path):

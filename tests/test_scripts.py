@@ -33,7 +33,8 @@ def evaluate_only(script, *flags, data):
 
 def test_a_pretraining_leaves_the_files_it_promises(train):
     folder = train(policy_gradient, "--epochs", 2)
-    expected = {"checkpoint.pth", "checkpoint_prev.pth", "log.jsonl", "model_0.pth", "model_1.pth", "model_best.pth"}
+    expected = {"checkpoint.pth", "checkpoint_prev.pth", "log.jsonl", "status.json"}
+    expected |= {"model_0.pth", "model_1.pth", "model_best.pth"}
     assert {path.name for path in folder.iterdir()} == expected
     state = torch.load(folder / "checkpoint.pth", weights_only=True)
     assert (state["epoch"], state["step"], state["script"]) == (2, 0, "_policy_gradient")
@@ -315,7 +316,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(t
     state = torch.load(folder / "checkpoint.pth", weights_only=True)
     state["model"]["fc.bias"][0] = float("nan")
     checkpoint.save(folder / "poisoned.pth", state)
-    with pytest.raises(UserError, match="not finite at epoch 1, step 0"):
+    with pytest.raises(UserError, match=r"poisoned.pth: its 'fc.bias' holds NaN or infinite values"):
         normal.main(["--resume", str(folder / "poisoned.pth"), "--epochs", "2", "--device", "cpu"])
     assert (folder / "checkpoint.pth").read_bytes() == before
     assert len(read_log(folder)) == 1

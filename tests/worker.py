@@ -1,5 +1,7 @@
 """What several processes compute, for test_distributed.py to compare: `torchrun tests/worker.py JOB OUTPUT ...`."""
 
+import os
+import signal
 import sys
 from pathlib import Path
 
@@ -15,8 +17,10 @@ from utils import distributed, models
 from utils.data import EvaluationSampler, ImageFolder, build_loader
 from utils.errors import UserError, agreed, join_processes, run_script
 from utils.evaluation import measure, predict
+from utils.guard import NonFiniteLoss, StepGuard
+from utils.interruption import StopRequest
 from utils.metrics import RunningMean
-from utils.optim import FiniteGuard, GuardedUpdate, build_optimizer
+from utils.optim import GuardedUpdate, build_optimizer
 from utils.transforms import Normalize, evaluation_transform
 
 CPU = torch.device("cpu")
@@ -85,28 +89,33 @@ def evaluation(output: Path, data: str) -> None:
 
 
 def guard(output: Path) -> None:
-    """Two steps of which the second has a loss that is not finite on the last rank alone; and means over ranks."""
+    """Three steps; the last rank alone has a loss that is not finite at 1, and a signal at 2; and means over ranks."""
     torch.manual_seed(0)
     last = distributed.rank() == distributed.world_size() - 1
     model = torch.nn.Linear(2, 1, bias=False)
     parallel = distributed.wrap(model, CPU)
     update = GuardedUpdate({"classifier": build_optimizer("sgd", [{"params": model.parameters()}], 0.1, 0.9)}, CPU)
-    finite, meters = FiniteGuard(CPU), RunningMean(CPU)
-    weights = []
+    stop, meters = StopRequest(), RunningMean(CPU)
+    finite = StepGuard(CPU, lambda index: Path(f"{distributed.rank()}_{index}.png"), stop)
+    weights, stops = [], []
+    stop.__enter__()
     for step in range(3):
         loss = parallel(torch.ones(1, 2)).sum() * (float("nan") if last and step == 1 else 1.0)
-        update(loss, finite.check(loss, step))
+        if last and step == 2:
+            os.kill(os.getpid(), signal.SIGUSR1)
+        update(loss, finite.check(loss, step, torch.tensor([step])))
+        stops.append(finite.stop_agreed())
         weights.append(model.weight.detach().clone())
         meters.update(rank=torch.tensor(float(distributed.rank())))
     try:
         finite.raise_if_found(epoch=4)
-        message = None
-    except UserError as error:
-        message = str(error)
-    messages = distributed.all_gather_object(message)
-    means = meters.read()
+        found = None
+    except NonFiniteLoss as error:
+        found = str(error), error.batch
+    gathered = distributed.all_gather_object((found, stops))
+    means, state = meters.read(), meters.state()
     if distributed.is_main_process():
-        torch.save({"weights": weights, "messages": messages, "means": means}, output)
+        torch.save({"weights": weights, "gathered": gathered, "means": means, "state": state}, output)
 
 
 def failure(output: Path, kind: str) -> None:

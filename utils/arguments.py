@@ -1,6 +1,7 @@
 """The command line that both scripts share, and where each value comes from: given, the file, or the default."""
 
 import argparse
+import reprlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -10,8 +11,8 @@ from utils.errors import UserError
 
 # What a resumed run may be given anew, since the trajectory does not depend on it (`epochs` rebuilds the schedule).
 FREE_ON_RESUME = {
-    "data_path", "device", "epochs", "finetune", "num_classes", "output_dir", "print_freq", "resume", "split",
-    "test_only", "workers",
+    "bad_images", "checkpoint_steps", "data_path", "device", "epochs", "finetune", "max_bad_images", "num_classes",
+    "output_dir", "print_freq", "resume", "split", "test_only", "timeout", "workers",
 }  # fmt: skip
 # What weights were made for: taken from their file when it says so.
 MODEL_FLAGS = (
@@ -85,6 +86,8 @@ def _add_data_flags(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
     add("--data-path", help="folder with {train,val,test}/<class>/<image>; without it, generated phantoms are used")
     add("--num-classes", type=positive_int, help="checked against the data when given, else taken from it")
+    add("--bad-images", default="error", choices=("error", "skip"), help="stop at an unreadable image, or leave it out")
+    add("--max-bad-images", type=natural, default=100, help="of --bad-images skip: more than so many end the run")
     add("--split", default="val", choices=("train", "val", "test"), help="what --test-only evaluates on")
     add("-b", "--batch-size", "--batch_size", type=positive_int, default=32, help="images in each process")
     add("-j", "--workers", type=natural, default=16, help="data loading processes for each process; 0: none")
@@ -164,14 +167,17 @@ def _add_run_flags(group: argparse._ArgumentGroup) -> None:
     add("--use-deterministic-algorithms", action="store_true", help="only algorithms that repeat bit for bit")
     add("--print-freq", type=positive_int, default=10, help="steps between two lines, each a wait for the device")
     add("--output-dir", help="where files are written; None: the folder of --resume, else the current one")
-    add("--resume", metavar="FILE", help="go on from this checkpoint.pth; with --test-only any weights")
+    add("--resume", metavar="FILE", help="go on from this checkpoint.pth, or the newest of --output-dir if there is "
+        "one: auto; with --test-only any weights")  # fmt: skip
+    add("--checkpoint-steps", type=positive_int, help="steps between checkpoints within an epoch; None: none within")
+    add("--timeout", type=positive_float, default=600.0, help="seconds that a process waits for the others")
     add("--test-only", action="store_true", help="evaluate the weights of --resume (or --finetune) on --split")
 
 
 def parse_given(parser: Parser, argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Only what the command line says, without defaults."""
     absent = object()
-    blank = argparse.Namespace(**{action.dest: absent for action in parser._actions if action.dest != "help"})
+    blank = argparse.Namespace(**dict.fromkeys(_actions(parser), absent))
     parsed = vars(parser.parse_args(argv, namespace=blank))
     given = {name: value for name, value in parsed.items() if value is not absent}
     for name in ("mean", "std"):  # three equal values are one
@@ -181,7 +187,11 @@ def parse_given(parser: Parser, argv: Sequence[str] | None = None) -> dict[str, 
 
 
 def defaults(parser: Parser) -> dict[str, Any]:
-    return {action.dest: action.default for action in parser._actions if action.dest != "help"}
+    return {name: action.default for name, action in _actions(parser).items()}
+
+
+def _actions(parser: Parser) -> dict[str, argparse.Action]:
+    return {action.dest: action for action in parser._actions if action.dest != "help"}
 
 
 def for_fresh_start(parser: Parser, given: dict[str, Any]) -> argparse.Namespace:
@@ -189,18 +199,27 @@ def for_fresh_start(parser: Parser, given: dict[str, Any]) -> argparse.Namespace
 
 
 def for_resume(parser: Parser, given: dict[str, Any], saved: dict[str, Any], source: str) -> argparse.Namespace:
-    """All from the checkpoint, but what is free; raises UserError for a flag that would change the trajectory."""
+    """All from the checkpoint, but what is free.
+
+    Raises UserError for a flag that would change the trajectory, and for a value that no flag could have given it.
+    """
+    actions = _actions(parser)
+    # Where the files lie, and on what they are read, is said anew for each start.
+    again = {name: saved[name] for name in actions if name in saved and name not in ("device", "split", "test_only")}
+    for name, value in again.items():
+        if not _could_be_given(actions[name], value):
+            raise UserError(
+                f"{flag(name)}: {source} says {reprlib.repr(value)}, which this flag does not take; the file was not "
+                "written by this code, or was changed: take another checkpoint."
+            )
     for name in given.keys() - FREE_ON_RESUME:
         if name in saved and given[name] != saved[name]:
             raise UserError(
                 f"{flag(name)} {_text(given[name])}: {source} was trained with {_text(saved[name])}, and a resumed run "
                 "must go on as it began; leave the flag out, or start a new run."
             )
-    known = defaults(parser)
-    # Where the files lie, and on what they are read, is said anew for each start.
-    again = {name: value for name, value in saved.items() if name in known and name not in ("device", "split")}
-    again.pop("test_only", None)
-    return _namespace({**known, **again, **given, "output_dir": given.get("output_dir", str(Path(source).parent))})
+    output_dir = given.get("output_dir", str(Path(source).parent))
+    return _namespace({**defaults(parser), **again, **given, "output_dir": output_dir})
 
 
 def for_weights(
@@ -208,14 +227,14 @@ def for_weights(
 ) -> argparse.Namespace:
     """What the weights were made for comes from their file; raises UserError for a flag that contradicts it.
 
-    `saved` may be the arguments of other code: only values of the expected type are taken. A fine-tuning may choose
+    `saved` may be the arguments of other code: only values that the flag takes are taken. A fine-tuning may choose
     other crops (and other classes: the caller renews the head); an evaluation may not.
     """
-    actions = {action.dest: action for action in parser._actions}
+    actions = _actions(parser)
     told = {
         name: saved[name]
         for name in MODEL_FLAGS
-        if name in actions and name in saved and _plausible(saved[name], actions[name])
+        if name in actions and name in saved and _could_be_given(actions[name], saved[name])
     }
     for name in (given.keys() & told.keys()) - (set() if test_only else FREE_ON_FINETUNE):
         if given[name] != told[name]:
@@ -226,12 +245,26 @@ def for_weights(
     return _namespace({**defaults(parser), "output_dir": output_dir, **told, **given})
 
 
-def _plausible(value: Any, action: argparse.Action) -> bool:
+def _could_be_given(action: argparse.Action, value: Any) -> bool:
     """True if a value out of a file is one that this flag could have been given."""
-    if action.choices is not None and value not in action.choices:
+    if value is None:
+        return action.default is None
+    if action.nargs == 0:  # store_true
+        return isinstance(value, bool)
+    if action.nargs == "+":
+        return isinstance(value, list) and len(value) > 0 and all(_could_be_typed(action, one) for one in value)
+    return _could_be_typed(action, value)
+
+
+def _could_be_typed(action: argparse.Action, value: Any) -> bool:
+    """True if typing this value after the flag gives it back; a whole number will do for a flag that takes any."""
+    if not isinstance(value, (str, int, float)):
         return False
-    kind = (int, float) if isinstance(action.default, float) else type(action.default)
-    return isinstance(value, kind)
+    try:
+        parsed = (action.type or str)(str(value))
+    except (ValueError, argparse.ArgumentTypeError):
+        return False
+    return parsed == value and (action.choices is None or value in action.choices)
 
 
 def flag(name: str) -> str:

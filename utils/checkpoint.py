@@ -9,40 +9,44 @@ import io
 import os
 import pickle
 import shutil
-import zipfile
+import stat
 from pathlib import Path
+from types import NoneType
 from typing import Any, NamedTuple
 
 import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from utils import distributed
+from utils import verification
 from utils.errors import UserError
-from utils.files import write_atomically
+from utils.files import temporary_path, write_atomically
 from utils.models import StateDict
-from utils.optim import GuardedUpdate, MovingAverage
 
 FORMAT_VERSION = 1
 CHECKPOINT = "checkpoint.pth"
 PREVIOUS = "checkpoint_prev.pth"
 BEST = "model_best.pth"
-FOLDER = 0x10  # a zip record's attribute, which torch never sets; torch.load gives uninitialised memory for such a one
 KEY_PREFIXES = ("module.", "_orig_mod.")  # left in keys by DistributedDataParallel and torch.compile
 
 
-def save(path: Path, state: dict[str, Any]) -> None:
-    """Write plain values and tensors; the zip format carries a CRC-32 of each record, which `read` verifies."""
+def serialize(state: dict[str, Any]) -> memoryview:
+    """Plain values and tensors as bytes; the zip format carries a CRC-32 of each record, which `read` verifies."""
     buffer = io.BytesIO()
     torch.save(state, buffer)
-    write_atomically(path, buffer.getbuffer())
+    return buffer.getbuffer()
+
+
+def save(path: Path, state: dict[str, Any]) -> None:
+    """Write plain values and tensors, whole or not at all."""
+    write_atomically(path, serialize(state))
 
 
 def save_checkpoint(output_dir: Path, state: dict[str, Any]) -> None:
     """Write `checkpoint.pth`; the one before becomes `checkpoint_prev.pth`. At no moment is there none."""
     newest, previous = output_dir / CHECKPOINT, output_dir / PREVIOUS
     if newest.exists():
-        link = output_dir / f".{PREVIOUS}.{os.getpid()}.tmp"
+        link = temporary_path(previous)
         try:
             link.unlink(missing_ok=True)
             try:
@@ -57,20 +61,37 @@ def save_checkpoint(output_dir: Path, state: dict[str, Any]) -> None:
     save(newest, state)
 
 
+def replace_damaged(output_dir: Path, script: str) -> None:
+    """Put checkpoint_prev.pth in the place of a checkpoint.pth that is not valid, before that one is rotated."""
+    newest, previous = output_dir / CHECKPOINT, output_dir / PREVIOUS
+    try:
+        if newest.exists():
+            read_checkpoint(newest, script)
+    except UserError:
+        write_atomically(newest, previous.read_bytes())
+
+
 def read(path: str | Path) -> dict[str, Any]:
     """The dictionary in a .pth file, tensors on the CPU, verified and never unpickled beyond plain values.
 
-    Raises UserError for a file that is missing, damaged, no checkpoint, or holds pickled code.
+    Raises UserError for a file that is missing, damaged, no checkpoint, holds pickled code, or claims to be larger than
+    it is.
     """
     path = Path(path)
-    if not path.is_file():
-        raise UserError(f"{path}: no such file.")
     try:
+        if not stat.S_ISREG(path.stat().st_mode):
+            raise UserError(f"{path}: is no regular file; expected a checkpoint or weights.")
         if path.suffix == ".safetensors":
-            return safetensors.torch.load_file(path)
-        _verify_records(path)
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            state = torch.load(path, map_location="cpu", weights_only=True)
+            state = safetensors.torch.load_file(path)
+        else:
+            with torch.serialization.safe_globals([argparse.Namespace]):
+                state = torch.load(verification.checked_archive(path), map_location="cpu", weights_only=True)
+    except UserError:
+        raise
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file.") from None
+    except PermissionError:
+        raise UserError(f"{path}: no permission to read this file.") from None
     except pickle.UnpicklingError as error:
         if "GLOBAL" in str(error):
             raise UserError(
@@ -83,18 +104,8 @@ def read(path: str | Path) -> dict[str, Any]:
         raise UserError(f"{path}: is no checkpoint, or is damaged ({reason}).") from None
     if not isinstance(state, dict):
         raise UserError(f"{path}: holds a {type(state).__name__}; expected a dictionary of weights.")
+    verification.check_tensors(path, state)
     return state
-
-
-def _verify_records(path: Path) -> None:
-    if zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()
-            folders = [record.filename for record in archive.infolist() if record.external_attr & FOLDER]
-        if damaged is not None:
-            raise ValueError(f"the checksum of its record {damaged} is wrong")
-        if folders:
-            raise ValueError(f"its record {folders[0]} is marked as a folder")
 
 
 def read_checkpoint(path: str | Path, script: str) -> dict[str, Any]:
@@ -105,7 +116,7 @@ def read_checkpoint(path: str | Path, script: str) -> dict[str, Any]:
             f"{path}: holds weights but no full training state, so a run cannot resume from it; "
             f"use {CHECKPOINT}, or start from these weights with _normal/train.py --finetune."
         )
-    _check_types(path, state, script=str, epoch=int, best_f1=float, classes=list, args=dict, model=dict, rng=list)
+    verification.check_types(path, state, format_version=int, script=str)
     if state["format_version"] > FORMAT_VERSION:
         raise UserError(f"{path}: was written by a newer version (format {state['format_version']}); update this code.")
     if state["script"] != script:
@@ -113,16 +124,8 @@ def read_checkpoint(path: str | Path, script: str) -> dict[str, Any]:
             f"{path}: is a checkpoint of {state['script']}/train.py, and this is {script}/train.py; "
             "to go on from its weights use _normal/train.py --finetune."
         )
+    verification.check_full_state(path, state)
     return state
-
-
-def _check_types(path: str | Path, state: dict[str, Any], **kinds: type) -> None:
-    """Raise UserError for an entry that is missing or of another type."""
-    for name, kind in kinds.items():
-        if not isinstance(state.get(name), kind):
-            raise UserError(
-                f"{path}: its '{name}' is not a {kind.__name__}; this is no whole checkpoint of this project."
-            )
 
 
 class Weights(NamedTuple):
@@ -130,7 +133,7 @@ class Weights(NamedTuple):
 
     model: StateDict  # clean timm keys
     classes: list[str] | None
-    args: dict[str, Any]  # empty if the file holds none
+    args: dict[str, Any]  # what a command line can give; empty if the file holds none
     policy_net: StateDict | None
     path: str
 
@@ -139,26 +142,47 @@ def read_weights(path: str | Path) -> Weights:
     """Weights from our files, the authors' checkpoints, a bare state dict or safetensors.
 
     From a full state with a moving average (`--model-ema`) these are the averaged weights, which were validated.
-    Raises UserError as `read` does, and for a file without a state dict.
+    Raises UserError as `read` does, and for a file without a state dict of finite numbers.
     """
     state = read(path)
     wrapped = isinstance(state.get("model"), dict)
-    model = clean_keys((state.get("model_ema") or state["model"]) if wrapped else state)
-    model.pop("n_averaged", None)  # in torchvision's state of a moving average, beside the weights
-    if not model or not all(isinstance(value, Tensor) for value in model.values()):
+    found = state
+    if wrapped:
+        found = state["model"] if state.get("model_ema") is None else state["model_ema"]
+    if not _is_state_dict(found):
         raise UserError(f"{path}: holds no state dict: expected tensors by name, or a dictionary with such a 'model'.")
+    model = clean_keys(found)
+    model.pop("n_averaged", None)  # in torchvision's state of a moving average, beside the weights
+    verification.check_state_dict(path, model)
     args = state.get("args", {}) if wrapped else {}
     args = vars(args) if isinstance(args, argparse.Namespace) else args
     ours = "format_version" in state
     if ours:
-        _check_types(path, state, classes=list, args=dict)
+        verification.check_classes(path, state)
+        verification.check_types(path, state, args=dict)
+        if "policy_net" in state:
+            verification.check_types(path, state, policy_net=dict)
+            verification.check_state_dict(path, state["policy_net"])
     return Weights(
         model=model,
-        classes=state.get("classes") if ours else None,
-        args=dict(args) if isinstance(args, dict) else {},
+        classes=state["classes"] if ours else None,
+        args={name: value for name, value in args.items() if _is_plain(value)} if isinstance(args, dict) else {},
         policy_net=state.get("policy_net") if ours else None,
         path=str(path),
     )
+
+
+def _is_state_dict(found: Any) -> bool:
+    return (
+        isinstance(found, dict)
+        and len(found) > 0
+        and all(isinstance(key, str) and isinstance(value, Tensor) for key, value in found.items())
+    )
+
+
+def _is_plain(value: Any) -> bool:
+    """True for what a command line can give."""
+    return all(isinstance(one, (str, int, float, NoneType)) for one in (value if isinstance(value, list) else [value]))
 
 
 def clean_keys(state_dict: StateDict) -> StateDict:
@@ -172,53 +196,6 @@ def clean_keys(state_dict: StateDict) -> StateDict:
     return {clean(key): value for key, value in state_dict.items()}
 
 
-def full_state(
-    script: str,
-    *,
-    next_epoch: int,
-    best_f1: float,
-    classes: list[str],
-    args: dict[str, Any],
-    model: nn.Module,
-    update: GuardedUpdate,
-    ema: MovingAverage | None,
-    **more: StateDict,
-) -> dict[str, Any]:
-    """All that a run goes on from, at the start of epoch `next_epoch`; every rank must call it.
-
-    The schedules are not in it: they follow from the arguments and the epoch.
-    """
-    return {
-        "format_version": FORMAT_VERSION,
-        "script": script,
-        "epoch": next_epoch,
-        "step": 0,
-        "best_f1": best_f1,
-        "rng": rng_states(),
-        "classes": classes,
-        "args": args,
-        "model": model.state_dict(),
-        **update.state(),
-        **(ema.state() if ema else {}),
-        **more,
-    }
-
-
 def weights_state(model: nn.Module, classes: list[str], args: dict[str, Any]) -> dict[str, Any]:
     """What `model_<epoch>.pth` and `model_best.pth` hold."""
     return {"format_version": FORMAT_VERSION, "model": model.state_dict(), "classes": classes, "args": args}
-
-
-def rng_states() -> list[dict[str, Tensor]]:
-    """The state of the global generators, CPU and CUDA, of each rank."""
-    state = {"cpu": torch.get_rng_state()}
-    if torch.cuda.is_initialized():
-        state["cuda"] = torch.cuda.get_rng_state()
-    return distributed.all_gather_object(state)
-
-
-def restore_rng_state(state: dict[str, Tensor]) -> None:
-    """Put this process's generators back to one rank's state."""
-    torch.set_rng_state(state["cpu"])
-    if "cuda" in state and torch.cuda.is_initialized():
-        torch.cuda.set_rng_state(state["cuda"])

@@ -5,7 +5,7 @@ import os
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -14,7 +14,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
+from utils.bad_images import BadImages
 from utils.errors import UserError
+from utils.images import read_image
+from utils.interruption import ride_out_signals
 
 LAYOUT = "DATA/{train,val,test}/<class>/<image>"
 
@@ -36,11 +39,24 @@ class ImageFolder(Dataset):
     NumPy arrays, which worker processes share instead of copying.
     """
 
-    def __init__(self, root: str | Path, transform: Callable[[Image.Image], Tensor], seed: int = 0) -> None:
-        """Raises UserError for a missing or empty folder, and for a class without images."""
+    def __init__(
+        self,
+        root: str | Path,
+        transform: Callable[[Image.Image], Tensor],
+        seed: int = 0,
+        on_bad_image: Literal["error", "next", "blank"] = "error",
+        max_bad_images: int = 100,
+    ) -> None:
+        """on_bad_image: what a batch holds for an image that cannot be read: an error; the next readable image, which
+        depends on the index only; or a blank one of index -1. After `max_bad_images` in a row the next is not tried.
+
+        Raises UserError for a missing or empty folder, and for a class without images.
+        """
         self.root = Path(root)
         self.transform = transform
         self.seed = seed
+        self.on_bad_image = on_bad_image
+        self.max_bad_images = max_bad_images
         self.classes = find_classes(self.root)
         names = [list_images(self.root / name) for name in self.classes]
         self.targets = np.repeat(np.arange(len(names), dtype=np.int32), [len(paths) for paths in names])
@@ -61,12 +77,28 @@ class ImageFolder(Dataset):
         finally:
             torch.random.set_rng_state(state)
 
-    def __getitems__(self, keys: list[SampleKey]) -> "list[tuple[Tensor, int, int]] | UserError":
+    def __getitems__(self, keys: list[SampleKey]) -> "Batch | UserError":
         """A batch, or a bad image's UserError itself: raised in a worker, it would arrive wrapped in a traceback."""
+        bad: list[str] = []
         try:
-            return [self[key] for key in keys]
+            images, targets, indices = zip(*(self._readable(key, bad) for key in keys), strict=True)
         except UserError as error:
             return error
+        return Batch(torch.stack(images), torch.tensor(targets), torch.tensor(indices), tuple(bad))
+
+    def _readable(self, key: SampleKey, bad: list[str]) -> tuple[Tensor, int, int]:
+        """The item, or what stands in for it; adds to `bad` why images were passed over."""
+        tried = min(self.max_bad_images + 1, len(self))
+        for index in range(key.index, key.index + tried):
+            try:
+                return self[key._replace(index=index % len(self))]
+            except UserError as error:
+                if self.on_bad_image == "error":
+                    raise
+                bad.append(str(error))
+            if self.on_bad_image == "blank":
+                return self.transform(Image.new("RGB", (8, 8))), int(self.targets[key.index]), -1
+        raise UserError(f"{self.root}: {tried} images in a row cannot be read; the last: {bad[-1]}")
 
 
 def derive_seed(purpose: str, *numbers: int) -> int:
@@ -81,45 +113,34 @@ def find_classes(split: Path) -> list[str]:
         raise UserError(f"{split}: no such folder; expected {LAYOUT}.")
     try:
         classes = sorted(entry.name for entry in os.scandir(split) if entry.is_dir())
-    except PermissionError:
-        raise UserError(f"{split}: no permission to read this folder.") from None
+    except OSError as error:
+        raise UserError(f"{error.filename}: cannot read this folder ({error.strerror}).") from None
     if not classes:
         raise UserError(f"{split}: holds no class folders; expected {LAYOUT}.")
     return classes
 
 
 def list_images(class_folder: Path) -> list[str]:
-    """The sorted paths of all images below a class folder; raises UserError if there is none."""
+    """The sorted paths of all images below a class folder.
+
+    Raises UserError if there is none, and for links by which a folder holds itself, or another folder twice.
+    """
 
     def refuse(error: OSError) -> None:
         raise UserError(f"{error.filename}: cannot read this folder ({error.strerror}).")
 
-    paths = [
-        os.path.join(folder, name)
-        for folder, _, names in os.walk(class_folder, followlinks=True, onerror=refuse)
-        for name in names
-        if name.lower().endswith(IMG_EXTENSIONS)
-    ]
+    paths: list[str] = []
+    seen: dict[tuple[int, int], str] = {}
+    for folder, _, names in os.walk(class_folder, followlinks=True, onerror=refuse):
+        status = os.stat(folder)
+        other = seen.setdefault((status.st_dev, status.st_ino), folder)
+        if other != folder:
+            raise UserError(f"{folder}: a link makes this the same folder as {other}; remove the link.")
+        paths += [os.path.join(folder, name) for name in names if name.lower().endswith(IMG_EXTENSIONS)]
     if not paths:
         kinds = ", ".join(IMG_EXTENSIONS)
         raise UserError(f"{class_folder}: holds no image ({kinds}); expected {LAYOUT}.")
     return sorted(paths)
-
-
-def read_image(path: Path) -> Image.Image:
-    """Decode an 8-bit image to RGB with Pillow.
-
-    Raises UserError with the path if it is no image, is cut short, or has more bits a pixel: nobody states what range
-    of them is meant, and Pillow's own conversion would clip it at 255.
-    """
-    try:
-        with Image.open(path) as image:
-            if image.mode == "F" or image.mode.startswith("I"):
-                raise ValueError("more than 8 bits a channel: save it with 8, windowed as it is to be seen")
-            return image.convert("RGB")
-    except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error, ...
-        reason = str(error).split("\n")[0]
-        raise UserError(f"{path}: cannot be read as an image ({reason}); replace or remove it.") from None
 
 
 def check_same_classes(root: Path, splits: dict[str, list[str]]) -> None:
@@ -137,9 +158,10 @@ class TrainingSampler(Sampler[list[SampleKey]]):
     """This rank's share of each global batch, as lists of keys; knows its epoch and its position in it.
 
     Global batch t is permutation[t*W*B : (t+1)*W*B] for world size W and batch size B, the remainder dropped; this
-    rank takes every W-th entry of it. The permutation depends on (seed, epoch) only. With `repeats` above 1 (repeated
-    augmentation, Hoffer et al. 2020) each image of the permutation stands `repeats` times in a row, augmented
-    differently, on different ranks where there are several, and the list is cut to the number of images.
+    rank takes every W-th entry of it. An iteration may begin at any step, and at any place in the order. The
+    permutation depends on (seed, epoch) only. With `repeats` above 1 (repeated augmentation, Hoffer et al. 2020) each
+    image of it stands `repeats` times in a row, augmented differently, on different ranks where there are several, and
+    the list is cut to the number of images.
     """
 
     def __init__(
@@ -157,13 +179,16 @@ class TrainingSampler(Sampler[list[SampleKey]]):
         self.world_size = world_size
         self.seed = seed
         self.repeats = repeats
-        self.epoch = 0
-        self.first_step = 0
+        self.set_position(0)
 
-    def set_position(self, epoch: int, first_step: int = 0) -> None:
-        """Let the next iteration give epoch `epoch`, from its global batch `first_step` on."""
-        self.epoch = epoch
-        self.first_step = first_step
+    def set_position(self, epoch: int, first_step: int = 0, first_image: int | None = None) -> None:
+        """Let the next iteration give epoch `epoch` from its step `first_step` on.
+
+        first_image: how many images of the epoch's order the steps before took, where that was on another number of
+        processes; None: as many as such steps take now.
+        """
+        self.epoch, self.first_step = epoch, first_step
+        self.first_image = first_step * self.global_batch if first_image is None else first_image
 
     @property
     def global_batch(self) -> int:
@@ -171,10 +196,15 @@ class TrainingSampler(Sampler[list[SampleKey]]):
 
     @property
     def steps_per_epoch(self) -> int:
-        return self.num_images // self.global_batch
+        """The steps of this epoch, those before the position included."""
+        return self.first_step + len(self)
+
+    def images_before(self, step: int) -> int:
+        """How many images of the epoch's order are behind a run when `step` begins."""
+        return self.first_image + (step - self.first_step) * self.global_batch
 
     def __len__(self) -> int:
-        return self.steps_per_epoch - self.first_step
+        return (self.num_images - self.first_image) // self.global_batch
 
     def __iter__(self) -> Iterator[list[SampleKey]]:
         generator = torch.Generator().manual_seed(derive_seed("order", self.seed, self.epoch))
@@ -182,7 +212,7 @@ class TrainingSampler(Sampler[list[SampleKey]]):
         if self.repeats > 1:
             order = order.repeat(self.repeats)[: self.num_images]
         for step in range(self.first_step, self.steps_per_epoch):
-            places = range(step * self.global_batch + self.rank, (step + 1) * self.global_batch, self.world_size)
+            places = range(self.images_before(step) + self.rank, self.images_before(step + 1), self.world_size)
             yield [SampleKey(int(order[place]), self.epoch, place % self.repeats) for place in places]
 
 
@@ -192,6 +222,7 @@ class EvaluationSampler(Sampler[list[SampleKey]]):
     def __init__(self, num_images: int, batch_size: int, rank: int = 0, world_size: int = 1) -> None:
         self.indices = range(rank, num_images, world_size)
         self.batch_size = batch_size
+        self.common_steps = -(-(num_images // world_size) // batch_size)  # of the rank that has the fewest
 
     def __len__(self) -> int:
         return -(-len(self.indices) // self.batch_size)
@@ -202,18 +233,20 @@ class EvaluationSampler(Sampler[list[SampleKey]]):
 
 
 class Batch(NamedTuple):
-    """Images (B, 3, S, S) uint8, targets (B,) int64 and indices in the split (B,) int64."""
+    """Images (B, 3, S, S) uint8, targets (B,) int64 and indices in the split (B,) int64: -1 for a blank stand-in.
+
+    bad: why images were passed over for this batch.
+    """
 
     images: Tensor
     targets: Tensor
     indices: Tensor
+    bad: tuple[str, ...] = ()
 
 
-def collate(samples: "list[tuple[Tensor, int, int]] | UserError") -> "Batch | UserError":
-    if isinstance(samples, UserError):
-        return samples
-    images, targets, indices = zip(*samples, strict=True)
-    return Batch(torch.stack(images), torch.tensor(targets), torch.tensor(indices))
+def as_it_is(batch: "Batch | UserError") -> "Batch | UserError":
+    """What `ImageFolder.__getitems__` gives is a batch already."""
+    return batch
 
 
 def build_loader(dataset: ImageFolder, sampler: Sampler[list[SampleKey]], workers: int, pin_memory: bool) -> DataLoader:
@@ -222,22 +255,26 @@ def build_loader(dataset: ImageFolder, sampler: Sampler[list[SampleKey]], worker
         dataset,
         batch_sampler=sampler,
         num_workers=workers,
-        collate_fn=collate,
+        collate_fn=as_it_is,
         pin_memory=pin_memory,
         persistent_workers=workers > 0,
+        worker_init_fn=ride_out_signals,
         # The loader draws a seed at every pass; from its own generator, so that the global one stays where it is.
         generator=torch.Generator(),
     )
 
 
-def batches(loader: DataLoader, device: torch.device) -> Iterator[Batch]:
+def batches(loader: DataLoader, device: torch.device, bad_images: BadImages | None = None) -> Iterator[Batch]:
     """The loader's batches on the device (copied without waiting from pinned memory).
 
-    Raises UserError, with the path, at the first image that cannot be read.
+    bad_images: takes note of what was passed over. Raises UserError, with the path, at the first image that cannot be
+    read where none may be.
     """
     for batch in loader:
         if isinstance(batch, UserError):
             # A new one: the traceback of this one would hold the frame that holds it, and the loader's workers with it.
             raise UserError(str(batch))
+        if bad_images is not None:
+            bad_images.note(batch.bad)
         images, targets = (tensor.to(device, non_blocking=True) for tensor in (batch.images, batch.targets))
-        yield Batch(images, targets, batch.indices)
+        yield batch._replace(images=images, targets=targets)

@@ -7,6 +7,7 @@ With one process and no launcher there is no process group, and every collective
 import contextlib
 import inspect
 import os
+from datetime import timedelta
 from typing import Any, NamedTuple
 
 import torch
@@ -83,8 +84,11 @@ def resolve_device(name: str | None, local_rank: int = 0, local_world_size: int 
     return torch.device("cuda", local_rank if device.index is None else device.index)
 
 
-def initialize(device_name: str | None) -> torch.device:
+def initialize(device_name: str | None, timeout_seconds: float) -> torch.device:
     """Join the process group that the launcher describes (nccl on CUDA, gloo on the CPU); returns the device.
+
+    A collective that another rank does not join within the timeout fails, on the CPU by an exception, on CUDA by the
+    end of the process.
 
     Raises ValueError for a device that is not there, before anything waits for another process.
     """
@@ -98,10 +102,13 @@ def initialize(device_name: str | None) -> torch.device:
         return device
     if "MASTER_ADDR" not in os.environ:
         os.environ.update(slurm_rendezvous(os.environ))
-    _store, rank, world_size = next(dist.rendezvous("env://", launch.rank, launch.world_size))
+    timeout = timedelta(seconds=timeout_seconds)
+    _store, rank, world_size = next(dist.rendezvous("env://", launch.rank, launch.world_size, timeout=timeout))
     backend = "nccl" if device.type == "cuda" else "gloo"
     device_id = device if device.type == "cuda" else None
-    dist.init_process_group(backend, store=_store, rank=rank, world_size=world_size, device_id=device_id)
+    dist.init_process_group(
+        backend, store=_store, rank=rank, world_size=world_size, timeout=timeout, device_id=device_id
+    )
     return device
 
 
@@ -209,7 +216,12 @@ def post_failure(message: str) -> None:
     """Leave word for the other ranks that this one stops, and why."""
     if _store is not None:
         with contextlib.suppress(Exception):  # the store's host may be gone, and the message is a courtesy
-            _store.set(FAILURE_KEY, message)
+            _store.set(FAILURE_KEY, message.encode(errors="backslashreplace").decode())
+
+
+def is_lost_contact(error: BaseException) -> bool:
+    """True if a collective failed since another rank ended or did not answer in time."""
+    return isinstance(error, dist.DistError) or "gloo" in str(error)
 
 
 def failure_posted() -> bool:

@@ -11,6 +11,8 @@ from contextlib import contextmanager
 import torch
 
 from utils import distributed
+from utils.interruption import EXIT_CODE as INTERRUPTED_EXIT_CODE
+from utils.interruption import Interrupted
 
 EXIT_CODE = 2
 GRACE_SECONDS = 10
@@ -40,12 +42,15 @@ def agreed() -> Iterator[None]:
         raise UserError(problems[0], agreed=True)
 
 
-def join_processes(device_name: str | None) -> torch.device:
-    """Join the process group; returns this process's device. Raises UserError for a device that is not there."""
+def join_processes(device_name: str | None, timeout_seconds: float = 600) -> torch.device:
+    """Join the process group; returns this process's device. Raises UserError for a device that is not there.
+
+    timeout_seconds: how long a rank waits for the others, here and in each later collective.
+    """
     if distributed.launched_rank() != 0:
         warnings.simplefilter("ignore")  # rank 0 speaks for all
     try:
-        return distributed.initialize(device_name)
+        return distributed.initialize(device_name, timeout_seconds)
     except ValueError as error:
         raise UserError(str(error), agreed=True) from None
 
@@ -56,6 +61,8 @@ def run_script(main: Callable[[], None]) -> None:
     A rank that fails alone speaks for itself, and leaves word for the others, so that they stop without a traceback of
     the broken connection.
     """
+    if hasattr(sys.stdout, "reconfigure"):  # which a stream in a notebook lacks
+        sys.stdout.reconfigure(errors="backslashreplace")  # the names of files may be no text
     try:
         main()
     except UserError as error:
@@ -69,13 +76,34 @@ def run_script(main: Callable[[], None]) -> None:
             _leave_at_once()
         distributed.shutdown()
         sys.exit(EXIT_CODE)
-    except Exception:
+    except Interrupted as stop:
+        if distributed.is_main_process():
+            print(stop, flush=True)
+        if distributed.in_process_group():
+            _wait_for_rank_0()
+        distributed.shutdown()
+        sys.exit(INTERRUPTED_EXIT_CODE)
+    except Exception as error:
         if distributed.world_size() == 1:
             raise
-        if not distributed.failure_posted():
+        if distributed.is_lost_contact(error):
+            if not distributed.failure_posted():
+                _say_lost_contact(error)
+        else:
             traceback.print_exc()
+            distributed.post_failure(str(error))
         _leave_at_once()
     distributed.shutdown()
+
+
+def _say_lost_contact(error: Exception) -> None:
+    reason = str(error).splitlines()[0]
+    print(
+        f"error: rank {distributed.rank()}: another rank ended, or did not answer within --timeout ({reason}); what it "
+        "printed itself tells why. --resume auto goes on from the last checkpoint.",
+        file=sys.stderr,
+        flush=True,
+    )
 
 
 def _wait_for_rank_0() -> None:

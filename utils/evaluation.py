@@ -10,10 +10,14 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from utils import distributed
+from utils.bad_images import BadImages
 from utils.data import batches
+from utils.errors import UserError
 from utils.files import write_atomically
 from utils.metrics import Metrics, classification_metrics, per_class_table, table_as_csv
 from utils.progress import Progress, say
+
+STOP_STEPS = 10  # between two looks at whether a signal came
 
 
 class Predictions(NamedTuple):
@@ -33,17 +37,21 @@ def predict(
     autocast_dtype: torch.dtype | None = None,
     print_freq: int = 10,
     label: str = "evaluate",
+    stop_if_asked: Callable[[], None] | None = None,
+    bad_images: BadImages | None = None,
 ) -> Predictions:
     """Predictions of all ranks together, the same on every rank. Rank 0's buffers are broadcast first.
 
-    model: the unwrapped classifier; prepare: uint8 images (B, 3, S, S) on the device to the classifier's input.
+    model: the unwrapped classifier; prepare: uint8 images (B, 3, S, S) on the device to the classifier's input;
+    stop_if_asked: a collective, called now and then, that raises where the run is to stop; bad_images: takes note of
+    the images that are left out. Raises UserError if they are too many, or all.
     """
     distributed.broadcast_buffers(model)
     model.eval()
     logits, targets, indices = [], [], []
     global_batch = loader.batch_sampler.batch_size * distributed.world_size()
     progress = Progress(label, len(loader), print_freq, global_batch)
-    for step, batch in progress.track(batches(loader, device)):
+    for step, batch in progress.track(batches(loader, device, bad_images)):
         with torch.autocast(device.type, dtype=autocast_dtype, enabled=autocast_dtype is not None):
             output = model(prepare(batch.images))
         logits.append(output.float())
@@ -51,10 +59,20 @@ def predict(
         indices.append(batch.indices)
         if progress.is_due(step):
             progress.show(step, {})
+        if stop_if_asked is not None and step % STOP_STEPS == 0 and step < loader.batch_sampler.common_steps:
+            stop_if_asked()
+    if bad_images is not None:
+        bad_images.share()
     mine = [torch.cat(parts).cpu() for parts in (logits, targets, indices)] if logits else None
     shares = [share for share in distributed.all_gather_object(mine) if share is not None]
     all_logits, all_targets, all_indices = (torch.cat(parts) for parts in zip(*shares, strict=True))
     order = all_indices.argsort()
+    order = order[all_indices[order] >= 0]  # without the stand-ins of images that cannot be read
+    if not len(order):
+        raise UserError(
+            f"{loader.dataset.root}: none of the {len(all_indices)} images evaluated can be read; replace them.",
+            agreed=True,
+        )
     return Predictions(all_logits[order], all_targets[order])
 
 
@@ -80,7 +98,7 @@ def report_test(
     for name, predictions in results.items():
         rows = per_class_table(predictions.logits, predictions.targets, classes)
         suffix = "" if name == "clean" else f"_{name}"
-        write_atomically(output_dir / f"per_class{suffix}.csv", table_as_csv(rows).encode())
+        write_atomically(output_dir / f"per_class{suffix}.csv", table_as_csv(rows).encode(errors="backslashreplace"))
         say(f"{split}, {images} images, {name}: {format_metrics(metrics[name])}")
         width = max(len(row["class"]) for row in rows)
         for row in rows:

@@ -5,22 +5,57 @@ from pathlib import Path
 
 from utils.errors import UserError
 
+TEMPORARY = ".tmp"
+
 
 def write_atomically(path: Path, data: bytes | memoryview) -> None:
     """Write a file that appears whole or not at all: temporary file in the same folder, fsync, rename, folder fsync.
 
     Raises UserError if the file system refuses; what stood at `path` is then as it was.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = temporary_path(path)
     try:
         try:
             _write_and_sync(temporary, memoryview(data))
             os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
-        _sync_folder(path.parent)
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error.strerror}); what was there is unharmed.") from None
+    try:
+        _sync_folder(path.parent)
+    except OSError as error:
+        raise UserError(f"{path}: is written, but may not outlive a power failure ({error.strerror}).") from None
+
+
+def temporary_path(path: Path) -> Path:
+    """Where this process writes before it renames to `path`: hidden, in the same folder, and known by its ending."""
+    return path.with_name(f".{path.name}.{os.getpid()}{TEMPORARY}")
+
+
+def remove_temporaries(folder: Path) -> None:
+    """Remove what a kill in the middle of a write has left; raises UserError if that is refused."""
+    for path in folder.glob(f".*{TEMPORARY}"):
+        try:
+            path.unlink(missing_ok=True)
+        except OSError as error:
+            raise UserError(f"{path}: left by a run that was killed, cannot be removed ({error.strerror}).") from None
+
+
+def prove_writable(folder: Path, data: memoryview) -> None:
+    """Write the bytes to a temporary file of the folder, and remove it; raises UserError if it is refused."""
+    probe = temporary_path(folder / "probe")
+    try:
+        try:
+            _write_and_sync(probe, data)
+        finally:
+            probe.unlink(missing_ok=True)
+    except OSError as error:
+        megabytes = len(data) / 1e6
+        raise UserError(
+            f"{folder}: a checkpoint of {megabytes:.0f} MB cannot be written there ({error.strerror}); free space, or "
+            "give another --output-dir."
+        ) from None
 
 
 def _write_and_sync(path: Path, data: memoryview) -> None:

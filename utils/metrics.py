@@ -1,12 +1,15 @@
-"""Numbers: running means on the device during training, and scikit-learn's metrics of gathered predictions."""
+"""Numbers: running means on the device during training, and scikit-learn's metrics of gathered predictions.
+
+scikit-learn is imported where it is used: on rank 0 only, since it costs each process's start more than a second.
+"""
 
 import csv
 import io
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
-from sklearn.metrics import accuracy_score, precision_recall_fscore_support, recall_score, roc_auc_score
 from torch import Tensor
 
 from utils import distributed
@@ -19,8 +22,12 @@ class RunningMean:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
+        self.reset()
+
+    def reset(self) -> None:
+        """Begin anew."""
         self.names: tuple[str, ...] = ()
-        self.total = torch.zeros(0, dtype=torch.float64, device=device)
+        self.total = torch.zeros(0, dtype=torch.float64, device=self.device)
         self.count = 0
 
     def update(self, **values: Tensor) -> None:
@@ -38,6 +45,17 @@ class RunningMean:
         means = distributed.all_reduce_mean(self.total / self.count).tolist()
         return dict(zip(self.names, means, strict=True))
 
+    def state(self) -> dict[str, Any]:
+        """Names, count, and the totals of each rank (W, n); every rank must call it."""
+        totals = torch.stack(distributed.all_gather_object(self.total.cpu()))
+        return {"names": list(self.names), "count": self.count, "totals": totals}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Go on from `state()`; on another number of processes each takes the mean of the totals."""
+        totals = state["totals"]  # (W, n)
+        own = totals[distributed.rank()] if len(totals) == distributed.world_size() else totals.mean(0)
+        self.names, self.count, self.total = tuple(state["names"]), state["count"], own.to(self.device)
+
 
 def batch_accuracy(logits: Tensor, targets: Tensor) -> Tensor:
     """Top-1 accuracy of a batch, a tensor () in [0, 1]; targets (B,) or, when mixed, (B, C): their largest counts."""
@@ -54,6 +72,8 @@ def classification_metrics(logits: Tensor, targets: Tensor, auroc: bool = False)
     nats; None if it is not finite) and, if asked for, auroc: macro, one-vs-one, over the classes present; None with a
     single one, or where a logit is not finite.
     """
+    from sklearn.metrics import accuracy_score, precision_recall_fscore_support, recall_score
+
     log_probabilities = logits.double().log_softmax(1).numpy()
     predictions = logits.argmax(1).numpy()
     truth = targets.numpy()
@@ -85,6 +105,8 @@ def _top_k(truth: np.ndarray, logits: Tensor, k: int) -> float:
 
 def _auroc(truth: np.ndarray, probabilities: np.ndarray) -> float | None:
     """Macro one-vs-one AUROC (Hand and Till 2001); every pair of present classes is scored by its own two columns."""
+    from sklearn.metrics import roc_auc_score
+
     present = np.unique(truth)
     if len(present) < 2 or not np.isfinite(probabilities).all():
         return None
@@ -96,6 +118,8 @@ def _auroc(truth: np.ndarray, probabilities: np.ndarray) -> float | None:
 
 def per_class_table(logits: Tensor, targets: Tensor, classes: Sequence[str]) -> list[dict[str, str | int | float]]:
     """One row a class: name, images, precision, recall, f1 (0 where undefined)."""
+    from sklearn.metrics import precision_recall_fscore_support
+
     columns = precision_recall_fscore_support(
         targets.numpy(), logits.argmax(1).numpy(), labels=np.arange(len(classes)), zero_division=0
     )

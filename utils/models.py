@@ -81,7 +81,7 @@ def head_names(model: nn.Module) -> list[str]:
 def head_size(model: nn.Module, state_dict: StateDict) -> int | None:
     """The number of classes that a state dict's head gives, or None if it has none under the model's names."""
     weights = (state_dict.get(f"{head}.weight") for head in head_names(model))
-    return next((weight.shape[0] for weight in weights if weight is not None), None)
+    return next((weight.shape[0] for weight in weights if weight is not None and weight.ndim > 0), None)
 
 
 def _is_head_key(key: str, heads: list[str]) -> bool:
@@ -91,28 +91,33 @@ def _is_head_key(key: str, heads: list[str]) -> bool:
 def load_classifier(model: nn.Module, state_dict: StateDict, source: str, *, renew_head: bool = False) -> None:
     """Load weights into the model, in place; with `renew_head` all but the head, which keeps its fresh values.
 
-    state_dict: clean timm keys; integer buffers that an averaging turned to floats are cast back.
-    Raises UserError, listing the keys, for anything missing, unexpected or of another shape.
+    state_dict: clean timm keys. Raises UserError as `load_strictly` does.
     """
-    expected = model.state_dict()
     if renew_head:
         heads = head_names(model)
-        expected = {key: value for key, value in expected.items() if not _is_head_key(key, heads)}
-        state_dict = {key: value for key, value in state_dict.items() if not _is_head_key(key, heads)}
+        fresh = {key: value for key, value in model.state_dict().items() if _is_head_key(key, heads)}
+        state_dict = {key: value for key, value in state_dict.items() if not _is_head_key(key, heads)} | fresh
+    load_strictly(model, state_dict, source, " Give the --model and --train-crop-size they were made with.")
+
+
+def load_strictly(module: nn.Module, state_dict: StateDict, source: str, advice: str = "") -> None:
+    """Load all of a module's state, in place; integer buffers that an averaging turned to floats are cast back.
+
+    Raises UserError, listing the keys, for anything missing, unexpected, of another shape or of no fitting kind.
+    """
+    expected = module.state_dict()
     problems = [f"missing {key}" for key in expected.keys() - state_dict.keys()]
     problems += [f"unexpected {key}" for key in state_dict.keys() - expected.keys()]
-    problems += [
-        f"{key} is {tuple(state_dict[key].shape)}, expected {tuple(expected[key].shape)}"
-        for key in expected.keys() & state_dict.keys()
-        if state_dict[key].shape != expected[key].shape
-    ]
+    for key in expected.keys() & state_dict.keys():
+        found, wanted = state_dict[key], expected[key]
+        if found.shape != wanted.shape:
+            problems.append(f"{key} is {tuple(found.shape)}, expected {tuple(wanted.shape)}")
+        elif not (found.is_floating_point() or found.dtype == wanted.dtype):
+            problems.append(f"{key} is of {found.dtype}, expected {wanted.dtype}")
     if problems:
         shown = "; ".join(sorted(problems)[:6]) + (f"; and {len(problems) - 6} more" if len(problems) > 6 else "")
-        raise UserError(
-            f"{source}: these weights do not fit the model: {shown}. Give the --model "
-            "and --train-crop-size they were made with."
-        )
-    model.load_state_dict(state_dict, strict=not renew_head)
+        raise UserError(f"{source}: these weights do not fit the model: {shown}.{advice}")
+    module.load_state_dict(state_dict)
 
 
 def freeze_backbone(model: nn.Module) -> None:

@@ -18,7 +18,6 @@ from torch.optim.lr_scheduler import (
 )
 from torch.optim.swa_utils import AveragedModel
 
-from utils import distributed
 from utils.errors import UserError
 
 OPTIMIZERS = ("sgd", "sgd_nesterov", "rmsprop", "adamw")
@@ -115,33 +114,6 @@ def build_scheduler(
     return scheduler
 
 
-class FiniteGuard:
-    """Holds back every update whose loss is not finite on any rank, and remembers the first such step, on the device.
-
-    `check` never waits for the device; `raise_if_found` does, and is meant for print steps and for before a save.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self.first_bad_step = torch.full((), -1, dtype=torch.int64, device=device)
-
-    def check(self, loss: Tensor, step: int) -> Tensor:
-        """True, as a bool tensor () equal on all ranks, if the loss () of this step is not finite on some rank."""
-        found = distributed.all_reduce_sum((~loss.isfinite()).float()) > 0
-        first = found & (self.first_bad_step < 0)
-        self.first_bad_step = torch.where(first, step, self.first_bad_step)
-        return found
-
-    def raise_if_found(self, epoch: int) -> None:
-        """Raise UserError, on all ranks at once, if a loss was not finite."""
-        step = int(self.first_bad_step)
-        if step >= 0:
-            raise UserError(
-                f"the loss was not finite at epoch {epoch}, step {step}; that update was held back, and nothing was "
-                "saved since. Lower --lr, give --clip-grad-norm, or try --amp-dtype bf16.",
-                agreed=True,
-            )
-
-
 class GuardedUpdate:
     """Backward pass, clipping and step of one or more optimisers, the step held back where the loss is not finite.
 
@@ -197,7 +169,11 @@ class GuardedUpdate:
 
     def state(self) -> dict:
         optimizers = {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()}
-        return {"optimizers": optimizers, "scaler": self.scaler.state_dict()}
+        return {
+            "optimizers": optimizers,
+            "scaler": self.scaler.state_dict(),
+            "skipped_steps": int(self.skipped_steps),
+        }
 
     def load_state(self, state: dict, source: str) -> None:
         """Restore `state()`, keeping the learning rates that the rebuilt schedules have set.
@@ -213,12 +189,11 @@ class GuardedUpdate:
             for group, (lr, initial_lr) in zip(optimizer.param_groups, rates, strict=True):
                 group["lr"], group["initial_lr"] = lr, initial_lr
         self.scaler.load_state_dict(state["scaler"])
+        self.skipped_steps.fill_(state["skipped_steps"])
 
     def read_skipped(self) -> dict[str, int]:
-        """For the log: the steps skipped since the last call; empty where gradients are not measured."""
-        skipped = {"skipped_steps": int(self.skipped_steps)} if self.measures_gradients else {}
-        self.skipped_steps.zero_()
-        return skipped
+        """For the log: the steps skipped since the run began; empty where gradients are not measured."""
+        return {"skipped_steps": int(self.skipped_steps)} if self.measures_gradients else {}
 
     def raise_if_collapsed(self) -> None:
         """Raise UserError if the fp16 scale has collapsed: every step overflows, and nothing is learned any more."""

@@ -1,4 +1,4 @@
-"""What both scripts do round their loops: where to start from, the output folder, the end of an epoch."""
+"""What both scripts do before their loops: where to start from, the output folder, the states to restore."""
 
 import argparse
 import os
@@ -7,15 +7,16 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
 
 from utils import arguments, checkpoint, distributed, progress
 from utils.checkpoint import Weights
 from utils.data import derive_seed
 from utils.errors import UserError, agreed
-from utils.evaluation import format_metrics
-from utils.metrics import Metrics
-from utils.optim import GuardedUpdate, MovingAverage
+from utils.files import remove_temporaries
+from utils.progress import Position
+from utils.state import restore_rng_state
+
+AUTO = "auto"
 
 
 class Start(NamedTuple):
@@ -26,9 +27,47 @@ class Start(NamedTuple):
     weights: Weights | None
 
 
+def find_checkpoint(given: dict[str, Any], script: str) -> dict[str, Any]:
+    """The given values with `--resume auto` replaced by the newest checkpoint of --output-dir, if there is one.
+
+    Rank 0 looks, so that all ranks start from the same. --finetune or --weights beside it are for the first start
+    only: `auto` stays where there is no checkpoint. Raises UserError if checkpoints are there, but no valid one.
+    """
+    if given.get("resume") != AUTO:
+        return given
+    found = None
+    with agreed():
+        if distributed.is_main_process():
+            found = _newest_valid(Path(given.get("output_dir", ".")), script)
+    found = distributed.broadcast_object(found)
+    if found is None:
+        return given
+    return {name: value for name, value in given.items() if name not in ("finetune", "weights")} | {"resume": found}
+
+
+def _newest_valid(output_dir: Path, script: str) -> str | None:
+    newest, previous = output_dir / checkpoint.CHECKPOINT, output_dir / checkpoint.PREVIOUS
+    try:
+        if newest.exists():
+            checkpoint.read_checkpoint(newest, script)
+            return str(newest)
+    except UserError as error:
+        if not previous.exists():
+            raise
+        progress.say(f"{error} Trying {previous}.")
+    if not previous.exists():
+        return None
+    checkpoint.read_checkpoint(previous, script)
+    return str(previous)
+
+
 def choose_start(parser: arguments.Parser, given: dict[str, Any], script: str) -> Start:
     """Scratch, --resume, --finetune or --test-only; raises UserError for a contradiction or an unfit file."""
     resume, finetune = given.get("resume"), given.get("finetune")
+    if resume == AUTO:
+        if given.get("test_only"):
+            raise UserError(f"--resume auto: no checkpoint to test in {given.get('output_dir', '.')}.")
+        resume = None
     if resume and finetune:
         raise UserError("--resume and --finetune: one goes on with a run, the other starts a new one; give one.")
     if (resume or finetune) and given.get("weights"):
@@ -56,19 +95,20 @@ def make_output_dir(output_dir: Path) -> None:
         raise UserError(f"--output-dir {output_dir}: no permission to write there.")
 
 
-def begin_run(output_dir: Path, resume: str | None, first_epoch: int, epochs: int) -> None:
+def begin_run(output_dir: Path, script: str, resume: str | None, first_epoch: int, epochs: int) -> None:
     """Claim the folder for this run, on rank 0, when nothing else can fail any more: its log up to `first_epoch`.
 
     A run resumed into another folder takes its log and its best model along. Raises UserError, before anything is
     written, where another run is there or fewer epochs are asked for than are done.
     """
+    afresh = resume in (None, AUTO)
     if first_epoch > epochs:
         raise UserError(f"--epochs {epochs}: {resume} has {first_epoch} epochs behind it already.")
     if not distributed.is_main_process():
         return
-    source = Path(resume).parent if resume else None
+    source = None if afresh else Path(resume).parent
     moves = source is None or not output_dir.exists() or not source.samefile(output_dir)
-    if moves:
+    if moves and resume != AUTO:  # auto may find the weights of a first epoch that was killed before its checkpoint
         names = (checkpoint.CHECKPOINT, checkpoint.PREVIOUS)
         for path in (*(output_dir / name for name in names), *output_dir.glob("model_*.pth")):
             if path.exists():
@@ -77,6 +117,9 @@ def begin_run(output_dir: Path, resume: str | None, first_epoch: int, epochs: in
                 )
     log = progress.read_log(source) if source else []
     make_output_dir(output_dir)
+    remove_temporaries(output_dir)
+    if not moves and Path(resume).name == checkpoint.PREVIOUS:
+        checkpoint.replace_damaged(output_dir, script)
     progress.write_log(output_dir, [line for line in log if line["epoch"] < first_epoch])
     if source and moves and (source / checkpoint.BEST).exists():
         shutil.copyfile(source / checkpoint.BEST, output_dir / checkpoint.BEST)
@@ -85,50 +128,13 @@ def begin_run(output_dir: Path, resume: str | None, first_epoch: int, epochs: in
 def restore_generators(state: dict[str, Any] | None, seed: int) -> None:
     """Give each rank its own random numbers: as the checkpoint left them, or a fresh stream of (seed, rank)."""
     if state is not None and len(state["rng"]) == distributed.world_size():
-        checkpoint.restore_rng_state(state["rng"][distributed.rank()])
+        restore_rng_state(state["rng"])
         return
     if state is not None:
         progress.say(
             f"The checkpoint is of {len(state['rng'])} processes, and now there are {distributed.world_size()}: the "
-            "run goes on from the same weights, but with other batches and masks, so not bit for bit."
+            "run goes on from the same weights and the same place in the data, but with global batches of another size "
+            "and other masks, so not bit for bit."
         )
-    first_epoch = 0 if state is None else state["epoch"]
-    torch.manual_seed(derive_seed("process", seed, distributed.rank(), first_epoch))
-
-
-def load_training_state(state: dict[str, Any], update: GuardedUpdate, ema: MovingAverage | None, source: str) -> None:
-    """Restore optimisers, scaler and moving average; raises UserError if they are not those of the checkpoint."""
-    update.load_state(state, source)
-    if ema is not None:
-        ema.load_state(state)
-
-
-def finish_epoch(
-    output_dir: Path,
-    state: dict[str, Any],
-    evaluated: nn.Module,
-    metrics: Metrics,
-    line: dict[str, Any],
-    is_best: bool,
-) -> None:
-    """Say how the epoch went; write model_<epoch>.pth, model_best.pth if it is, the log line and the checkpoint.
-
-    A kill in between leaves the last checkpoint; resumed from it, the same files are written again. If rank 0 cannot
-    write, all ranks raise its UserError; likewise, before anything is written, for a val loss that is not finite.
-    """
-    epoch = state["epoch"] - 1
-    if metrics["loss"] is None:
-        raise UserError(
-            f"the loss on val after epoch {epoch} is not finite, so this epoch was not saved; the last checkpoint, if "
-            "there is one, is unharmed. Lower --lr, or give --clip-grad-norm.",
-            agreed=True,
-        )
-    progress.say(f"epoch {epoch}, val: {format_metrics(metrics)}{'  (best)' if is_best else ''}")
-    weights = checkpoint.weights_state(evaluated, state["classes"], state["args"])
-    with agreed():
-        if distributed.is_main_process():
-            checkpoint.save(output_dir / f"model_{epoch}.pth", weights)
-            if is_best:
-                checkpoint.save(output_dir / checkpoint.BEST, weights)
-            progress.append_log(output_dir, line | {f"val_{name}": value for name, value in metrics.items()})
-            checkpoint.save_checkpoint(output_dir, state)
+    start = Position.of(state)
+    torch.manual_seed(derive_seed("process", seed, distributed.rank(), start.epoch, start.step))

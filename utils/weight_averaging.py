@@ -17,7 +17,9 @@ def average(files: list[Weights]) -> StateDict:
     first, last = files[0], files[-1]
     for other in files[1:]:
         differing = [key for key in first.model if key not in other.model] + [
-            key for key, value in other.model.items() if key not in first.model or first.model[key].shape != value.shape
+            key
+            for key, value in other.model.items()
+            if key not in first.model or (first.model[key].shape, first.model[key].dtype) != (value.shape, value.dtype)
         ]
         if differing:
             raise UserError(f"{other.path}: does not fit {first.path}: {differing[0]} differs; average one model only.")

@@ -2,6 +2,7 @@
 
 import argparse
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,7 +12,8 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader
 
-from utils import distributed, models, optim, phantoms, progress
+from utils import distributed, models, optim, phantoms, progress, rehearsal
+from utils.bad_images import BadImages
 from utils.checkpoint import Weights
 from utils.data import (
     LAYOUT,
@@ -23,6 +25,9 @@ from utils.data import (
     find_classes,
 )
 from utils.errors import UserError
+from utils.progress import Position
+from utils.saving import Saver
+from utils.state import TrainingState
 from utils.transforms import BatchMixing, evaluation_transform, training_transform
 
 
@@ -46,10 +51,17 @@ def open_splits(args: argparse.Namespace) -> Splits:
         evaluation_transform(
             args.val_resize_size, args.val_crop_size, interpolation=args.interpolation, backend=args.backend
         ),
+        on_bad_image="blank" if args.bad_images == "skip" else "error",
     )
     training = None
     if not args.test_only:
-        training = ImageFolder(root / "train", _training_transform(args), args.seed)
+        training = ImageFolder(
+            root / "train",
+            _training_transform(args),
+            args.seed,
+            on_bad_image="next" if args.bad_images == "skip" else "error",
+            max_bad_images=args.max_bad_images,
+        )
         splits = {"train": training.classes, "val": evaluation.classes}
         if (root / "test").is_dir():
             splits["test"] = find_classes(root / "test")
@@ -103,6 +115,11 @@ def training_loader(args: argparse.Namespace, dataset: ImageFolder, device: torc
 def evaluation_loader(args: argparse.Namespace, dataset: ImageFolder, device: torch.device) -> DataLoader:
     sampler = EvaluationSampler(len(dataset), args.batch_size, distributed.rank(), distributed.world_size())
     return build_loader(dataset, sampler, args.workers, pin_memory=device.type == "cuda")
+
+
+def bad_images(args: argparse.Namespace) -> BadImages:
+    """What the loops and the evaluation tell of images that cannot be read; one for the whole run."""
+    return BadImages(args.max_bad_images if args.bad_images == "skip" else None)
 
 
 def batch_mixing(args: argparse.Namespace, num_classes: int) -> BatchMixing:
@@ -197,6 +214,45 @@ def moving_average(args: argparse.Namespace, model: nn.Module) -> optim.MovingAv
         epochs=args.epochs,
         global_batch=args.batch_size * distributed.world_size(),
         warmup_epochs=args.lr_warmup_epochs,
+    )
+
+
+def saver(
+    args: argparse.Namespace, script: str, classes: list[str], training: TrainingState, state: dict[str, Any] | None
+) -> Saver:
+    return Saver(
+        Path(args.output_dir),
+        training,
+        script=script,
+        classes=classes,
+        args=vars(args),
+        start=Position.of(state),
+        best_f1=state["best_f1"] if state else -1.0,
+        checkpoint_steps=args.checkpoint_steps,
+    )
+
+
+def rehearse(
+    args: argparse.Namespace,
+    train: Callable[..., Any],
+    evaluate: Callable[..., Any],
+    training: TrainingState,
+    splits: Splits,
+    saver: Saver,
+    device: torch.device,
+) -> None:
+    """One batch through the script's own passes, and room for what it writes; see `rehearsal.rehearse`."""
+    rehearsal.rehearse(
+        lambda loader: train(loader, saver=saver.idle(), label="rehearsal, epoch"),
+        lambda loader: evaluate(loader=loader, label="rehearsal, evaluate"),
+        training,
+        training_split=splits.training,
+        evaluation_split=splits.evaluation,
+        batch_size=args.batch_size,
+        seed=args.seed,
+        output_dir=saver.output_dir,
+        epochs_left=args.epochs - saver.position.epoch,
+        device=device,
     )
 
 

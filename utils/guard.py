@@ -1,0 +1,85 @@
+"""What all ranks agree on at each training step, without waiting for the device."""
+
+from collections import deque
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from utils import distributed
+from utils.errors import UserError
+from utils.interruption import StopRequest
+
+LAG = 2  # steps on CUDA between a stop's collective and the host reading it: so many stay queued on the device
+
+
+class NonFiniteLoss(UserError):
+    """A loss was not finite; `batch`: for each rank, whether its loss was finite, and the paths of its images."""
+
+    def __init__(self, message: str, batch: list[dict]) -> None:
+        super().__init__(message, agreed=True)
+        self.batch = batch
+
+
+class StepGuard:
+    """One small collective a step: is a loss not finite on any rank, and does any rank want to stop?
+
+    `check` never waits for the device. `raise_if_found` does, and is meant for print steps and for before a save.
+    """
+
+    def __init__(self, device: torch.device, path: Callable[[int], Path], stop: StopRequest) -> None:
+        """path: of an image by its index, for the report of a batch."""
+        self.path, self.stop = path, stop
+        self.lag, self._to_host = (LAG, _copy_behind) if device.type == "cuda" else (0, lambda flag: (flag, None))
+        self.first_bad_step = torch.full((), -1, dtype=torch.int64, device=device)
+        self.first_own_bad_step = self.first_bad_step.clone()
+        self.recent: dict[int, Tensor] = {}  # indices (B,) by step, since `raise_if_found` last found nothing
+        self.stops: deque[tuple[Tensor, torch.cuda.Event | None]] = deque()
+
+    def check(self, loss: Tensor, step: int, indices: Tensor) -> Tensor:
+        """True, as a bool tensor () equal on all ranks, if the loss () of this step is not finite on some rank.
+
+        indices: (B,), of this rank's images, on the CPU.
+        """
+        own = ~loss.detach().isfinite()
+        asked = torch.full_like(own, self.stop.asked is not None)
+        found, stop = (distributed.all_reduce_sum(torch.stack([own, asked]).float()) > 0).unbind()
+        for first, flag in ((self.first_bad_step, found), (self.first_own_bad_step, own)):
+            first.copy_(torch.where(flag & (first < 0), step, first))
+        self.recent[step] = indices
+        self.stops.append(self._to_host(stop))
+        return found
+
+    def stop_agreed(self) -> bool:
+        """True, on all ranks after the same step, if a signal asked any of them to stop; call it once a step."""
+        if len(self.stops) <= self.lag:
+            return False
+        stop, event = self.stops.popleft()
+        if event is not None:
+            event.synchronize()
+        return bool(stop)
+
+    def raise_if_found(self, epoch: int) -> None:
+        """Raise NonFiniteLoss, on all ranks at once, if a loss was not finite."""
+        step = int(self.first_bad_step)
+        if step < 0:
+            self.recent.clear()
+            return
+        own = {
+            "rank": distributed.rank(),
+            "loss_is_finite": int(self.first_own_bad_step) != step,
+            "images": [str(self.path(index)) for index in self.recent[step].tolist()],
+        }
+        raise NonFiniteLoss(
+            f"the loss was not finite at epoch {epoch}, step {step}; that update was held back, and nothing was saved "
+            "since. Lower --lr, give --clip-grad-norm, or try --amp-dtype bf16.",
+            distributed.all_gather_object(own),
+        )
+
+
+def _copy_behind(flag: Tensor) -> tuple[Tensor, torch.cuda.Event]:
+    """A copy on the host, pinned, that is there once the event has happened; nothing waits now."""
+    copied, event = flag.to("cpu", non_blocking=True), torch.cuda.Event()
+    event.record()
+    return copied, event

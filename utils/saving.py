@@ -1,0 +1,155 @@
+"""What a run leaves behind: full states within and after each epoch, weights, log.jsonl and status.json."""
+
+import copy
+import json
+from contextlib import suppress
+from datetime import datetime
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from torch import nn
+
+from utils import checkpoint, distributed, progress
+from utils.errors import UserError, agreed
+from utils.evaluation import format_metrics
+from utils.files import write_atomically
+from utils.guard import NonFiniteLoss, StepGuard
+from utils.interruption import Interrupted, StopRequest
+from utils.metrics import Metrics
+from utils.progress import Position
+from utils.state import TrainingState
+
+STATUS = "status.json"
+BAD_BATCH = "nonfinite_batch.json"
+
+
+class Saver:
+    """Saves the run every `checkpoint_steps` steps, after each epoch, and when a signal asks it to stop.
+
+    To be entered round the training: status.json then says running, interrupted, finished or failed. All methods are
+    called by all ranks, and rank 0 writes; if it cannot, all raise its UserError, and the run stops.
+    """
+
+    def __init__(
+        self,
+        output_dir: Path,
+        training: TrainingState,
+        *,
+        script: str,
+        classes: list[str],
+        args: dict[str, Any],
+        start: Position,
+        best_f1: float,
+        checkpoint_steps: int | None,
+    ) -> None:
+        """script, classes and args go into the files as they are."""
+        self.output_dir, self.training, self.meters = output_dir, training, training.meters
+        self.script, self.classes, self.args = script, classes, args
+        self.position, self.best_f1, self.checkpoint_steps = start, best_f1, checkpoint_steps
+        self.stop = StopRequest()
+
+    def idle(self) -> "Saver":
+        """One that never saves and hears no signal, for a pass that is to be undone."""
+        idle = copy.copy(self)
+        idle.position, idle.checkpoint_steps, idle.stop = Position(self.position.epoch), None, StopRequest()
+        return idle
+
+    def __enter__(self) -> "Saver":
+        with agreed():
+            if distributed.is_main_process():
+                self._write_status("running", "")
+        self.stop.__enter__()
+        return self
+
+    def __exit__(self, _: type | None, error: BaseException | None, __: TracebackType | None) -> None:
+        self.stop.__exit__()
+        if error is None:
+            with agreed():
+                if distributed.is_main_process():
+                    self._write_status("finished", "")
+        elif not isinstance(error, Interrupted) and _speaks(error):  # an interruption was noted with its checkpoint
+            with suppress(UserError):  # on a full disk, say; what matters is the first error
+                if isinstance(error, NonFiniteLoss):
+                    write_atomically(self.output_dir / BAD_BATCH, (json.dumps(error.batch, indent=2) + "\n").encode())
+                    progress.say(f"{self.output_dir / BAD_BATCH}: the images of that batch.")
+                self._write_status("failed", str(error) or type(error).__name__)
+
+    def after_step(self, position: Position, guard: StepGuard) -> None:
+        """Save if it is due; raises Interrupted, on all ranks after the same step, once a signal came to any."""
+        self.position = position
+        stop = guard.stop_agreed()
+        if stop or (self.checkpoint_steps is not None and position.step % self.checkpoint_steps == 0):
+            guard.raise_if_found(position.epoch)
+            self._save(stop)
+
+    def stop_if_asked(self) -> None:
+        """Between steps, where all ranks are: as `after_step`, but only for a signal."""
+        if any(distributed.all_gather_object(self.stop.asked is not None)):
+            self._save(stop=True)
+
+    def finish_epoch(self, evaluated: nn.Module, metrics: Metrics, line: dict[str, Any]) -> None:
+        """Say how the epoch went; write model_<epoch>.pth, model_best.pth if it is, the log line and the checkpoint.
+
+        A kill in between leaves the last checkpoint; resumed from it, the same files are written again. Raises
+        UserError, before anything is written, for a val loss that is not finite.
+        """
+        epoch = self.position.epoch
+        if metrics["loss"] is None:
+            raise UserError(
+                f"the loss on val after epoch {epoch} is not finite, so this epoch was not saved; the last checkpoint, "
+                "if there is one, is unharmed. Lower --lr, or give --clip-grad-norm.",
+                agreed=True,
+            )
+        is_best, self.best_f1 = metrics["f1"] > self.best_f1, max(metrics["f1"], self.best_f1)
+        progress.say(f"epoch {epoch}, val: {format_metrics(metrics)}{'  (best)' if is_best else ''}")
+        self.position = Position(epoch + 1)
+        self.meters.reset()
+        state = self._state()
+        weights = checkpoint.weights_state(evaluated, self.classes, self.args)
+        with agreed():
+            if distributed.is_main_process():
+                checkpoint.save(self.output_dir / f"model_{epoch}.pth", weights)
+                if is_best:
+                    checkpoint.save(self.output_dir / checkpoint.BEST, weights)
+                progress.append_log(self.output_dir, line | {f"val_{name}": value for name, value in metrics.items()})
+                checkpoint.save_checkpoint(self.output_dir, state)
+                self._write_status("running", "")
+
+    def _state(self) -> dict[str, Any]:
+        return {
+            "format_version": checkpoint.FORMAT_VERSION,
+            "script": self.script,
+            **self.position._asdict(),
+            "best_f1": self.best_f1,
+            "classes": self.classes,
+            "args": self.args,
+            **self.training.take(),
+        }
+
+    def _save(self, stop: bool) -> None:
+        """Write the checkpoint; then, if the run is to stop, raise Interrupted."""
+        state = self._state()
+        names = [name for name in distributed.all_gather_object(self.stop.asked) if name] if stop else []
+        message = f"{names[0]}: stopped" if names else ""
+        with agreed():
+            if distributed.is_main_process():
+                checkpoint.save_checkpoint(self.output_dir, state)
+                self._write_status("interrupted" if stop else "running", message)
+        if stop:
+            raise Interrupted(
+                f"{names[0]}: stopped after {self.position.step} steps of epoch {self.position.epoch}; "
+                f"{self.output_dir / checkpoint.CHECKPOINT} is saved, and --resume goes on from there."
+            )
+
+    def _write_status(self, status: str, message: str) -> None:
+        content = {"status": status, "epoch": self.position.epoch, "step": self.position.step, "message": message}
+        content["time"] = datetime.now().astimezone().isoformat(timespec="seconds")
+        write_atomically(self.output_dir / STATUS, (json.dumps(content, indent=2) + "\n").encode())
+
+
+def _speaks(error: BaseException) -> bool:
+    """True if this rank is the one, or one of those, to tell of the error."""
+    if isinstance(error, UserError):
+        return distributed.is_main_process() or not error.agreed
+    return not distributed.failure_posted()
