@@ -89,6 +89,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         output_dir = Path(args.output_dir)
         wiring.seed_everything(args)
         splits = wiring.open_splits(args)
+        wiring.check_same_data(splits, state, args.resume)
         model = wiring.classifier(args, splits.classes, state, weights, device)
         if args.test_only:
             run.make_output_dir(output_dir)
@@ -145,7 +146,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     evaluated = ema.model if ema else model
     evaluate = partial(evaluate, evaluated)
-    with wiring.saver(args, SCRIPT, splits.classes, training, state) as saver:
+    with wiring.saver(args, SCRIPT, splits, training, state) as saver:
         if start.epoch < args.epochs:
             wiring.rehearse(args, train, evaluate, training, splits, saver, device)
         for epoch in range(start.epoch, args.epochs):

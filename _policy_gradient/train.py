@@ -29,7 +29,7 @@ from utils import arguments, distributed, models, optim, run, wiring
 from utils.bad_images import BadImages
 from utils.checkpoint import Weights
 from utils.data import batches
-from utils.errors import UserError, agreed, join_processes, run_script
+from utils.errors import agreed, join_processes, run_script
 from utils.evaluation import Predictions, measure, predict, report_test
 from utils.guard import StepGuard
 from utils.metrics import RunningMean, batch_accuracy
@@ -145,10 +145,7 @@ def build_policy(
         models.output_width(policy.heads.backbone, args.val_crop_size, "--policy-model")
     saved = state["policy_net"] if state else weights.policy_net if weights else None
     if saved is not None:
-        try:
-            policy.load_state_dict(saved)
-        except RuntimeError as error:
-            raise UserError(f"{args.resume}: its policy does not fit --policy-model and --grid ({error}).") from None
+        models.load_strictly(policy, saved, f"{args.resume}, its policy")
     if args.sync_bn:
         policy = models.synchronize_batch_norm(policy, device)
     return policy.to(device)
@@ -205,6 +202,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         output_dir = Path(args.output_dir)
         wiring.seed_everything(args)
         splits = wiring.open_splits(args)
+        wiring.check_same_data(splits, state, args.resume)
         classifier = wiring.classifier(args, splits.classes, state, weights, device)
         policy = build_policy(args, state, weights, device)
         if args.test_only:
@@ -275,7 +273,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     evaluated = ema.model if ema else classifier
     evaluate = partial(evaluate, evaluated, prepare=normalize)
-    with wiring.saver(args, SCRIPT, splits.classes, training, state) as saver:
+    with wiring.saver(args, SCRIPT, splits, training, state) as saver:
         if start.epoch < args.epochs:
             wiring.rehearse(args, train, evaluate, training, splits, saver, device)
         for epoch in range(start.epoch, args.epochs):

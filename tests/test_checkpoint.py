@@ -346,9 +346,7 @@ def training_state(script: str = "_normal", **more: nn.Module) -> dict:
     saver = Saver(
         Path(),
         training,
-        script=script,
-        classes=CLASSES,
-        args={"model": "small", "mean": (0.3,)},
+        origin={"script": script, "classes": CLASSES, "train_images": 50, "args": {"model": "small", "mean": (0.3,)}},
         start=Position(3, 5, 40, 1.5),
         best_f1=0.5,
         checkpoint_steps=None,

@@ -3,14 +3,17 @@
 import os
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from tests import worker
 from tests.conftest import ROOT, run_script
 from utils import distributed
-from utils.distributed import Launch, read_launch, resolve_device, slurm_rendezvous
+from utils.distributed import Launch, name_of_start, read_launch, resolve_device, slurm_rendezvous
 
 
 def work(job, output, *rest, processes):
@@ -85,6 +88,23 @@ def test_one_rank_that_fails_stops_all_with_one_sentence(kind, tmp_path):
     assert result.stderr.count("error: only the last rank saw this") == 1
     own_output = result.stderr.split("torch/distributed/elastic")[0]  # before torchrun's own report
     assert "Traceback" not in own_output
+
+
+def test_a_start_has_a_name_of_its_own_though_the_store_remembers_others():
+    master = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    clients = [master] + [dist.TCPStore("127.0.0.1", master.port, is_master=False) for _ in range(2)]
+    names = set()
+    for _ in range(3):  # the second and the third find what the ones before have left
+        with ThreadPoolExecutor() as pool:
+            ranks = [pool.submit(name_of_start, clients[rank], rank, 3, 30) for rank in (1, 2)]
+            time.sleep(0.2)
+            assert not any(rank.done() for rank in ranks)
+            first = name_of_start(master, 0, 3, 30)
+            assert [rank.result() for rank in ranks] == [first, first]
+        names.add(first)
+    assert len(names) == 3
+    with pytest.raises(dist.DistNetworkError, match=r"rank 0 gave no answer within 0\.2 s"):
+        name_of_start(clients[1], 1, 3, 0.2)
 
 
 def test_the_launcher_is_read_rightly():

@@ -441,6 +441,15 @@ def test_arguments_that_no_flag_could_have_given(name, value):
     assert getattr(weights, name) == parser.get_default(name) or name not in arguments.MODEL_FLAGS
 
 
+def test_an_argument_whose_text_has_no_end_is_refused():
+    doubled: list = []
+    for _ in range(60):
+        doubled = [doubled, doubled]
+    with pytest.raises(UserError, match=r"^--seed: f says \[\[.*, which this flag does not take") as caught:
+        arguments.for_resume(PARSERS["_normal"], {}, {"seed": doubled}, "f")
+    assert len(str(caught.value)) < 1000
+
+
 def test_a_checkpoint_with_such_an_argument_is_refused(use, state, tmp_path):
     torch.save({**state, "args": {**state["args"], "batch_size": -8}}, tmp_path / "bad.pth")
     with pytest.raises(UserError, match=r"^--batch-size: .*bad.pth says -8, which this flag does not take"):

@@ -276,6 +276,12 @@ def test_what_cannot_be_resumed_is_refused_and_unharmed(image_folder, tmp_path):
     for split in ("train", "val"):
         shutil.copytree(image_folder / split, other / split)
         (other / split / "dark").rename(other / split / "other")
+    again = ["--resume", checkpoint, "--epochs", "2", "--data-path", str(other), "--device", "cpu"]
     with pytest.raises(UserError, match="began with other classes"):
-        policy_gradient.main(["--resume", checkpoint, "--epochs", "2", "--data-path", str(other), "--device", "cpu"])
+        policy_gradient.main(again)
+    (other / "val" / "other").rename(other / "val" / "dark")
+    (other / "train" / "other").rename(other / "train" / "dark")
+    (other / "train" / "dark" / "0.png").unlink()
+    with pytest.raises(UserError, match=r"began with 36 images in .*other_classes/train, which has 35 now"):
+        policy_gradient.main(again)
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before

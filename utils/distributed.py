@@ -7,6 +7,8 @@ With one process and no launcher there is no process group, and every collective
 import contextlib
 import inspect
 import os
+import time
+import uuid
 from datetime import timedelta
 from typing import Any, NamedTuple
 
@@ -104,12 +106,38 @@ def initialize(device_name: str | None, timeout_seconds: float) -> torch.device:
         os.environ.update(slurm_rendezvous(os.environ))
     timeout = timedelta(seconds=timeout_seconds)
     _store, rank, world_size = next(dist.rendezvous("env://", launch.rank, launch.world_size, timeout=timeout))
+    if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) > 0:
+        _store = dist.PrefixStore(name_of_start(_store, rank, world_size, timeout_seconds), _store)
     backend = "nccl" if device.type == "cuda" else "gloo"
     device_id = device if device.type == "cuda" else None
     dist.init_process_group(
         backend, store=_store, rank=rank, world_size=world_size, timeout=timeout, device_id=device_id
     )
     return device
+
+
+def name_of_start(store: dist.Store, rank: int, world_size: int, timeout_seconds: float) -> str:
+    """A name for this start of all ranks, equal on all, that no earlier start with the same store has had.
+
+    torchrun keeps one store over its restarts: without a prefix for each, a rank finds the addresses of processes that
+    are gone. (Its count of restarts is each node's own.) Rank 0 invents the name; another rank believes a name that it
+    reads only once rank 0 has answered it, and reads again otherwise.
+    """
+    own = uuid.uuid4().hex
+    if rank == 0:
+        store.set("start", own)
+        for other in range(1, world_size):
+            store.set(f"{own}/answer/{other}", store.get(f"{own}/call/{other}"))
+        return own
+    deadline = time.monotonic() + timeout_seconds
+    while time.monotonic() < deadline:
+        name = store.get("start").decode()
+        store.set(f"{name}/call/{rank}", own)
+        answer = f"{name}/answer/{rank}"
+        if store.check([answer]) and store.get(answer).decode() == own:
+            return name
+        time.sleep(0.05)
+    raise dist.DistNetworkError(f"rank 0 gave no answer within {timeout_seconds:g} s")
 
 
 def shutdown() -> None:

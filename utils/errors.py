@@ -84,7 +84,7 @@ def run_script(main: Callable[[], None]) -> None:
         distributed.shutdown()
         sys.exit(INTERRUPTED_EXIT_CODE)
     except Exception as error:
-        if distributed.world_size() == 1:
+        if distributed.launched_world_size() == 1:
             raise
         if distributed.is_lost_contact(error):
             if not distributed.failure_posted():

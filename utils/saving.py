@@ -36,17 +36,16 @@ class Saver:
         output_dir: Path,
         training: TrainingState,
         *,
-        script: str,
-        classes: list[str],
-        args: dict[str, Any],
+        origin: dict[str, Any],
         start: Position,
         best_f1: float,
         checkpoint_steps: int | None,
     ) -> None:
-        """script, classes and args go into the files as they are."""
+        """origin: what the run began with (script, classes, train_images, args), which goes into the files as it is."""
         self.output_dir, self.training, self.meters = output_dir, training, training.meters
-        self.script, self.classes, self.args = script, classes, args
+        self.origin = origin
         self.position, self.best_f1, self.checkpoint_steps = start, best_f1, checkpoint_steps
+        self.saved = start  # what status.json tells; known to rank 0
         self.stop = StopRequest()
 
     def idle(self) -> "Saver":
@@ -106,24 +105,21 @@ class Saver:
         self.position = Position(epoch + 1)
         self.meters.reset()
         state = self._state()
-        weights = checkpoint.weights_state(evaluated, self.classes, self.args)
+        weights = checkpoint.weights_state(evaluated, self.origin["classes"], self.origin["args"])
         with agreed():
             if distributed.is_main_process():
                 checkpoint.save(self.output_dir / f"model_{epoch}.pth", weights)
                 if is_best:
                     checkpoint.save(self.output_dir / checkpoint.BEST, weights)
                 progress.append_log(self.output_dir, line | {f"val_{name}": value for name, value in metrics.items()})
-                checkpoint.save_checkpoint(self.output_dir, state)
-                self._write_status("running", "")
+                self._save_checkpoint(state, "running", "")
 
     def _state(self) -> dict[str, Any]:
         return {
             "format_version": checkpoint.FORMAT_VERSION,
-            "script": self.script,
+            **self.origin,
             **self.position._asdict(),
             "best_f1": self.best_f1,
-            "classes": self.classes,
-            "args": self.args,
             **self.training.take(),
         }
 
@@ -134,16 +130,20 @@ class Saver:
         message = f"{names[0]}: stopped" if names else ""
         with agreed():
             if distributed.is_main_process():
-                checkpoint.save_checkpoint(self.output_dir, state)
-                self._write_status("interrupted" if stop else "running", message)
+                self._save_checkpoint(state, "interrupted" if stop else "running", message)
         if stop:
             raise Interrupted(
                 f"{names[0]}: stopped after {self.position.step} steps of epoch {self.position.epoch}; "
                 f"{self.output_dir / checkpoint.CHECKPOINT} is saved, and --resume goes on from there."
             )
 
+    def _save_checkpoint(self, state: dict[str, Any], status: str, message: str) -> None:
+        checkpoint.save_checkpoint(self.output_dir, state)
+        self.saved = self.position
+        self._write_status(status, message)
+
     def _write_status(self, status: str, message: str) -> None:
-        content = {"status": status, "epoch": self.position.epoch, "step": self.position.step, "message": message}
+        content = {"status": status, "epoch": self.saved.epoch, "step": self.saved.step, "message": message}
         content["time"] = datetime.now().astimezone().isoformat(timespec="seconds")
         write_atomically(self.output_dir / STATUS, (json.dumps(content, indent=2) + "\n").encode())
 

@@ -72,6 +72,23 @@ def open_splits(args: argparse.Namespace) -> Splits:
     return Splits(training, evaluation, evaluation.classes)
 
 
+def check_same_data(splits: Splits, state: dict[str, Any] | None, source: str) -> None:
+    """Raise UserError if a run is to go on with other data than it began with."""
+    if state is None:
+        return
+    if state["classes"] != splits.classes:
+        raise UserError(
+            f"{source}: the run began with other classes than the data has now; start a new run from its weights with "
+            "_normal/train.py --finetune."
+        )
+    if state["train_images"] != len(splits.training):
+        raise UserError(
+            f"{source}: the run began with {state['train_images']} images in {splits.training.root}, which has "
+            f"{len(splits.training)} now; restore them, or start a new run from its weights with _normal/train.py "
+            "--finetune."
+        )
+
+
 def _data_root(data_path: str | None) -> Path:
     if data_path is None:
         try:
@@ -141,11 +158,6 @@ def classifier(
     if args.val_crop_size != args.train_crop_size:
         models.output_width(model, args.val_crop_size)
     if state is not None:
-        if state["classes"] != classes:
-            raise UserError(
-                f"{args.resume}: the run began with other classes than the data has now; start a new run from its "
-                "weights with _normal/train.py --finetune."
-            )
         models.load_classifier(model, state["model"], args.resume)
     elif weights is not None:
         load_weights(model, weights, classes, args.test_only)
@@ -218,14 +230,17 @@ def moving_average(args: argparse.Namespace, model: nn.Module) -> optim.MovingAv
 
 
 def saver(
-    args: argparse.Namespace, script: str, classes: list[str], training: TrainingState, state: dict[str, Any] | None
+    args: argparse.Namespace, script: str, splits: Splits, training: TrainingState, state: dict[str, Any] | None
 ) -> Saver:
     return Saver(
         Path(args.output_dir),
         training,
-        script=script,
-        classes=classes,
-        args=vars(args),
+        origin={
+            "script": script,
+            "classes": splits.classes,
+            "train_images": len(splits.training),
+            "args": vars(args),
+        },
         start=Position.of(state),
         best_f1=state["best_f1"] if state else -1.0,
         checkpoint_steps=args.checkpoint_steps,
