@@ -11,6 +11,7 @@ from PIL import Image
 from _normal import train as normal
 from _policy_gradient import train as policy_gradient
 from tests.conftest import SMALL, SMALL_POLICY, run_script, write_image_folder
+from tests.ranks import run_ranks
 from utils import checkpoint
 from utils.errors import UserError
 
@@ -150,7 +151,8 @@ def test_a_bad_image_stops_all_processes_with_its_path(workers, tmp_path):
     whole = victim.read_bytes()
     victim.write_bytes(whole[: len(whole) // 2])
     flags = [*SMALL, "--batch-size", 4, "--workers", workers, "--data-path", data, "--output-dir", tmp_path / "run"]
-    result = run_script("_normal/train.py", *flags, "--epochs", 2, processes=2, check=False)
+    run = run_script if workers else run_ranks  # with torchrun, and without
+    result = run("_normal/train.py", *flags, "--epochs", 2, processes=2, check=False)
     assert result.returncode != 0
     assert result.stderr.count(f"error: {victim}: cannot be read as an image") == 1
     assert "Traceback" not in result.stderr.split("torch/distributed/elastic")[0]
@@ -167,7 +169,8 @@ def test_a_text_called_png(tmp_path):
 @pytest.mark.parametrize("flags", [("--modell", "x"), ("--device", "cuda"), ("--model", "resnet540"), ("--grid", "99")])
 def test_two_processes_say_it_once(flags, image_folder, tmp_path):
     arguments = [*SMALL_POLICY, "--data-path", image_folder, "--output-dir", tmp_path, *flags]
-    result = run_script("_policy_gradient/train.py", *arguments, processes=2, check=False)
+    run = run_script if "--grid" in flags else run_ranks  # with torchrun, and without
+    result = run("_policy_gradient/train.py", *arguments, processes=2, check=False)
     assert result.returncode != 0
     assert result.stderr.count("\nerror: ") + result.stderr.startswith("error: ") == 1
     assert flags[-1] in result.stderr

@@ -12,12 +12,13 @@ import torch.distributed as dist
 
 from tests import worker
 from tests.conftest import ROOT, run_script
+from tests.ranks import run_ranks
 from utils import distributed
 from utils.distributed import Launch, name_of_start, read_launch, resolve_device, slurm_rendezvous
 
 
 def work(job, output, *rest, processes):
-    run_script("tests/worker.py", job, output, *rest, processes=processes)
+    run_ranks("tests/worker.py", job, output, *rest, processes=processes)
     return torch.load(output, weights_only=True)
 
 

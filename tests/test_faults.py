@@ -6,13 +6,11 @@ benchmarks/soak.py is the long form of the first of them.
 import fcntl
 import itertools
 import json
-import multiprocessing
 import os
 import random
 import resource
 import shutil
 import signal
-import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
@@ -27,6 +25,7 @@ from _policy_gradient import train as policy_gradient
 from benchmarks import soak
 from benchmarks.soak import Aim, Life, Tally, positions, survive, temporary_files, watch
 from tests.conftest import ROOT, SMALL_POLICY, write_image_folder
+from tests.ranks import PATIENCE, start_ranks
 from utils import checkpoint, errors, progress
 from utils.checkpoint import CHECKPOINT, PREVIOUS, read, save_checkpoint
 from utils.data import SampleKey, TrainingSampler
@@ -36,24 +35,10 @@ from utils.files import remove_temporaries
 STEPS, EPOCHS, CHECKPOINT_STEPS = 9, 2, 3  # steps of an epoch: 36 images, 2 in each of two processes
 FLAGS = ("--batch-size", 2, "--epochs", EPOCHS)
 AGAIN = (*FLAGS, "--resume", "auto", "--checkpoint-steps", CHECKPOINT_STEPS)
-PATIENCE = 120  # seconds; no test asserts a time, but none hangs for ever either
 
 
 def status(folder: Path) -> dict:
     return json.loads((folder / "status.json").read_text())
-
-
-# Runs of two processes. Most start warm, in forks of a process that has imported everything: a start is 2 s, not 10.
-
-
-def run_rank(environment: dict[str, str], arguments: list[str], output: Path) -> None:
-    """What `python _policy_gradient/train.py` does with these arguments, its output added to a file."""
-    os.environ.update(environment)
-    multiprocessing.set_start_method("fork", force=True)  # of loader workers, as in a run from the command line
-    descriptor = os.open(output, os.O_WRONLY | os.O_APPEND)
-    os.dup2(descriptor, 1)
-    os.dup2(descriptor, 2)
-    errors.run_script(lambda: policy_gradient.main(arguments))
 
 
 class WarmLife(Life):
@@ -61,21 +46,8 @@ class WarmLife(Life):
 
     def __init__(self, command: list[str], output: Path) -> None:
         self.output = output
-        output.touch()
-        with socket.create_server(("127.0.0.1", 0)) as server:
-            port = server.getsockname()[1]
-        common = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
         arguments = command[command.index(str(ROOT / soak.SCRIPT / "train.py")) + 1 :]
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["test_faults"])
-        self.ranks = [
-            context.Process(
-                target=run_rank, args=(common | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, arguments, output)
-            )
-            for rank in range(2)
-        ]
-        for rank in self.ranks:
-            rank.start()
+        self.ranks = start_ranks(f"{soak.SCRIPT}/train.py", arguments, 2, output, output)
 
     def has_ended(self) -> bool:
         return all(rank.exitcode is not None for rank in self.ranks)
@@ -94,14 +66,6 @@ class Whole(NamedTuple):
 
     data: Path
     folder: Path
-
-
-@pytest.fixture(scope="module", autouse=True)
-def preloadable():
-    """Let the process that is forked find this file; the standard library does not hand on sys.path."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), str(ROOT / "tests")]))
-        yield
 
 
 @pytest.fixture(scope="module")

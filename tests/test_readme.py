@@ -98,7 +98,7 @@ def test_every_logged_name_is_explained(image_folder, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("processes", "batch"), [(None, 8), (1, 8), (8, 2)])
+@pytest.mark.parametrize(("processes", "batch"), [(None, 8), (1, 8), (4, 2)])
 def test_from_the_root_with_any_number_of_processes(processes, batch, image_folder, tmp_path):
     flags = [*SMALL, "--batch-size", batch, "--epochs", 1, "--data-path", image_folder, "--output-dir", tmp_path]
     run_script("_normal/train.py", *flags, processes=processes)

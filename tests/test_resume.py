@@ -10,7 +10,8 @@ import torch
 
 from _normal import train as normal
 from _policy_gradient import train as policy_gradient
-from tests.conftest import SMALL, SMALL_POLICY, run_script
+from tests.conftest import SMALL, SMALL_POLICY
+from tests.ranks import run_ranks
 from utils import checkpoint
 from utils.errors import UserError
 from utils.interruption import Interrupted
@@ -191,7 +192,7 @@ def test_another_world_size_goes_on_from_the_same_image(image_folder, tmp_path, 
     command = [*SMALL, "--data-path", str(image_folder), "--epochs", "2", "--output-dir", str(tmp_path)]
     with pytest.raises(Interrupted):
         normal.main([*command, "--resume", "auto"])
-    result = run_script("_normal/train.py", *command, "--resume", "auto", processes=2)
+    result = run_ranks("_normal/train.py", *command, "--resume", "auto", processes=2)
     assert "The checkpoint is of 1 processes, and now there are 2" in result.stdout
     assert "the same place in the data" in result.stdout
     assert "epoch 0 [3/3]" in result.stdout

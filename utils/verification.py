@@ -111,14 +111,8 @@ def check_full_state(path: str | Path, state: dict[str, Any]) -> None:
     check_classes(path, state)
     args = state["args"]
     averaged, fp16 = args.get("model_ema") is True, args.get("amp") is True and args.get("amp_dtype") == "fp16"
-    for name in (
-        "epoch",
-        "step",
-        "images",
-        "train_images",
-        "skipped_steps",
-        *(["model_ema_updates"] if averaged else []),
-    ):
+    counts = ["epoch", "step", "images", "train_images", "skipped_steps"] + ["model_ema_updates"] * averaged
+    for name in counts:
         _require(path, name, _is_count(state.get(name)), "a whole number of at least 0")
     _require(path, "epoch", state["epoch"] <= MOST_EPOCHS, f"at most {MOST_EPOCHS}")
     _require(path, "images", state["images"] <= state["train_images"], "a place in the training split")
