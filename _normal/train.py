@@ -124,7 +124,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         training = TrainingState({"model": model}, update, ema, RunningMean(device))
         if state:
             training.put_back(state, args.resume)
-        run.begin_run(output_dir, SCRIPT, args.resume, start.epoch, args.epochs)
+        run.begin_run(output_dir, SCRIPT, args.resume, start, args.epochs)
     if args.compile:
         model.compile()
     parallel_model = distributed.wrap(model, device)
@@ -147,6 +147,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     evaluated = ema.model if ema else model
     evaluate = partial(evaluate, evaluated)
     with wiring.saver(args, SCRIPT, splits, training, state) as saver:
+        del state, weights  # as large as a checkpoint
         if start.epoch < args.epochs:
             wiring.rehearse(args, train, evaluate, training, splits, saver, device)
         for epoch in range(start.epoch, args.epochs):

@@ -246,7 +246,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         training = TrainingState(modules, update, ema, RunningMean(device))
         if state:
             training.put_back(state, args.resume)
-        run.begin_run(output_dir, SCRIPT, args.resume, start.epoch, args.epochs)
+        run.begin_run(output_dir, SCRIPT, args.resume, start, args.epochs)
     if args.compile:
         classifier.compile()
         if policy is not None:
@@ -274,6 +274,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     evaluated = ema.model if ema else classifier
     evaluate = partial(evaluate, evaluated, prepare=normalize)
     with wiring.saver(args, SCRIPT, splits, training, state) as saver:
+        del state, weights  # as large as a checkpoint
         if start.epoch < args.epochs:
             wiring.rehearse(args, train, evaluate, training, splits, saver, device)
         for epoch in range(start.epoch, args.epochs):

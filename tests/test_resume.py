@@ -119,9 +119,9 @@ def test_resumed_from_anywhere_equals_uninterrupted(name, flags, image_folder, t
     assert_same_run(whole, part)
 
 
-def assert_same_run(whole, part):
-    names = {path.name for path in whole.glob("*.pth")} - {"checkpoint_prev.pth"}
-    assert names == {path.name for path in part.glob("*.pth")} - {"checkpoint_prev.pth"}
+def assert_same_run(whole, part, but=frozenset()):
+    names = {path.name for path in whole.glob("*.pth")} - {"checkpoint_prev.pth", *but}
+    assert names == {path.name for path in part.glob("*.pth")} - {"checkpoint_prev.pth", *but}
     for name in names:
         assert_same(state_of(whole, name), state_of(part, name), name)
     assert_same(log_of(whole), log_of(part))
@@ -193,7 +193,7 @@ def test_another_world_size_goes_on_from_the_same_image(image_folder, tmp_path, 
     with pytest.raises(Interrupted):
         normal.main([*command, "--resume", "auto"])
     result = run_ranks("_normal/train.py", *command, "--resume", "auto", processes=2)
-    assert "The checkpoint is of 1 processes, and now there are 2" in result.stdout
+    assert "The checkpoint is of 1 CPU processes, and now there are 2 CPU processes" in result.stdout
     assert "the same place in the data" in result.stdout
     assert "epoch 0 [3/3]" in result.stdout
     assert "epoch 1 [2/2]" in result.stdout
@@ -217,6 +217,14 @@ def test_auto_takes_the_newest_valid_checkpoint(image_folder, tmp_path, capsys):
     assert f"Trying {previous}." in said
     assert_same(state_of(tmp_path), expected)
     assert torch.load(previous, weights_only=True)["epoch"] == 1
+
+    assert (tmp_path / "checkpoint_damaged.pth").stat().st_size == 1000
+
+    state = torch.load(newest, weights_only=True)
+    checkpoint.save(newest, {**state, "format_version": 9})  # not damaged: not to be passed over
+    with pytest.raises(UserError, match="newer version"):
+        normal.main([*command, "2"])
+    assert torch.load(newest, weights_only=True)["format_version"] == 9
 
     newest.unlink()
     normal.main([*command, "2"])
@@ -252,6 +260,55 @@ def test_auto_starts_afresh_where_there_is_no_checkpoint(image_folder, tmp_path,
     normal.main([*command, "--epochs", "1"])  # the first start takes the weights of --finetune,
     normal.main([*command, "--epochs", "2"])  # and the second one goes on with the run
     assert [line["epoch"] for line in read_log(fine)] == [0, 1]
+    with pytest.raises(UserError, match="--resume and --finetune"):
+        normal.main([*command, "--test-only"])
+
+
+def test_auto_leaves_the_run_that_it_fine_tunes_alone(image_folder, tmp_path, monkeypatch):
+    """Without --output-dir a run is written to the current folder, not to that of its weights."""
+    data = ["--data-path", str(image_folder), "--epochs", "1"]
+    normal.main([*SMALL, *data, "--output-dir", str(tmp_path / "heated")])
+    before = {path.name: path.read_bytes() for path in (tmp_path / "heated").iterdir()}
+    (tmp_path / "fine").mkdir()
+    monkeypatch.chdir(tmp_path / "fine")
+    normal.main([*SMALL, *data, "--finetune", "../heated/model_0.pth", "--resume", "auto"])
+    assert (tmp_path / "fine" / "checkpoint.pth").exists()
+    assert {path.name: path.read_bytes() for path in (tmp_path / "heated").iterdir()} == before
+
+
+def test_auto_writes_over_no_run_that_has_lost_its_checkpoint(image_folder, tmp_path):
+    for name in ("model_0.pth", "model_1.pth", "log.jsonl", ".notes.tmp"):
+        (tmp_path / name).write_bytes(b"precious")
+    (tmp_path / ".cache.1.tmp").mkdir()
+    command = [*SMALL, "--data-path", str(image_folder), "--epochs", "1", "--output-dir", str(tmp_path)]
+    with pytest.raises(UserError, match=r"model_1\.pth: another run is there"):
+        normal.main([*command, "--resume", "auto"])
+    assert (tmp_path / "log.jsonl").read_bytes() == b"precious"
+    (tmp_path / "model_1.pth").unlink()
+    normal.main([*command, "--resume", "auto"])
+    assert (tmp_path / ".notes.tmp").read_bytes() == b"precious"
+
+
+def test_a_run_moved_to_another_folder_is_there_from_its_first_moment(image_folder, tmp_path, monkeypatch):
+    old, new = tmp_path / "old", tmp_path / "new"
+    command = [*SMALL, "--data-path", str(image_folder), "--output-dir"]
+    normal.main([*command, str(old), "--epochs", "1"])
+    with monkeypatch.context() as patch:
+        patch.setattr(Saver, "after_step", lambda *_: 1 / 0)  # fails before anything is saved
+        with pytest.raises(ZeroDivisionError):
+            normal.main(["--resume", str(old / "checkpoint.pth"), "--epochs", "2", "--output-dir", str(new)])
+    normal.main([*command, str(new), "--epochs", "2", "--resume", "auto"])
+    normal.main([*command, str(old), "--epochs", "2", "--resume", "auto"])
+    assert_same_run(old, new, but={"model_0.pth"})  # which stays where it was written
+
+
+def test_an_epoch_that_is_begun_counts(image_folder, tmp_path, stop_at):
+    stop_at[(1, 1)] = signal.SIGTERM
+    command = [*SMALL, "--data-path", str(image_folder), "--output-dir", str(tmp_path), "--resume", "auto", "--epochs"]
+    with pytest.raises(Interrupted):
+        normal.main([*command, "2"])
+    with pytest.raises(UserError, match=r"--epochs 1: .* has 1 epochs and 2 steps behind it already"):
+        normal.main([*command, "1"])
 
 
 def test_what_cannot_be_resumed_is_refused_and_unharmed(image_folder, tmp_path):

@@ -11,9 +11,12 @@ import torch
 from _normal import train as normal
 from _policy_gradient import train as policy_gradient
 from tests.conftest import SMALL, SMALL_POLICY
+from tests.ranks import run_ranks
 from tests.test_resume import RICH, assert_same_run
 from utils import progress, rehearsal
+from utils.data import ImageFolder, TrainingSampler
 from utils.errors import UserError
+from utils.saving import Saver
 
 SCRIPTS = {"_normal": (normal, SMALL), "_policy_gradient": (policy_gradient, SMALL_POLICY)}
 DiskUsage = namedtuple("DiskUsage", "total used free")
@@ -101,6 +104,43 @@ def test_a_loss_that_is_not_finite_names_the_images_of_its_batch(name, image_fol
     status = status_of(tmp_path)
     assert (status["status"], status["epoch"]) == ("failed", 1)
     assert "not finite at epoch 1, step 2" in status["message"]
+
+
+def test_weights_that_are_not_finite_are_not_saved(image_folder, tmp_path, monkeypatch):
+    """A gradient that overflows leaves no trace in the loss of its step, and the checkpoint may be due right then."""
+    command = [*SMALL, "--lr", "0.001", "--data-path", str(image_folder), "--output-dir", str(tmp_path), "--epochs"]
+    normal.main([*command, "1"])
+    before = (tmp_path / "checkpoint.pth").read_bytes()
+    after_step = Saver.after_step
+
+    def overflow(saver, position, guard):
+        if saver.checkpoint_steps and position.step == 2:  # not in the rehearsal
+            saver.training.modules["model"].fc.weight.data[0, 0] = float("inf")
+        after_step(saver, position, guard)
+
+    monkeypatch.setattr(Saver, "after_step", overflow)
+    with pytest.raises(
+        UserError, match=r"model\.fc\.weight is not finite after 2 steps of epoch 1, so this was not saved"
+    ):
+        normal.main([*command, "2", "--resume", "auto", "--checkpoint-steps", "2"])
+    assert (tmp_path / "checkpoint.pth").read_bytes() == before
+    status = status_of(tmp_path)
+    assert (status["status"], status["epoch"], status["step"]) == ("failed", 1, 0)
+
+
+def test_the_status_keeps_the_reason_of_the_rank_that_failed(image_folder, tmp_path):
+    """Rank 0 fails alone, and takes the store of the failures with it; rank 1 only loses contact."""
+    data = tmp_path / "data"
+    shutil.copytree(image_folder, data)
+    sampler = TrainingSampler(36, 8, 0, 2)
+    victim = ImageFolder(data / "train", None).path(list(sampler)[1][0].index)
+    victim.write_text("no image")
+    flags = [*SMALL, "--data-path", data, "--output-dir", tmp_path / "run", "--epochs", 1]
+    result = run_ranks("_normal/train.py", *flags, processes=2, check=False)
+    assert result.returncode != 0
+    status = status_of(tmp_path / "run")
+    assert status["status"] == "failed"
+    assert status["message"].startswith(f"{victim}: cannot be read as an image")
 
 
 def test_an_estimate_after_so_many_steps(image_folder, tmp_path, monkeypatch, capsys):

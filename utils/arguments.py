@@ -241,7 +241,7 @@ def for_weights(
             raise UserError(
                 f"{flag(name)} {_text(given[name])}: {source} was made with {_text(told[name])}; leave the flag out."
             )
-    output_dir = str(Path(source).parent) if "resume" in given else "."
+    output_dir = str(Path(source).parent) if test_only and "resume" in given else "."
     return _namespace({**defaults(parser), "output_dir": output_dir, **told, **given})
 
 

@@ -27,7 +27,12 @@ FORMAT_VERSION = 1
 CHECKPOINT = "checkpoint.pth"
 PREVIOUS = "checkpoint_prev.pth"
 BEST = "model_best.pth"
+DAMAGED = "checkpoint_damaged.pth"
 KEY_PREFIXES = ("module.", "_orig_mod.")  # left in keys by DistributedDataParallel and torch.compile
+
+
+class NotDamaged(UserError):
+    """A file that may be whole, and cannot be used here and now all the same."""
 
 
 def serialize(state: dict[str, Any]) -> memoryview:
@@ -35,6 +40,11 @@ def serialize(state: dict[str, Any]) -> memoryview:
     buffer = io.BytesIO()
     torch.save(state, buffer)
     return buffer.getbuffer()
+
+
+def copy(state: dict[str, Any]) -> dict[str, Any]:
+    """The state as it would come out of its file: apart from what training goes on to change, and on the CPU."""
+    return torch.load(io.BytesIO(serialize(state)), map_location="cpu", weights_only=True)
 
 
 def save(path: Path, state: dict[str, Any]) -> None:
@@ -62,12 +72,16 @@ def save_checkpoint(output_dir: Path, state: dict[str, Any]) -> None:
 
 
 def replace_damaged(output_dir: Path, script: str) -> None:
-    """Put checkpoint_prev.pth in the place of a checkpoint.pth that is not valid, before that one is rotated."""
+    """Put checkpoint_prev.pth in the place of a checkpoint.pth that is not valid, before that one is rotated.
+
+    What was there is kept as checkpoint_damaged.pth.
+    """
     newest, previous = output_dir / CHECKPOINT, output_dir / PREVIOUS
     try:
         if newest.exists():
             read_checkpoint(newest, script)
     except UserError:
+        os.replace(newest, output_dir / DAMAGED)
         write_atomically(newest, previous.read_bytes())
 
 
@@ -91,7 +105,9 @@ def read(path: str | Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise UserError(f"{path}: no such file.") from None
     except PermissionError:
-        raise UserError(f"{path}: no permission to read this file.") from None
+        raise NotDamaged(f"{path}: no permission to read this file.") from None
+    except MemoryError:
+        raise NotDamaged(f"{path}: there is too little memory to read it.") from None
     except pickle.UnpicklingError as error:
         if "GLOBAL" in str(error):
             raise UserError(
@@ -118,9 +134,11 @@ def read_checkpoint(path: str | Path, script: str) -> dict[str, Any]:
         )
     verification.check_types(path, state, format_version=int, script=str)
     if state["format_version"] > FORMAT_VERSION:
-        raise UserError(f"{path}: was written by a newer version (format {state['format_version']}); update this code.")
+        raise NotDamaged(
+            f"{path}: was written by a newer version (format {state['format_version']}); update this code."
+        )
     if state["script"] != script:
-        raise UserError(
+        raise NotDamaged(
             f"{path}: is a checkpoint of {state['script']}/train.py, and this is {script}/train.py; "
             "to go on from its weights use _normal/train.py --finetune."
         )

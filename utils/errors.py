@@ -1,6 +1,7 @@
 """What the user must mend: one clear sentence, printed once, a non-zero exit on every rank, no rank left waiting."""
 
 import os
+import signal
 import sys
 import time
 import traceback
@@ -76,6 +77,8 @@ def run_script(main: Callable[[], None]) -> None:
             _leave_at_once()
         distributed.shutdown()
         sys.exit(EXIT_CODE)
+    except KeyboardInterrupt:  # before the training: there is nothing to save
+        sys.exit(128 + signal.SIGINT)
     except Interrupted as stop:
         if distributed.is_main_process():
             print(stop, flush=True)
@@ -88,7 +91,7 @@ def run_script(main: Callable[[], None]) -> None:
             raise
         if distributed.is_lost_contact(error):
             if not distributed.failure_posted():
-                _say_lost_contact(error)
+                print(f"error: {lost_contact(error)}", file=sys.stderr, flush=True)
         else:
             traceback.print_exc()
             distributed.post_failure(str(error))
@@ -96,13 +99,12 @@ def run_script(main: Callable[[], None]) -> None:
     distributed.shutdown()
 
 
-def _say_lost_contact(error: Exception) -> None:
+def lost_contact(error: BaseException) -> str:
+    """What to say where a collective failed."""
     reason = str(error).splitlines()[0]
-    print(
-        f"error: rank {distributed.rank()}: another rank ended, or did not answer within --timeout ({reason}); what it "
-        "printed itself tells why. --resume auto goes on from the last checkpoint.",
-        file=sys.stderr,
-        flush=True,
+    return (
+        f"rank {distributed.rank()}: another rank ended, or did not answer within --timeout ({reason}); what it "
+        "printed itself tells why. --resume auto goes on from the last checkpoint."
     )
 
 

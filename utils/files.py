@@ -1,11 +1,13 @@
 """Files that appear whole or not at all."""
 
 import os
+import re
 from pathlib import Path
 
 from utils.errors import UserError
 
 TEMPORARY = ".tmp"
+OURS = re.compile(r"\.(checkpoint\w*\.pth|model_\w+\.pth|\w+\.jsonl?|per_class\w*\.csv|probe)\.\d+\.tmp")
 
 
 def write_atomically(path: Path, data: bytes | memoryview) -> None:
@@ -37,7 +39,8 @@ def remove_temporaries(folder: Path) -> None:
     """Remove what a kill in the middle of a write has left; raises UserError if that is refused."""
     for path in folder.glob(f".*{TEMPORARY}"):
         try:
-            path.unlink(missing_ok=True)
+            if OURS.fullmatch(path.name) and path.is_file():
+                path.unlink(missing_ok=True)
         except OSError as error:
             raise UserError(f"{path}: left by a run that was killed, cannot be removed ({error.strerror}).") from None
 

@@ -11,6 +11,7 @@ from utils import distributed
 from utils.errors import UserError
 from utils.interruption import StopRequest
 
+ADVICE = "Resumed, a run repeats itself: start a new one with a lower --lr, --clip-grad-norm, or --amp-dtype bf16."
 LAG = 2  # steps on CUDA between a stop's collective and the host reading it: so many stay queued on the device
 
 
@@ -73,7 +74,7 @@ class StepGuard:
         }
         raise NonFiniteLoss(
             f"the loss was not finite at epoch {epoch}, step {step}; that update was held back, and nothing was saved "
-            "since. Lower --lr, give --clip-grad-norm, or try --amp-dtype bf16.",
+            f"since. {ADVICE}",
             distributed.all_gather_object(own),
         )
 

@@ -129,11 +129,13 @@ def read_log(folder: Path) -> list[dict]:
     path = folder / LOG
     if not path.exists():
         return []
-    lines = path.read_text().splitlines(keepends=True)
     try:
-        return [json.loads(line) for line in lines if line.endswith("\n")]
-    except ValueError:
-        raise UserError(f"{path}: holds a line that is no JSON; mend or remove the file.") from None
+        lines = [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+        if not all(isinstance(line["epoch"], int) for line in lines):
+            raise ValueError
+        return lines
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"{path}: holds a line that is no epoch's JSON; mend or remove the file.") from None
 
 
 def write_log(folder: Path, lines: list[dict]) -> None:

@@ -1,6 +1,5 @@
 """Before hours are spent: one batch through all that a run does, and room for all that it writes; then undone."""
 
-import copy
 import os
 import shutil
 from collections.abc import Callable
@@ -38,13 +37,14 @@ def rehearse(
     train, evaluate: the script's own passes over a loader. Raises UserError where the device's memory or the disk's
     room does not suffice.
     """
-    before = copy.deepcopy(training.take())
+    before = checkpoint.copy(training.take())
     rank, world_size = distributed.rank(), distributed.world_size()
     batch = batch_size * world_size
     samplers = (
         TrainingSampler(batch, batch_size, rank, world_size, seed),
-        EvaluationSampler(min(batch, len(evaluation_split)), batch_size, rank, world_size),
+        EvaluationSampler(len(evaluation_split), batch_size, rank, world_size),
     )
+    samplers[1].indices = samplers[1].indices[:: max(1, len(samplers[1]))]  # one batch, out of the whole split
     pairs = zip((training_split, evaluation_split), samplers, strict=True)
     loaders = [build_loader(dataset, sampler, workers=0, pin_memory=False) for dataset, sampler in pairs]
     try:

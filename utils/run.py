@@ -2,17 +2,16 @@
 
 import argparse
 import os
-import shutil
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
 from utils import arguments, checkpoint, distributed, progress
-from utils.checkpoint import Weights
+from utils.checkpoint import NotDamaged, Weights
 from utils.data import derive_seed
 from utils.errors import UserError, agreed
-from utils.files import remove_temporaries
+from utils.files import remove_temporaries, write_atomically
 from utils.progress import Position
 from utils.state import restore_rng_state
 
@@ -42,7 +41,8 @@ def find_checkpoint(given: dict[str, Any], script: str) -> dict[str, Any]:
     found = distributed.broadcast_object(found)
     if found is None:
         return given
-    return {name: value for name, value in given.items() if name not in ("finetune", "weights")} | {"resume": found}
+    first_only = () if given.get("test_only") else ("finetune", "weights")
+    return {name: value for name, value in given.items() if name not in first_only} | {"resume": found}
 
 
 def _newest_valid(output_dir: Path, script: str) -> str | None:
@@ -51,6 +51,8 @@ def _newest_valid(output_dir: Path, script: str) -> str | None:
         if newest.exists():
             checkpoint.read_checkpoint(newest, script)
             return str(newest)
+    except NotDamaged:
+        raise
     except UserError as error:
         if not previous.exists():
             raise
@@ -95,46 +97,55 @@ def make_output_dir(output_dir: Path) -> None:
         raise UserError(f"--output-dir {output_dir}: no permission to write there.")
 
 
-def begin_run(output_dir: Path, script: str, resume: str | None, first_epoch: int, epochs: int) -> None:
-    """Claim the folder for this run, on rank 0, when nothing else can fail any more: its log up to `first_epoch`.
+def begin_run(output_dir: Path, script: str, resume: str | None, start: Position, epochs: int) -> None:
+    """Claim the folder for this run, on rank 0, when nothing else can fail any more: its log up to the start's epoch.
 
-    A run resumed into another folder takes its log and its best model along. Raises UserError, before anything is
-    written, where another run is there or fewer epochs are asked for than are done.
+    A run resumed into another folder takes its log, its best model and its checkpoint along. Raises UserError, before
+    anything is written, where another run is there or fewer epochs are asked for than are begun.
     """
     afresh = resume in (None, AUTO)
-    if first_epoch > epochs:
-        raise UserError(f"--epochs {epochs}: {resume} has {first_epoch} epochs behind it already.")
+    if start.epoch + (start.step > 0) > epochs:
+        done = f"{start.epoch} epochs and {start.step} steps"
+        raise UserError(f"--epochs {epochs}: {resume} has {done} behind it already.")
     if not distributed.is_main_process():
         return
     source = None if afresh else Path(resume).parent
     moves = source is None or not output_dir.exists() or not source.samefile(output_dir)
-    if moves and resume != AUTO:  # auto may find the weights of a first epoch that was killed before its checkpoint
-        names = (checkpoint.CHECKPOINT, checkpoint.PREVIOUS)
-        for path in (*(output_dir / name for name in names), *output_dir.glob("model_*.pth")):
-            if path.exists():
-                raise UserError(
-                    f"{path}: another run is there; go on with it by --resume, or give another --output-dir."
-                )
+    if moves:
+        _refuse_another_run(output_dir, resume)
     log = progress.read_log(source) if source else []
     make_output_dir(output_dir)
     remove_temporaries(output_dir)
     if not moves and Path(resume).name == checkpoint.PREVIOUS:
         checkpoint.replace_damaged(output_dir, script)
-    progress.write_log(output_dir, [line for line in log if line["epoch"] < first_epoch])
-    if source and moves and (source / checkpoint.BEST).exists():
-        shutil.copyfile(source / checkpoint.BEST, output_dir / checkpoint.BEST)
+    progress.write_log(output_dir, [line for line in log if line["epoch"] < start.epoch])
+    if source and moves:
+        if (source / checkpoint.BEST).exists():
+            write_atomically(output_dir / checkpoint.BEST, (source / checkpoint.BEST).read_bytes())
+        write_atomically(output_dir / checkpoint.CHECKPOINT, Path(resume).read_bytes())
+
+
+def _refuse_another_run(output_dir: Path, resume: str | None) -> None:
+    """Raise UserError if a run is there, but for what a start leaves that is killed before its first checkpoint."""
+    leftovers = {None: set(), AUTO: {"model_0.pth", checkpoint.BEST}}.get(resume, {checkpoint.BEST})
+    names = (checkpoint.CHECKPOINT, checkpoint.PREVIOUS)
+    for path in (*(output_dir / name for name in names), *output_dir.glob("model_*.pth")):
+        if path.exists() and path.name not in leftovers:
+            raise UserError(f"{path}: another run is there; go on with it by --resume, or give another --output-dir.")
 
 
 def restore_generators(state: dict[str, Any] | None, seed: int) -> None:
     """Give each rank its own random numbers: as the checkpoint left them, or a fresh stream of (seed, rank)."""
-    if state is not None and len(state["rng"]) == distributed.world_size():
-        restore_rng_state(state["rng"])
-        return
+    kind = "GPUs" if torch.cuda.is_initialized() else "CPU processes"
     if state is not None:
+        saved_kind = "GPUs" if all("cuda" in of_rank for of_rank in state["rng"]) else "CPU processes"
+        if (len(state["rng"]), saved_kind) == (distributed.world_size(), kind):
+            restore_rng_state(state["rng"])
+            return
         progress.say(
-            f"The checkpoint is of {len(state['rng'])} processes, and now there are {distributed.world_size()}: the "
-            "run goes on from the same weights and the same place in the data, but with global batches of another size "
-            "and other masks, so not bit for bit."
+            f"The checkpoint is of {len(state['rng'])} {saved_kind}, and now there are {distributed.world_size()} "
+            f"{kind}: the run goes on from the same weights and the same place in the data, but with other global "
+            "batches and masks, so not bit for bit."
         )
     start = Position.of(state)
     torch.manual_seed(derive_seed("process", seed, distributed.rank(), start.epoch, start.step))

@@ -11,10 +11,10 @@ from typing import Any
 from torch import nn
 
 from utils import checkpoint, distributed, progress
-from utils.errors import UserError, agreed
+from utils.errors import UserError, agreed, lost_contact
 from utils.evaluation import format_metrics
 from utils.files import write_atomically
-from utils.guard import NonFiniteLoss, StepGuard
+from utils.guard import ADVICE, NonFiniteLoss, StepGuard
 from utils.interruption import Interrupted, StopRequest
 from utils.metrics import Metrics
 from utils.progress import Position
@@ -72,7 +72,10 @@ class Saver:
                 if isinstance(error, NonFiniteLoss):
                     write_atomically(self.output_dir / BAD_BATCH, (json.dumps(error.batch, indent=2) + "\n").encode())
                     progress.say(f"{self.output_dir / BAD_BATCH}: the images of that batch.")
-                self._write_status("failed", str(error) or type(error).__name__)
+                if not distributed.is_lost_contact(error):
+                    self._write_status("failed", str(error) or type(error).__name__)
+                elif self._is_running():  # otherwise the rank that failed has said why
+                    self._write_status("failed", lost_contact(error))
 
     def after_step(self, position: Position, guard: StepGuard) -> None:
         """Save if it is due; raises Interrupted, on all ranks after the same step, once a signal came to any."""
@@ -97,7 +100,7 @@ class Saver:
         if metrics["loss"] is None:
             raise UserError(
                 f"the loss on val after epoch {epoch} is not finite, so this epoch was not saved; the last checkpoint, "
-                "if there is one, is unharmed. Lower --lr, or give --clip-grad-norm.",
+                f"if there is one, is unharmed. {ADVICE}",
                 agreed=True,
             )
         is_best, self.best_f1 = metrics["f1"] > self.best_f1, max(metrics["f1"], self.best_f1)
@@ -108,6 +111,7 @@ class Saver:
         weights = checkpoint.weights_state(evaluated, self.origin["classes"], self.origin["args"])
         with agreed():
             if distributed.is_main_process():
+                self._check_finite()
                 checkpoint.save(self.output_dir / f"model_{epoch}.pth", weights)
                 if is_best:
                     checkpoint.save(self.output_dir / checkpoint.BEST, weights)
@@ -130,6 +134,7 @@ class Saver:
         message = f"{names[0]}: stopped" if names else ""
         with agreed():
             if distributed.is_main_process():
+                self._check_finite()
                 self._save_checkpoint(state, "interrupted" if stop else "running", message)
         if stop:
             raise Interrupted(
@@ -137,10 +142,24 @@ class Saver:
                 f"{self.output_dir / checkpoint.CHECKPOINT} is saved, and --resume goes on from there."
             )
 
+    def _check_finite(self) -> None:
+        """Raise UserError for weights that are not finite: a gradient can overflow where no loss shows it."""
+        name = self.training.first_not_finite()
+        if name is not None:
+            raise UserError(
+                f"{name} is not finite after {self.position.step} steps of epoch {self.position.epoch}, so this was "
+                f"not saved; the last checkpoint, if there is one, is unharmed. {ADVICE}"
+            )
+
     def _save_checkpoint(self, state: dict[str, Any], status: str, message: str) -> None:
         checkpoint.save_checkpoint(self.output_dir, state)
         self.saved = self.position
         self._write_status(status, message)
+
+    def _is_running(self) -> bool:
+        with suppress(OSError, ValueError):
+            return json.loads((self.output_dir / STATUS).read_text())["status"] == "running"
+        return False
 
     def _write_status(self, status: str, message: str) -> None:
         content = {"status": status, "epoch": self.saved.epoch, "step": self.saved.step, "message": message}

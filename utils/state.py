@@ -31,6 +31,19 @@ class TrainingState(NamedTuple):
             **(self.ema.state() if self.ema else {}),
         }
 
+    def first_not_finite(self) -> str | None:
+        """The name of a weight or statistic that holds NaN or an infinity, if there is one; waits for the device."""
+        networks = {name: module for name, module in self.modules.items() if name != "objective"}  # NaN until it begins
+        if self.ema:
+            networks["model_ema"] = self.ema.model
+        for name, network in networks.items():
+            values = [(key, value) for key, value in network.state_dict().items() if value.is_floating_point()]
+            finite = torch.stack([value.isfinite().all() for _, value in values]).tolist() if values else []
+            bad = [key for (key, _), is_finite in zip(values, finite, strict=True) if not is_finite]
+            if bad:
+                return f"{name}.{bad[0]}"
+        return None
+
     def put_back(self, state: dict[str, Any], source: str) -> None:
         """Restore what `take` gave, in place, but for the random numbers; learning rates stay those of the schedules.
 
