@@ -249,7 +249,7 @@ def post_failure(message: str) -> None:
 
 def is_lost_contact(error: BaseException) -> bool:
     """True if a collective failed since another rank ended or did not answer in time."""
-    return isinstance(error, dist.DistError) or "gloo" in str(error)
+    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
 
 
 def failure_posted() -> bool:
