@@ -46,7 +46,7 @@ def test_resumed_equals_uninterrupted_bit_for_bit(name, flags, image_folder, tmp
     check = StepGuard.check
 
     def stop_at_step_1(guard, loss, step, indices):
-        if step == 1 and guard.stop._former:
+        if step == 1 and guard.stop.former:
             signal.raise_signal(signal.SIGTERM)
         return check(guard, loss, step, indices)
 

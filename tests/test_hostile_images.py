@@ -150,7 +150,7 @@ def test_files_that_hold_no_whole_image(tmp_path, name, content, match):
     refused(tmp_path / name, match)
 
 
-@pytest.mark.parametrize(("name", "kind"), [("a.png", "PNG"), ("a.tif", "TIFF"), ("a.webp", "WEBP"), ("a.jpg", "MPO")])
+@pytest.mark.parametrize(("name", "kind"), [("a.png", "PNG"), ("a.tif", "TIFF"), ("a.webp", "WEBP")])
 def test_several_frames(tmp_path, name, kind):
     first, *others = (Image.new("RGB", (4, 4), (level, 0, 0)) for level in (0, 100, 255))
     (tmp_path / name).write_bytes(saved(first, kind, save_all=True, append_images=others))

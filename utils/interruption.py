@@ -17,14 +17,14 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.asked: str | None = None
-        self._former: list = []
+        self.former: list = []  # the handlers that were there before; none unless entered
 
     def __enter__(self) -> "StopRequest":
-        self._former = [signal.signal(number, self._note) for number in SIGNALS]
+        self.former = [signal.signal(number, self._note) for number in SIGNALS]
         return self
 
     def __exit__(self, *_: object) -> None:
-        for number, handler in zip(SIGNALS, self._former, strict=True):
+        for number, handler in zip(SIGNALS, self.former, strict=True):
             signal.signal(number, handler)
 
     def _note(self, number: int, _: FrameType | None) -> None:
