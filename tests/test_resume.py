@@ -13,7 +13,7 @@ from _policy_gradient import train as policy_gradient
 from tests.conftest import SMALL, SMALL_POLICY
 from tests.ranks import run_ranks
 from utils import checkpoint
-from utils.errors import UserError
+from utils.errors import UserError, run_script
 from utils.interruption import Interrupted
 from utils.progress import read_log
 from utils.saving import Saver
@@ -343,3 +343,23 @@ def test_what_cannot_be_resumed_is_refused_and_unharmed(image_folder, tmp_path):
     with pytest.raises(UserError, match=r"began with 36 images in .*other_classes/train, which has 35 now"):
         policy_gradient.main(again)
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_a_run_that_is_stopped_says_so_once_and_exits_with_75(image_folder, tmp_path, stop_at, capsys):
+    stop_at[(0, 1)] = signal.SIGUSR1
+    command = [*SMALL, "--data-path", str(image_folder), "--output-dir", str(tmp_path), "--epochs", "1"]
+    with pytest.raises(SystemExit) as caught:
+        run_script(lambda: normal.main(command))
+    assert caught.value.code == 75
+    last = capsys.readouterr().out.splitlines()[-1]
+    path = tmp_path / "checkpoint.pth"
+    assert last == f"SIGUSR1: stopped after 2 steps of epoch 0; {path} is saved, and --resume goes on from there."
+
+
+def test_ctrl_c_before_the_training_leaves_no_traceback():
+    def interrupt():
+        raise KeyboardInterrupt
+
+    with pytest.raises(SystemExit) as caught:
+        run_script(interrupt)
+    assert caught.value.code == 130
