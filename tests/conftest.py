@@ -22,6 +22,16 @@ SMALL = [
 SMALL_POLICY = [*SMALL, "--policy-model", "test_resnet", "--grid", "8", "--kernel", "5", "--sigma", "2"]
 
 
+class MakesAFolder:
+    """Unpickled, it makes a folder."""
+
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.marker),)
+
+
 def write_image(path: Path, pixels: np.ndarray) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(pixels.astype(np.uint8)).save(path)

@@ -13,6 +13,7 @@ import safetensors.torch
 import torch
 from torch import nn
 
+from tests.conftest import MakesAFolder
 from utils.checkpoint import (
     CHECKPOINT,
     PREVIOUS,
@@ -286,16 +287,6 @@ def test_a_list_is_no_checkpoint(tmp_path):
 
 
 # Files that would run code
-
-
-class MakesAFolder:
-    """Unpickled, it makes a folder."""
-
-    def __init__(self, marker: Path) -> None:
-        self.marker = marker
-
-    def __reduce__(self):
-        return os.mkdir, (str(self.marker),)
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ import torch
 
 from _normal import train as normal
 from _policy_gradient import train as policy_gradient
-from tests.conftest import SMALL, SMALL_POLICY
+from tests.conftest import SMALL, SMALL_POLICY, MakesAFolder
 from tests.test_arguments import PARSERS, parse
 from utils import arguments, checkpoint, verification, weight_averaging
 from utils.errors import UserError
@@ -108,16 +108,6 @@ def test_a_file_that_may_not_be_read(use, run, tmp_path):
     if os.access(path, os.R_OK):
         pytest.skip("this user may read everything")
     refused(use, path, "secret.pth: no permission to read this file")
-
-
-class MakesAFolder:
-    """Unpickled, it makes a folder."""
-
-    def __init__(self, marker: Path) -> None:
-        self.marker = marker
-
-    def __reduce__(self):
-        return os.mkdir, (str(self.marker),)
 
 
 @pytest.mark.parametrize(

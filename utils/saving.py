@@ -94,7 +94,7 @@ class Saver:
         """Say how the epoch went; write model_<epoch>.pth, model_best.pth if it is, the log line and the checkpoint.
 
         A kill in between leaves the last checkpoint; resumed from it, the same files are written again. Raises
-        UserError, before anything is written, for a val loss that is not finite.
+        UserError, before anything is written, for a val loss or a weight that is not finite.
         """
         epoch = self.position.epoch
         if metrics["loss"] is None:
