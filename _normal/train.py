@@ -12,14 +12,14 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import DataLoader
 
-from utils import arguments, distributed, models, optim, run, wiring
+from utils import arguments, distributed, models, optim, run, wiring, wiring_data
 from utils.bad_images import BadImages
 from utils.data import batches
 from utils.errors import agreed, join_processes, run_script
 from utils.evaluation import measure, predict, report_test
 from utils.guard import StepGuard
 from utils.metrics import RunningMean, batch_accuracy
-from utils.progress import Position, Progress, say
+from utils.progress import Position, Progress
 from utils.saving import Saver
 from utils.state import TrainingState
 from utils.transforms import BatchMixing, Normalize
@@ -88,12 +88,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         start = Position.of(state)
         output_dir = Path(args.output_dir)
         wiring.seed_everything(args)
-        splits = wiring.open_splits(args)
-        wiring.check_same_data(splits, state, args.resume)
+        splits = wiring_data.open_splits(args)
+        wiring_data.check_same_data(splits, state, args.resume)
         model = wiring.classifier(args, splits.classes, state, weights, device)
         if args.test_only:
             run.make_output_dir(output_dir)
-    normalize = Normalize(args.mean, args.std).to(device)
+    wiring_data.use_cache(args, splits, device)
+    normalize = wiring.normalize(args, device)
     bad_images = wiring.bad_images(args)
     evaluate = partial(
         predict,
@@ -103,7 +104,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         print_freq=args.print_freq,
         bad_images=bad_images,
     )
-    evaluation_loader = wiring.evaluation_loader(args, splits.evaluation, device)
+    evaluation_loader = wiring_data.evaluation_loader(args, splits.evaluation, device)
     if args.test_only:
         results = {"clean": evaluate(model, evaluation_loader)}
         report_test(output_dir, results, splits.classes, split=args.split, weights=weights.path)
@@ -111,7 +112,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
 
     with agreed():
-        loader = wiring.training_loader(args, splits.training, device)
+        loader = wiring_data.training_loader(args, splits.training, device)
         mixing = wiring.batch_mixing(args, len(splits.classes))
         if args.freeze_backbone:
             models.freeze_backbone(model)
@@ -126,7 +127,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             training.put_back(state, args.resume)
         run.begin_run(output_dir, SCRIPT, args.resume, start, args.epochs)
     if args.compile:
-        model.compile()
+        models.compile_in_place(model, device)
     parallel_model = distributed.wrap(model, device)
     run.restore_generators(state, args.seed)
     train = partial(
@@ -157,8 +158,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             predictions = evaluate(loader=evaluation_loader, stop_if_asked=saver.stop_if_asked)
             saver.finish_epoch(evaluated, measure(predictions, auroc=epoch == args.epochs - 1), line)
     bad_images.say_count()
-    best = f"best macro F1 on val {saver.best_f1:.4f}"
-    say(f"{args.epochs} epochs are done; {best}; the files are in {output_dir.resolve()}")
+    wiring.say_done(args, saver)
 
 
 if __name__ == "__main__":

@@ -4,8 +4,8 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.distributions import Beta, Gamma
 
+from _policy_gradient.mask import SmoothMask
 from utils import distributed
 from utils.models import create_classifier, output_width
 from utils.progress import say
@@ -96,14 +96,10 @@ class Policy(nn.Module):
         head_alpha, head_beta = self.heads(images)
         return head_alpha.float(), head_beta.float()
 
-    def log_concentrations(self, head_alpha: Tensor, head_beta: Tensor) -> tuple[Tensor, Tensor]:
-        """log alpha and log beta, (B, G*G) each, inside [-6, 6]; the gradient reaches the heads with weight 0.1."""
-        mixed = (
-            PRIOR_WEIGHT * prior + (1 - PRIOR_WEIGHT) * head
-            for prior, head in zip(self.prior, (head_alpha, head_beta), strict=True)
-        )
-        log_alpha, log_beta = (logs.clamp(-LOG_CONCENTRATION_LIMIT, LOG_CONCENTRATION_LIMIT) for logs in mixed)
-        return log_alpha, log_beta
+    def log_concentrations(self, head_alpha: Tensor, head_beta: Tensor) -> Tensor:
+        """log alpha and log beta, (2, B, G*G), inside [-6, 6]; the gradient reaches the heads with weight 0.1."""
+        heads = torch.stack([head_alpha, head_beta])  # (2, B, G*G)
+        return self.prior.lerp(heads, 1 - PRIOR_WEIGHT).clamp(-LOG_CONCENTRATION_LIMIT, LOG_CONCENTRATION_LIMIT)
 
     @torch.no_grad()
     def update_prior(self, head_alpha: Tensor, head_beta: Tensor, hold_back: Tensor) -> None:
@@ -111,8 +107,8 @@ class Policy(nn.Module):
 
         `hold_back`: a bool tensor (), equal on all ranks; where true, the prior stays as it is.
         """
-        batch_mean = torch.stack([head_alpha.mean(0, keepdim=True), head_beta.mean(0, keepdim=True)])  # (2, 1, G*G)
-        moved = PRIOR_DECAY * self.prior + (1 - PRIOR_DECAY) * distributed.all_reduce_mean(batch_mean)
+        batch_mean = torch.stack([head_alpha, head_beta]).mean(1, keepdim=True)  # (2, 1, G*G)
+        moved = self.prior.lerp(distributed.all_reduce_mean(batch_mean), 1 - PRIOR_DECAY)
         self.prior.copy_(torch.where(hold_back, self.prior, moved))
 
     def mean_cells(self, images: Tensor) -> Tensor:
@@ -153,50 +149,90 @@ def sample_action(log_alpha: Tensor, log_beta: Tensor, masks_per_image: int = 1)
     log_prob and entropy carry the gradient to the concentrations.
     """
     with torch.autocast(log_alpha.device.type, enabled=False):
-        alpha = log_alpha.float().exp().repeat_interleave(masks_per_image, dim=0)  # (B*K, G*G)
-        beta = log_beta.float().exp().repeat_interleave(masks_per_image, dim=0)
-        distribution = Beta(alpha, beta, validate_args=False)
-        cells = _sample_beta(alpha, beta).clamp(SAMPLE_MARGIN, 1 - SAMPLE_MARGIN)
-        return Action(cells, distribution.log_prob(cells), distribution.entropy())
+        concentrations = torch.stack([log_alpha, log_beta]).float().exp()  # (2, B, G*G)
+        if masks_per_image > 1:
+            concentrations = concentrations.repeat_interleave(masks_per_image, dim=1)  # (2, B*K, G*G)
+        cells = _sample_beta(concentrations.detach()).clamp(SAMPLE_MARGIN, 1 - SAMPLE_MARGIN)
+        return Action(cells, *_log_prob_and_entropy(concentrations, cells))
 
 
 @torch.no_grad()
-def _sample_beta(alpha: Tensor, beta: Tensor) -> Tensor:
-    """Samples of Beta(alpha, beta), as the ratio of two gammas, taken of their logarithms.
+def _sample_beta(concentrations: Tensor) -> Tensor:
+    """Samples of Beta(alpha, beta) from (2, ...), as the ratio of two gammas, taken of their logarithms.
 
     torch's own sampler divides the gammas themselves: at small concentrations both underflow, and it gives 0.5 where
     the distribution has nearly all its mass at 0 and 1 (3 % of the samples at alpha = beta = exp(-6) on the CPU).
+    Gamma(c) is drawn as Gamma(c + 1) times U^(1 / c) (Marsaglia and Tsang 2000).
     """
-    return torch.sigmoid(_sample_log_gamma(alpha) - _sample_log_gamma(beta))
+    uniform = torch.rand_like(concentrations).clamp_min_(torch.finfo(concentrations.dtype).tiny)
+    gamma = torch._standard_gamma(concentrations + 1)  # what torch.distributions.Gamma samples from
+    log_gamma = torch.addcdiv(gamma.log_(), uniform.log_(), concentrations)
+    return torch.sigmoid(log_gamma[0] - log_gamma[1])
 
 
-def _sample_log_gamma(concentration: Tensor) -> Tensor:
-    """log of Gamma(c), which equals log Gamma(c + 1) + log(U) / c in distribution (Marsaglia and Tsang 2000)."""
-    uniform = torch.rand_like(concentration).clamp_min(torch.finfo(concentration.dtype).tiny)
-    gamma = Gamma(concentration + 1, torch.ones_like(concentration), validate_args=False).sample()
-    return gamma.log() + uniform.log() / concentration
+def _log_prob_and_entropy(concentrations: Tensor, cells: Tensor) -> tuple[Tensor, Tensor]:
+    """Of Beta(alpha, beta): the log-density at the cells and the differential entropy, (B*K, G*G) each.
+
+    As torch.distributions.Beta gives them, in a third of its kernels: few and small ones are what a GPU waits for.
+    """
+    alpha, beta = concentrations
+    total = alpha + beta
+    stacked = torch.stack([alpha, beta, total])  # (3, B*K, G*G)
+    lgamma, digamma = stacked.lgamma(), stacked.digamma()
+    log_normalizer = lgamma[0] + lgamma[1] - lgamma[2]
+    log_prob = (alpha - 1) * cells.log() + (beta - 1) * torch.log1p(-cells) - log_normalizer
+    entropy = log_normalizer - (alpha - 1) * digamma[0] - (beta - 1) * digamma[1] + (total - 2) * digamma[2]
+    return log_prob, entropy
+
+
+class MaskedImages(NamedTuple):
+    """What becomes of a batch: log-concentrations (2, B, G*G), action, masks (B*K, 1, S, S), images (B*K, 3, S, S)."""
+
+    log_concentrations: Tensor
+    action: Action
+    masks: Tensor
+    images: Tensor
+
+
+def draw_masks(
+    policy: Policy,
+    mask: SmoothMask,
+    head_alpha: Tensor,
+    head_beta: Tensor,
+    images: Tensor,
+    *,
+    masks_per_image: int = 1,
+) -> MaskedImages:
+    """Sample K masks for each image (B, 3, S, S) from the heads' output (B, G*G), smooth and apply them.
+
+    Pure but for the random numbers, so that it can be replayed as a CUDA graph.
+    """
+    log_concentrations = policy.log_concentrations(head_alpha, head_beta)  # (2, B, G*G)
+    action = sample_action(*log_concentrations, masks_per_image)  # (B*K, G*G) each
+    masks = mask(action.cells)  # (B*K, 1, S, S)
+    if masks_per_image > 1:
+        images = images.repeat_interleave(masks_per_image, dim=0)
+    return MaskedImages(log_concentrations, action, masks, images * masks)
 
 
 @torch.no_grad()
-def policy_health(
-    policy: Policy, heads: tuple[Tensor, Tensor], action: Action, masks: Tensor, advantage: Tensor
-) -> dict[str, Tensor]:
+def policy_health(policy: Policy, masked: MaskedImages, advantage: Tensor) -> dict[str, Tensor]:
     """Scalars () for the log: is the policy alive, and are its masks an image's own?
 
-    heads: h_a and h_b, (B, G*G); masks: (B*K, 1, S, S); advantage: (B*K,). The README says what each quantity means.
+    advantage: (B*K,). The README says what each quantity means.
     """
-    log_alpha, log_beta = policy.log_concentrations(*heads)
-    means = torch.sigmoid(log_alpha - log_beta)  # (B, G*G)
-    at_bounds = torch.stack([log_alpha, log_beta]).abs() >= LOG_CONCENTRATION_LIMIT  # (2, B, G*G)
+    log_concentrations, action, masks, _ = masked
+    means = torch.sigmoid(log_concentrations[0] - log_concentrations[1])  # (B, G*G)
+    mask_std, mask_mean = torch.std_mean(masks, correction=0)
     return {
-        "mask_mean": masks.mean(),
-        "mask_std": masks.std(correction=0),
+        "mask_mean": mask_mean,
+        "mask_std": mask_std,
         "mask_std_between_images": means.std(dim=0, correction=0).mean(),
         "policy_entropy": action.entropy.mean(),
         "policy_log_density": action.log_prob.mean(),
         "advantage_std": advantage.double().std(correction=0),
         "prior_drift": policy.prior_drift(),
-        "concentrations_at_bounds": at_bounds.double().mean(),
+        "concentrations_at_bounds": (log_concentrations.abs() >= LOG_CONCENTRATION_LIMIT).double().mean(),
     }
 
 

@@ -19,13 +19,14 @@ from _policy_gradient.mask import SmoothMask, check_mask_size
 from _policy_gradient.objective import BASELINES, OBJECTIVES, POLICY_SIGNS, Objective
 from _policy_gradient.policy import (
     MASK_POLICIES,
+    MaskedImages,
     Policy,
     create_policy,
+    draw_masks,
     policy_health,
-    sample_action,
     warn_of_bounds,
 )
-from utils import arguments, distributed, models, optim, run, wiring
+from utils import arguments, distributed, models, optim, run, wiring, wiring_data
 from utils.bad_images import BadImages
 from utils.checkpoint import Weights
 from utils.data import batches
@@ -70,7 +71,7 @@ def build_parser() -> arguments.Parser:
 def train_one_epoch(
     classifier: nn.Module,
     policy: nn.Module | None,
-    mask: SmoothMask | None,
+    draw: Callable[..., MaskedImages] | None,
     objective: Objective,
     loader: DataLoader,
     normalize: Normalize,
@@ -87,7 +88,10 @@ def train_one_epoch(
     print_freq: int,
     label: str = "epoch",
 ) -> dict[str, float]:
-    """One pass over the training split, from where the run stands; gives the log's means. No `policy`, no masks."""
+    """One pass over the training split, from where the run stands; gives the log's means. No `policy`, no masks.
+
+    draw: the policy's masks and the masked images, from its heads' output and the images (`draw_masks`).
+    """
     start, meters, sampler = saver.position, saver.meters, loader.batch_sampler
     epoch = start.epoch
     sampler.set_position(epoch, start.step, start.images)
@@ -104,17 +108,17 @@ def train_one_epoch(
         if policy is not None:
             with autocast():
                 heads = policy(images)  # h_a and h_b, (B, G*G) each
-            action = sample_action(*policy_state.log_concentrations(*heads), masks_per_image)  # (B*K, G*G) each
-            masks = mask(action.cells)  # (B*K, 1, S, S)
-            images = images.repeat_interleave(masks_per_image, dim=0) * masks  # (B*K, 3, S, S)
-            targets = targets.repeat_interleave(masks_per_image, dim=0)
+            masked = draw(*heads, images)
+            images = masked.images  # (B*K, 3, S, S)
+            if masks_per_image > 1:
+                targets = targets.repeat_interleave(masks_per_image, dim=0)
         with autocast():
             logits = classifier(images)  # (B*K, C)
         cross_entropy = F.cross_entropy(logits.float(), targets, reduction="none", label_smoothing=label_smoothing)
         loss, health = cross_entropy.mean(), {}
         if policy is not None:
-            loss, advantage = objective(cross_entropy, action.log_prob, action.entropy)
-            health = policy_health(policy_state, heads, action, masks, advantage)
+            loss, advantage = objective(cross_entropy, masked.action.log_prob, masked.action.entropy)
+            health = policy_health(policy_state, masked, advantage)
         hold_back = guard.check(loss, step, batch.indices)
         update(loss, hold_back)
         if policy is not None:
@@ -148,7 +152,7 @@ def build_policy(
         models.load_strictly(policy, saved, f"{args.resume}, its policy")
     if args.sync_bn:
         policy = models.synchronize_batch_norm(policy, device)
-    return policy.to(device)
+    return policy.to(device, memory_format=wiring.memory_format(args, device))
 
 
 def build_mask(args: argparse.Namespace, size: int, device: torch.device) -> SmoothMask:
@@ -201,13 +205,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         start = Position.of(state)
         output_dir = Path(args.output_dir)
         wiring.seed_everything(args)
-        splits = wiring.open_splits(args)
-        wiring.check_same_data(splits, state, args.resume)
+        splits = wiring_data.open_splits(args)
+        wiring_data.check_same_data(splits, state, args.resume)
         classifier = wiring.classifier(args, splits.classes, state, weights, device)
         policy = build_policy(args, state, weights, device)
         if args.test_only:
             run.make_output_dir(output_dir)
-    normalize = Normalize(args.mean, args.std).to(device)
+    wiring_data.use_cache(args, splits, device)
+    normalize = wiring.normalize(args, device)
     bad_images = wiring.bad_images(args)
     evaluate = partial(
         predict,
@@ -216,7 +221,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         print_freq=args.print_freq,
         bad_images=bad_images,
     )
-    evaluation_loader = wiring.evaluation_loader(args, splits.evaluation, device)
+    evaluation_loader = wiring_data.evaluation_loader(args, splits.evaluation, device)
     if args.test_only:
         mask = build_mask(args, args.val_crop_size, device) if masks else None
         results = test(partial(evaluate, loader=evaluation_loader), classifier, policy, mask, normalize)
@@ -225,7 +230,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
 
     with agreed():
-        loader = wiring.training_loader(args, splits.training, device)
+        loader = wiring_data.training_loader(args, splits.training, device)
         mixing = wiring.batch_mixing(args, len(splits.classes))
         models.check_batch_norm(classifier, args.batch_size * args.masks_per_image, "--model")
         mask = build_mask(args, args.train_crop_size, device) if masks else None
@@ -248,17 +253,20 @@ def main(argv: Sequence[str] | None = None) -> None:
             training.put_back(state, args.resume)
         run.begin_run(output_dir, SCRIPT, args.resume, start, args.epochs)
     if args.compile:
-        classifier.compile()
+        models.compile_in_place(classifier, device)
         if policy is not None:
-            policy.heads.compile()  # sampling and densities stay outside of the graph
+            models.compile_in_place(policy.heads, device)  # sampling and densities stay outside of the graph
     parallel_classifier = distributed.wrap(classifier, device)
     parallel_policy = None if policy is None else distributed.wrap(policy, device)
+    draw = None if policy is None else partial(draw_masks, policy, mask, masks_per_image=args.masks_per_image)
+    if draw is not None and args.compile and device.type == "cuda":
+        draw = torch.compile(draw, backend="cudagraphs")  # torch's own kernels, none generated: the same bit for bit
     run.restore_generators(state, args.seed)
     train = partial(
         train_one_epoch,
         parallel_classifier,
         parallel_policy,
-        mask,
+        draw,
         objective,
         normalize=normalize,
         mixing=mixing,
@@ -286,8 +294,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             predictions = evaluate(loader=evaluation_loader, stop_if_asked=saver.stop_if_asked)
             saver.finish_epoch(evaluated, measure(predictions, auroc=epoch == args.epochs - 1), line)
     bad_images.say_count()
-    best = f"best macro F1 on val {saver.best_f1:.4f}"
-    say(f"{args.epochs} epochs are done; {best}; the files are in {output_dir.resolve()}")
+    wiring.say_done(args, saver)
 
 
 if __name__ == "__main__":

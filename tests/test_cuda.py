@@ -1,12 +1,15 @@
 """What only a GPU can show; `python -m pytest tests/test_cuda.py` on a machine that has one."""
 
 import signal
+from functools import partial
 
 import pytest
 import torch
 
 from _normal import train as normal
 from _policy_gradient import train as policy_gradient
+from _policy_gradient.mask import SmoothMask
+from _policy_gradient.policy import create_policy, draw_masks
 from tests.conftest import SMALL, SMALL_POLICY, run_script
 from tests.test_resume import assert_same_run
 from utils.guard import LAG, StepGuard
@@ -93,3 +96,27 @@ def test_compiled_and_plain_have_close_losses(name, image_folder, tmp_path):
         script.main([*small, *more])
         losses.append(read_log(folder)[0]["train_loss"])
     assert losses[1] == pytest.approx(losses[0], rel=1e-2)
+
+
+def test_masks_replayed_as_a_cuda_graph_are_the_same_bit_for_bit():
+    """Cells, densities, gradients and the generator's state, over several replays."""
+    device = torch.device("cuda")
+    torch.manual_seed(0)
+    policy = create_policy("learned", "test_resnet", 16, 64).to(device)
+    plain = partial(draw_masks, policy, SmoothMask(64, 16, 5, 2.0).to(device), masks_per_image=2)
+    images = torch.rand(4, 3, 64, 64, device=device)
+    heads = [torch.randn(4, 256, device=device, requires_grad=True) for _ in range(2)]
+    found = []
+    for draw in (plain, torch.compile(plain, backend="cudagraphs")):
+        torch.cuda.manual_seed(0)
+        for _ in range(4):
+            masked = draw(*heads, images)
+            loss = masked.action.log_prob.logsumexp(1).mean() + masked.action.entropy.mean()
+            gradients = torch.autograd.grad(loss, heads)
+            found.append(
+                [tensor.detach().clone() for tensor in (masked.images, masked.masks, *masked.action, *gradients)]
+            )
+        found[-1].append(torch.cuda.get_rng_state())
+    for one, other in zip(found[:4], found[4:], strict=True):
+        assert all(torch.equal(*pair) for pair in zip(one, other, strict=True))
+    assert not torch.equal(found[0][0], found[1][0])

@@ -12,19 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torchvision.transforms import v2
 
-from utils.data import (
-    EvaluationSampler,
-    ImageFolder,
-    SampleKey,
-    TrainingSampler,
-    batches,
-    build_loader,
-    check_same_classes,
-    derive_seed,
-    find_classes,
-    read_image,
-)
+from utils.data import ImageFolder, batches, build_loader, read_image
 from utils.errors import UserError
+from utils.folders import check_same_classes, find_classes
+from utils.samplers import EvaluationSampler, SampleKey, TrainingSampler, derive_seed
 from utils.transforms import training_transform
 
 TO_TENSOR = v2.PILToTensor()

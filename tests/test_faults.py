@@ -28,9 +28,9 @@ from tests.conftest import ROOT, SMALL_POLICY, write_image_folder
 from tests.ranks import PATIENCE, start_ranks
 from utils import checkpoint, errors, progress
 from utils.checkpoint import CHECKPOINT, PREVIOUS, read, save_checkpoint
-from utils.data import SampleKey, TrainingSampler
 from utils.errors import UserError
 from utils.files import remove_temporaries
+from utils.samplers import SampleKey, TrainingSampler
 
 STEPS, EPOCHS, CHECKPOINT_STEPS = 9, 2, 3  # steps of an epoch: 36 images, 2 in each of two processes
 FLAGS = ("--batch-size", 2, "--epochs", EPOCHS)

@@ -10,13 +10,13 @@ import torch
 
 from tests.conftest import SMALL
 from tests.test_arguments import PARSERS, parse
-from utils import optim, wiring
-from utils.data import SampleKey
+from utils import optim, wiring, wiring_data
 from utils.distributed import resolve_device
 from utils.errors import UserError
+from utils.samplers import SampleKey
 from utils.transforms import Normalize
 
-CPU = torch.device("cpu")
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
 
 @pytest.fixture
@@ -33,7 +33,7 @@ def build(image_folder):
 
 
 def first_image(args, index=0, epoch=0):
-    return wiring.open_splits(args).training[SampleKey(index, epoch, 0)][0]
+    return wiring_data.open_splits(args).training[SampleKey(index, epoch, 0)][0]
 
 
 def changes_the_training_image(*flags, base=()):
@@ -47,7 +47,9 @@ def changes_the_training_image(*flags, base=()):
 
 def changes_the_evaluated_image(*flags):
     def check(build, image_folder):
-        plain, changed = (wiring.open_splits(args).evaluation[SampleKey(0)][0] for args in (build(), build(*flags)))
+        plain, changed = (
+            wiring_data.open_splits(args).evaluation[SampleKey(0)][0] for args in (build(), build(*flags))
+        )
         assert plain.shape != changed.shape or not torch.equal(plain, changed)
 
     return check
@@ -179,7 +181,7 @@ def check_mixing(*flags):
 def check_ra_sampler(build, image_folder):
     def repeats(*flags):
         args = build(*flags)
-        loader = wiring.training_loader(args, wiring.open_splits(args).training, CPU)
+        loader = wiring_data.training_loader(args, wiring_data.open_splits(args).training, CPU)
         return {key.repeat for batch in loader.batch_sampler for key in batch}
 
     assert repeats() == {0}
@@ -189,19 +191,19 @@ def check_ra_sampler(build, image_folder):
 
 def check_batch_size(build, image_folder):
     args = build("--batch-size", 5)
-    assert len(next(iter(wiring.training_loader(args, wiring.open_splits(args).training, CPU))).targets) == 5
+    assert len(next(iter(wiring_data.training_loader(args, wiring_data.open_splits(args).training, CPU))).targets) == 5
     assert build("--batch_size", 6).batch_size == build("-b", 6).batch_size == 6
 
 
 def check_workers(build, image_folder):
     args = build("-j", 3)
-    assert wiring.training_loader(args, wiring.open_splits(args).training, CPU).num_workers == 3
+    assert wiring_data.training_loader(args, wiring_data.open_splits(args).training, CPU).num_workers == 3
 
 
 def check_num_classes(build, image_folder):
-    assert len(wiring.open_splits(build("--num-classes", 3)).classes) == 3
+    assert len(wiring_data.open_splits(build("--num-classes", 3)).classes) == 3
     with pytest.raises(UserError, match=r"--num-classes 4: .* has 3 classes"):
-        wiring.open_splits(build("--num-classes", 4))
+        wiring_data.open_splits(build("--num-classes", 4))
 
 
 def check_bad_images(build, image_folder):
@@ -211,7 +213,7 @@ def check_bad_images(build, image_folder):
             data = shutil.copytree(image_folder, f"{folder}/data")
             for split in ("train", "val"):
                 Path(data, split, "bright", "0.png").write_text("no image")
-            splits = wiring.open_splits(build("--data-path", data, *flags))
+            splits = wiring_data.open_splits(build("--data-path", data, *flags))
             found = [split.__getitems__([SampleKey(0), SampleKey(1)]) for split in (splits.training, splits.evaluation)]
             return [one if isinstance(one, UserError) else one.indices.tolist() for one in found]
 
@@ -223,13 +225,13 @@ def check_bad_images(build, image_folder):
 def check_max_bad_images(build, image_folder):
     assert wiring.bad_images(build("--bad-images", "skip")).limit == 100
     args = build("--bad-images", "skip", "--max-bad-images", 7)
-    assert wiring.bad_images(args).limit == wiring.open_splits(args).training.max_bad_images == 7
+    assert wiring.bad_images(args).limit == wiring_data.open_splits(args).training.max_bad_images == 7
 
 
 def check_split(build, image_folder):
     for split, images in (("train", 36), ("val", 21), ("test", 9)):
         args = build("--test-only", "--resume", "unread.pth", "--split", split)
-        assert len(wiring.open_splits(args).evaluation) == images
+        assert len(wiring_data.open_splits(args).evaluation) == images
 
 
 def check_seed(build, image_folder):
@@ -286,6 +288,38 @@ def sets_in_optimizer(option, *flags, expected):
     return lambda build, image_folder: assert_close(optimizer_of(build(*flags)).param_groups[0][option], expected)
 
 
+def check_gray(build, image_folder):
+    assert first_image(build()).shape == (3, 32, 32)
+    assert torch.equal(first_image(build("--gray")), first_image(build())[:1])  # of a grey image
+    assert first_image(build("--gray", "--no-gray")).shape == (3, 32, 32)
+
+
+def check_channels_last(build, image_folder):
+    white = torch.full((2, 1, 4, 4), 255, dtype=torch.uint8)
+    for flags, device, expected in (([], CPU, False), (["--channels-last"], CPU, True), ([], CUDA, True)):
+        args = build(*flags)
+        if device == CUDA:  # only which format is chosen can be seen without one
+            assert wiring.memory_format(args, device) == torch.channels_last
+            assert wiring.memory_format(build("--no-channels-last"), device) == torch.contiguous_format
+            continue
+        weight = wiring.classifier(args, ["a", "b"], None, None, device).conv1[0].weight
+        images = wiring.normalize(args, device)(white)
+        assert images.shape == (2, 3, 4, 4)
+        assert [one.is_contiguous(memory_format=torch.channels_last) for one in (weight, images)] == [expected] * 2
+
+
+def check_cache_dataset(build, image_folder):
+    with tempfile.TemporaryDirectory() as folder:
+        args = build("--cache-dataset", "host", "--cache-dir", folder)
+        splits = wiring_data.open_splits(args)
+        wiring_data.use_cache(args, splits, CPU)
+        assert len(splits.training.cache) == len(splits.training)
+        assert len(list(Path(folder).iterdir())) == 2
+    splits = wiring_data.open_splits(build())
+    wiring_data.use_cache(build(), splits, CPU)
+    assert splits.training.cache is None
+
+
 # Flags whose effect only a whole run shows are exercised by the scripts' own tests, named here.
 RUNS = {
     "finetune": "test_scripts.py::test_fine_tuning_from_a_heated_model_onto_other_classes",
@@ -311,7 +345,7 @@ RUNS = {
     "sigma": "test_scripts.py::test_policy_flags_reach_the_policy",
 }
 EFFECTS = {
-    "data_path": lambda build, image_folder: assert_close(len(wiring.open_splits(build()).training), 36),
+    "data_path": lambda build, image_folder: assert_close(len(wiring_data.open_splits(build()).training), 36),
     "num_classes": check_num_classes,
     "bad_images": check_bad_images,
     "max_bad_images": check_max_bad_images,
@@ -323,6 +357,10 @@ EFFECTS = {
     "train_crop_size": changes_the_training_image("--train-crop-size", 16),
     "val_resize_size": changes_the_evaluated_image("--val-resize-size", 48),
     "val_crop_size": changes_the_evaluated_image("--val-crop-size", 24),
+    "gray": check_gray,
+    "channels_last": check_channels_last,
+    "cache_dataset": check_cache_dataset,
+    "cache_dir": check_cache_dataset,
     "interpolation": changes_the_evaluated_image("--interpolation", "nearest", "--val-resize-size", 48),
     "backend": changes_the_evaluated_image("--backend", "TENSOR", "--val-resize-size", 50),
     "model": check_model,

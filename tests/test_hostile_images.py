@@ -16,13 +16,15 @@ from PIL import Image
 
 from _normal import train as normal
 from tests.conftest import SMALL, write_image, write_image_folder
-from utils import data, distributed, errors
+from utils import distributed, errors, folders
 from utils.bad_images import BadImages
-from utils.data import EvaluationSampler, ImageFolder, SampleKey, TrainingSampler, batches, build_loader, list_images
+from utils.data import Batch, ImageFolder, batches, build_loader
 from utils.errors import UserError
 from utils.evaluation import measure, predict
+from utils.folders import ImageFiles, list_images
 from utils.images import read_image
 from utils.models import create_classifier
+from utils.samplers import EvaluationSampler, SampleKey, TrainingSampler
 from utils.transforms import Normalize, evaluation_transform, training_transform
 
 CPU = torch.device("cpu")
@@ -206,7 +208,7 @@ def test_links_that_lead_in_a_circle_are_refused(tmp_path):
         list_images(tmp_path / "a")
     (tmp_path / "itself").symlink_to("itself")
     with pytest.raises(UserError, match=r"/itself: cannot read this folder \(Too many levels of symbolic links\)"):
-        data.find_classes(tmp_path)
+        folders.find_classes(tmp_path)
 
 
 def test_links_that_double_at_each_level_are_refused(tmp_path):
@@ -238,7 +240,7 @@ def test_folders_that_may_not_be_read(tmp_path, monkeypatch):
         return real(path)
 
     monkeypatch.setattr(os, "scandir", scandir)
-    for look in (list_images, lambda folder: data.find_classes(folder / "locked")):
+    for look in (list_images, lambda folder: folders.find_classes(folder / "locked")):
         with pytest.raises(UserError, match=r"a/locked: cannot read this folder \(Permission denied\)"):
             look(tmp_path / "a")
 
@@ -299,8 +301,8 @@ def test_a_split_without_a_readable_image_ends(spoilt):
         (spoilt / "val" / "dark" / name).write_text("no image")
     for limit, tried in ((3, 4), (0, 1), (100, 7)):
         dataset = ImageFolder(spoilt / "val", None, on_bad_image="next", max_bad_images=limit)
-        dataset.targets = dataset.targets[:7]  # as many images of one class
-        dataset._paths = np.array([os.fsencode(spoilt / "val" / "dark" / f"{number}.png") for number in range(7)])
+        dataset.files = ImageFiles(spoilt / "val", {"dark": [f"{number}.png" for number in range(7)]})
+        dataset.path = dataset.files.path
         error = dataset.__getitems__([SampleKey(2)])
         assert isinstance(error, UserError)
         assert str(error).startswith(f"{spoilt / 'val'}: {tried} images in a row cannot be read; the last: {spoilt}")
@@ -410,7 +412,7 @@ def test_a_batch_keeps_its_messages_when_it_is_pinned(monkeypatch):
     from torch.utils.data._utils.pin_memory import pin_memory
 
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self, *_: self)
-    batch = data.Batch(torch.zeros(1), torch.zeros(1), torch.zeros(1), ("a", "b"))
+    batch = Batch(torch.zeros(1), torch.zeros(1), torch.zeros(1), ("a", "b"))
     pinned = pin_memory(batch)
-    assert isinstance(pinned, data.Batch)
+    assert isinstance(pinned, Batch)
     assert list(pinned.bad) == ["a", "b"]

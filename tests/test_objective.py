@@ -113,7 +113,7 @@ def test_reinforce_is_an_unbiased_gradient_of_the_expected_loss():
         numeric[index] = (up - down) / (2 * step)
 
     torch.manual_seed(0)
-    samples = 400_000
+    samples = 1_600_000
     parameters = log_concentrations.float().requires_grad_()
     log_alpha, log_beta = parameters[:, :2], parameters[:, 2:]
     action = sample_action(log_alpha, log_beta, samples)

@@ -8,10 +8,13 @@ import timm
 import torch
 from torch.distributions import Beta
 
+from _policy_gradient.mask import SmoothMask
 from _policy_gradient.policy import (
+    MaskedImages,
     Policy,
     SharedConcentrations,
     create_policy,
+    draw_masks,
     policy_health,
     sample_action,
     warn_of_bounds,
@@ -177,7 +180,9 @@ def test_health_by_hand():
     head_alpha = torch.tensor([[10.0, 0.0, 0.0, 0.0], [-10.0, 0.0, 0.0, 0.0]])
     action = sample_action(torch.zeros(2, 4), torch.zeros(2, 4))
     masks = torch.tensor([0.25, 0.75]).view(2, 1, 1, 1)
-    health = policy_health(policy, (head_alpha, torch.zeros(2, 4)), action, masks, torch.tensor([1.0, 3.0]))
+    log_concentrations = policy.log_concentrations(head_alpha, torch.zeros(2, 4))
+    masked = MaskedImages(log_concentrations, action, masks, torch.zeros(2))
+    health = policy_health(policy, masked, torch.tensor([1.0, 3.0]))
     spread = torch.sigmoid(torch.tensor(1.0)) - 0.5  # the first cell's means are sigmoid(1) and sigmoid(-1)
     assert health["mask_mean"].item() == pytest.approx(0.5)
     assert health["mask_std"].item() == pytest.approx(0.25)
@@ -193,9 +198,25 @@ def test_concentrations_at_their_bounds_are_counted_and_warned_of(capsys):
     policy = policy_with([0.0] * 4, [0.0] * 4)
     heads = torch.tensor([[60.1, -60.1, 59.9, 0.0]]), torch.tensor([[0.0, 0.0, 0.0, 200.0]])  # of weight 0.1
     action = sample_action(*policy.log_concentrations(*heads))
-    health = policy_health(policy, heads, action, torch.rand(1, 1, 2, 2), torch.zeros(1))
+    masked = MaskedImages(policy.log_concentrations(*heads), action, torch.rand(1, 1, 2, 2), torch.zeros(1))
+    health = policy_health(policy, masked, torch.zeros(1))
     assert health["concentrations_at_bounds"].item() == 3 / 8
     warn_of_bounds(4, 3 / 8)
     assert "in epoch 4, 37.5 % of the log-concentrations were at their bounds of -6 and 6" in capsys.readouterr().out
     warn_of_bounds(5, 0.0)
     assert capsys.readouterr().out == ""
+
+
+def test_masked_images_are_images_times_their_own_masks():
+    torch.manual_seed(0)
+    policy = policy_with([1.0, 0.0, 2.0, 3.0], [0.0, 0.5, 1.0, -3.0])
+    mask = SmoothMask(8, 2, 3, 1.0)
+    heads, images = (torch.rand(2, 4), torch.rand(2, 4)), torch.rand(2, 3, 8, 8)
+    masked = draw_masks(policy, mask, *heads, images, masks_per_image=3)
+    assert masked.images.shape == (6, 3, 8, 8)
+    assert torch.equal(masked.masks, mask(masked.action.cells))
+    for row in range(6):
+        assert torch.equal(masked.images[row], images[row // 3] * masked.masks[row])
+    torch.manual_seed(0)
+    torch.rand(2, 4), torch.rand(2, 4), torch.rand(2, 3, 8, 8)
+    assert torch.equal(sample_action(*policy.log_concentrations(*heads), 3).cells, masked.action.cells)

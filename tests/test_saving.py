@@ -14,8 +14,9 @@ from tests.conftest import SMALL, SMALL_POLICY
 from tests.ranks import run_ranks
 from tests.test_resume import RICH, assert_same_run
 from utils import progress, rehearsal
-from utils.data import ImageFolder, TrainingSampler
+from utils.data import ImageFolder
 from utils.errors import UserError
+from utils.samplers import TrainingSampler
 from utils.saving import Saver
 
 SCRIPTS = {"_normal": (normal, SMALL), "_policy_gradient": (policy_gradient, SMALL_POLICY)}

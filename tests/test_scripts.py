@@ -12,6 +12,7 @@ from _policy_gradient import train as policy_gradient
 from tests.conftest import SMALL, SMALL_POLICY, write_image_folder
 from utils import checkpoint
 from utils.errors import UserError
+from utils.models import compile_in_place
 from utils.progress import read_log
 
 
@@ -161,10 +162,10 @@ def test_test_only_repeats_the_last_validation(train, image_folder, capsys):
 def test_masked_evaluation_uses_the_mean_mask_of_the_images_own_policy(train, image_folder):
     from _policy_gradient.mask import SmoothMask
     from _policy_gradient.policy import create_policy
-    from utils.data import SampleKey
     from utils.models import create_classifier
+    from utils.samplers import SampleKey
     from utils.transforms import Normalize
-    from utils.wiring import open_splits
+    from utils.wiring_data import open_splits
 
     folder = train(policy_gradient, "--epochs", 1)
     start = policy_gradient.run.choose_start(
@@ -290,7 +291,7 @@ def test_compiled_run_has_clean_keys_and_the_same_losses(train):
 def test_traced_policy_and_classifier_have_clean_keys_and_the_same_losses(train, monkeypatch):
     """As `--compile`, but for the code generation, which takes a minute a network."""
     compile_module = torch.nn.Module.compile
-    monkeypatch.setattr(torch.nn.Module, "compile", lambda module: compile_module(module, backend="aot_eager"))
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda module, **_: compile_module(module, backend="aot_eager"))
     flags = ("--epochs", 1, "--lr", 1e-3, "--objective", "reinforce")
     plain = read_log(train(policy_gradient, *flags, name="plain"))[0]
     folder = train(policy_gradient, *flags, "--compile", name="compiled")
@@ -302,10 +303,12 @@ def test_traced_policy_and_classifier_have_clean_keys_and_the_same_losses(train,
 
 def test_compile_reaches_each_network(train, monkeypatch):
     compiled = []
-    monkeypatch.setattr(torch.nn.Module, "compile", lambda module: compiled.append(type(module).__name__))
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda module, mode: compiled.append((type(module).__name__, mode)))
     train(normal, "--epochs", 1, "--compile", name="normal")
     train(policy_gradient, "--epochs", 1, "--compile", name="policy")
-    assert compiled == ["ResNet", "ResNet", "ConcentrationNetwork"]
+    assert compiled == [("ResNet", None), ("ResNet", None), ("ConcentrationNetwork", None)]
+    compile_in_place(torch.nn.Linear(1, 1), torch.device("cuda"))
+    assert compiled[-1] == ("Linear", "reduce-overhead")  # with CUDA graphs
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(train):

@@ -14,13 +14,14 @@ from torch.distributions import Beta
 from _policy_gradient.objective import Objective
 from _policy_gradient.policy import create_policy
 from utils import distributed, models
-from utils.data import EvaluationSampler, ImageFolder, build_loader
+from utils.data import ImageFolder, build_loader
 from utils.errors import UserError, agreed, join_processes, run_script
 from utils.evaluation import measure, predict
 from utils.guard import NonFiniteLoss, StepGuard
 from utils.interruption import StopRequest
 from utils.metrics import RunningMean
 from utils.optim import GuardedUpdate, build_optimizer
+from utils.samplers import EvaluationSampler
 from utils.transforms import Normalize, evaluation_transform
 
 CPU = torch.device("cpu")

@@ -11,16 +11,19 @@ from utils.errors import UserError
 
 # What a resumed run may be given anew, since the trajectory does not depend on it (`epochs` rebuilds the schedule).
 FREE_ON_RESUME = {
-    "bad_images", "checkpoint_steps", "data_path", "device", "epochs", "finetune", "max_bad_images", "num_classes",
-    "output_dir", "print_freq", "resume", "split", "test_only", "timeout", "workers",
+    "bad_images", "cache_dir", "checkpoint_steps", "data_path", "device", "epochs", "finetune", "max_bad_images",
+    "num_classes", "output_dir", "print_freq", "resume", "split", "test_only", "timeout", "workers",
 }  # fmt: skip
 # What weights were made for: taken from their file when it says so.
 MODEL_FLAGS = (
     "model", "policy_model", "mask_policy", "grid", "kernel", "sigma",
-    "train_crop_size", "val_resize_size", "val_crop_size", "interpolation", "backend", "mean", "std",
+    "train_crop_size", "val_resize_size", "val_crop_size", "interpolation", "gray", "backend", "mean", "std",
 )  # fmt: skip
 # What a fine-tuning may choose anew although the file says otherwise.
-FREE_ON_FINETUNE = {"train_crop_size", "val_resize_size", "val_crop_size", "interpolation", "backend"}
+FREE_ON_FINETUNE = {"train_crop_size", "val_resize_size", "val_crop_size", "interpolation", "gray", "backend"}
+
+
+Switch = argparse.BooleanOptionalAction  # --flag and --no-flag
 
 
 class Parser(argparse.ArgumentParser):
@@ -86,6 +89,9 @@ def _add_data_flags(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
     add("--data-path", help="folder with {train,val,test}/<class>/<image>; without it, generated phantoms are used")
     add("--num-classes", type=positive_int, help="checked against the data when given, else taken from it")
+    add("--cache-dataset", default="off", choices=("off", "host", "device"), help="decode each image once, into a file "
+        "that all processes map; device: and keep the training images in the GPU's memory")  # fmt: skip
+    add("--cache-dir", help="where --cache-dataset keeps its files, for later runs too: a local disk")
     add("--bad-images", default="error", choices=("error", "skip"), help="stop at an unreadable image, or leave it out")
     add("--max-bad-images", type=natural, default=100, help="of --bad-images skip: more than so many end the run")
     add("--split", default="val", choices=("train", "val", "test"), help="what --test-only evaluates on")
@@ -103,6 +109,7 @@ def _add_data_flags(group: argparse._ArgumentGroup) -> None:
     add("--val-resize-size", type=positive_int, default=256, help="pixels, shorter side in evaluation")
     add("--val-crop-size", type=positive_int, default=224, help="pixels, central crop in evaluation")
     add("--interpolation", default="bilinear", choices=transforms.INTERPOLATIONS, help="of every resize")
+    add("--gray", action=Switch, default=False, help="read images as one channel, and make it three on the device")
     add("--backend", type=str.lower, default="pil", choices=transforms.BACKENDS, help="what the transforms work on")
 
 
@@ -134,7 +141,8 @@ def _add_optimisation_flags(group: argparse._ArgumentGroup) -> None:
     add("--clip-grad-norm", type=positive_float, help="largest norm of each network's gradient; None: no limit")
     add("--amp", action="store_true", help="mixed precision")
     add("--amp-dtype", default="bf16", choices=("bf16", "fp16"), help="of --amp")
-    add("--compile", action="store_true", help="torch.compile the networks")
+    add("--compile", action="store_true", help="torch.compile the networks; on a GPU with CUDA graphs")
+    add("--channels-last", action=Switch, help="memory format of images and networks; None: on a GPU, not on the CPU")
 
 
 def _add_schedule_flags(group: argparse._ArgumentGroup) -> None:
@@ -249,7 +257,7 @@ def _could_be_given(action: argparse.Action, value: Any) -> bool:
     """True if a value out of a file is one that this flag could have been given."""
     if value is None:
         return action.default is None
-    if action.nargs == 0:  # store_true
+    if action.nargs == 0:  # a switch
         return isinstance(value, bool)
     if action.nargs == "+":
         return isinstance(value, list) and len(value) > 0 and all(_could_be_typed(action, one) for one in value)

@@ -216,4 +216,5 @@ def clean_keys(state_dict: StateDict) -> StateDict:
 
 def weights_state(model: nn.Module, classes: list[str], args: dict[str, Any]) -> dict[str, Any]:
     """What `model_<epoch>.pth` and `model_best.pth` hold."""
-    return {"format_version": FORMAT_VERSION, "model": model.state_dict(), "classes": classes, "args": args}
+    tensors = {key: tensor.contiguous() for key, tensor in model.state_dict().items()}  # whatever --channels-last was
+    return {"format_version": FORMAT_VERSION, "model": tensors, "classes": classes, "args": args}

@@ -160,6 +160,18 @@ def launched_world_size() -> int:
     return launch.world_size if launch else 1
 
 
+def is_first_on_node() -> bool:
+    """True for one process of each node."""
+    launch = read_launch(os.environ)
+    return launch is None or launch.local_rank == 0
+
+
+def local_world_size() -> int:
+    """The number of processes on this node."""
+    launch = read_launch(os.environ)
+    return launch.local_world_size if launch else 1
+
+
 def in_process_group() -> bool:
     return dist.is_initialized()
 
@@ -177,15 +189,16 @@ def is_main_process() -> bool:
 
 
 def all_reduce_mean(tensor: Tensor) -> Tensor:
-    """Mean over the ranks, elementwise, on the device; a new tensor without gradient. Equal bits on every rank."""
-    return all_reduce_sum(tensor) / world_size()
+    """Mean over the ranks, elementwise, on the device; without gradient. Equal bits on every rank."""
+    return all_reduce_sum(tensor) / world_size() if world_size() > 1 else tensor.detach()
 
 
 def all_reduce_sum(tensor: Tensor) -> Tensor:
-    """Sum over the ranks, elementwise, on the device; a new tensor without gradient."""
+    """Sum over the ranks, elementwise, on the device; without gradient. A single process gets its own tensor back."""
+    if world_size() == 1:
+        return tensor.detach()
     reduced = tensor.detach().clone()
-    if world_size() > 1:
-        dist.all_reduce(reduced)
+    dist.all_reduce(reduced)
     return reduced
 
 

@@ -54,7 +54,7 @@ def predict(
     for step, batch in progress.track(batches(loader, device, bad_images)):
         with torch.autocast(device.type, dtype=autocast_dtype, enabled=autocast_dtype is not None):
             output = model(prepare(batch.images))
-        logits.append(output.float())
+        logits.append(output.to(torch.float32, copy=True))  # a CUDA graph's own output is overwritten by the next
         targets.append(batch.targets)
         indices.append(batch.indices)
         if progress.is_due(step):

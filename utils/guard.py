@@ -33,8 +33,7 @@ class StepGuard:
         """path: of an image by its index, for the report of a batch."""
         self.path, self.stop = path, stop
         self.lag, self._to_host = (LAG, _copy_behind) if device.type == "cuda" else (0, lambda flag: (flag, None))
-        self.first_bad_step = torch.full((), -1, dtype=torch.int64, device=device)
-        self.first_own_bad_step = self.first_bad_step.clone()
+        self.first_bad_steps = torch.full((2,), -1, dtype=torch.int64, device=device)  # on any rank, and on this one
         self.recent: dict[int, Tensor] = {}  # indices (B,) by step, since `raise_if_found` last found nothing
         self.stops: deque[tuple[Tensor, torch.cuda.Event | None]] = deque()
 
@@ -46,8 +45,8 @@ class StepGuard:
         own = ~loss.detach().isfinite()
         asked = torch.full_like(own, self.stop.asked is not None)
         found, stop = (distributed.all_reduce_sum(torch.stack([own, asked]).float()) > 0).unbind()
-        for first, flag in ((self.first_bad_step, found), (self.first_own_bad_step, own)):
-            first.copy_(torch.where(flag & (first < 0), step, first))
+        newly = torch.stack([found, own]) & (self.first_bad_steps < 0)
+        self.first_bad_steps.masked_fill_(newly, step)
         self.recent[step] = indices
         self.stops.append(self._to_host(stop))
         return found
@@ -63,13 +62,13 @@ class StepGuard:
 
     def raise_if_found(self, epoch: int) -> None:
         """Raise NonFiniteLoss, on all ranks at once, if a loss was not finite."""
-        step = int(self.first_bad_step)
+        step, own_step = self.first_bad_steps.tolist()
         if step < 0:
             self.recent.clear()
             return
         own = {
             "rank": distributed.rank(),
-            "loss_is_finite": int(self.first_own_bad_step) != step,
+            "loss_is_finite": own_step != step,
             "images": [str(self.path(index)) for index in self.recent[step].tolist()],
         }
         raise NonFiniteLoss(

@@ -14,8 +14,8 @@ FORMATS = ("BMP", "JPEG", "PNG", "PPM", "TIFF", "WEBP")  # by content; Pillow wo
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 
-def read_image(path: Path) -> Image.Image:
-    """Decode an 8-bit image to RGB with Pillow: palettes are looked up, transparency is dropped.
+def read_image(path: Path, gray: bool = False) -> Image.Image:
+    """Decode an 8-bit image to RGB with Pillow, or to its grey level: palettes are looked up, transparency is dropped.
 
     Raises UserError with the path for a file that is no regular one or no image, is cut short, larger than Pillow's
     MAX_IMAGE_PIXELS, of several frames, or grey of more than 8 bits: nobody states what range of them is meant, and
@@ -27,7 +27,9 @@ def read_image(path: Path) -> Image.Image:
         with Image.open(path, formats=FORMATS) as image:
             _check_header(image)
             image.info.pop("transparency", None)  # Pillow would warn of it, and keep the colours all the same
-            return image.convert("RGB")
+            if gray and image.mode == "L":
+                return image.convert("L")
+            return image.convert("RGB").convert("L") if gray else image.convert("RGB")
     except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error, ...
         reason = getattr(error, "strerror", None) or str(error).split("\n")[0]
         raise UserError(f"{path}: cannot be read as an image ({reason}); replace or remove it.") from None

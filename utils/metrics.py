@@ -35,7 +35,7 @@ class RunningMean:
         if not self.names:
             self.names = tuple(values)
             self.total = torch.zeros(len(values), dtype=torch.float64, device=self.device)
-        self.total += torch.stack([values[name].detach().double() for name in self.names])
+        self.total += torch.stack([values[name].detach() for name in self.names])
         self.count += 1
 
     def read(self) -> dict[str, float]:

@@ -135,6 +135,11 @@ def set_training_mode(model: nn.Module, backbone_frozen: bool = False) -> None:
             model.get_submodule(name).train()
 
 
+def compile_in_place(module: nn.Module, device: torch.device) -> None:
+    """torch.compile without renaming a key; with CUDA graphs on a GPU, where small batches else wait for the host."""
+    module.compile(mode="reduce-overhead" if device.type == "cuda" else None)
+
+
 def synchronize_batch_norm(model: nn.Module, device: torch.device) -> nn.Module:
     """SyncBatchNorm in place of BatchNorm, by timm's conversion (torch's own drops the activation of fused layers).
 

@@ -188,6 +188,7 @@ class GuardedUpdate:
                 raise UserError(f"{source}: its {name} optimiser's state does not fit this run ({error}).") from None
             for group, (lr, initial_lr) in zip(optimizer.param_groups, rates, strict=True):
                 group["lr"], group["initial_lr"] = lr, initial_lr
+            _lay_out_as_parameters(optimizer)
         self.scaler.load_state_dict(state["scaler"])
         self.skipped_steps.fill_(state["skipped_steps"])
 
@@ -202,6 +203,14 @@ class GuardedUpdate:
                 "the fp16 gradient scale has fallen below 2^-14: every step overflows. Lower --lr or use bf16.",
                 agreed=True,
             )
+
+
+def _lay_out_as_parameters(optimizer: Optimizer) -> None:
+    """Give restored buffers the memory format of their parameters, which the fused kernels take for granted."""
+    for parameter, buffers in optimizer.state.items():
+        for name, buffer in buffers.items():
+            if isinstance(buffer, Tensor) and buffer.shape == parameter.shape:
+                buffers[name] = torch.empty_like(parameter).copy_(buffer)
 
 
 @torch.no_grad()

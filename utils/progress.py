@@ -14,7 +14,7 @@ from utils.errors import UserError
 from utils.files import write_atomically
 
 if TYPE_CHECKING:  # data imports this module
-    from utils.data import TrainingSampler
+    from utils.samplers import TrainingSampler
 
 Item = TypeVar("Item")
 LOG = "log.jsonl"

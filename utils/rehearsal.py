@@ -10,10 +10,11 @@ import torch
 from torch.utils.data import DataLoader
 
 from utils import checkpoint, distributed
-from utils.data import EvaluationSampler, ImageFolder, TrainingSampler, build_loader
+from utils.data import ImageFolder, build_loader
 from utils.errors import UserError, agreed
 from utils.files import prove_writable
 from utils.progress import say
+from utils.samplers import EvaluationSampler, TrainingSampler
 from utils.state import TrainingState, restore_rng_state
 
 FULL_STATES = 2  # the newest and the one before, which is gone when the next one is written

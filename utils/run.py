@@ -9,10 +9,10 @@ import torch
 
 from utils import arguments, checkpoint, distributed, progress
 from utils.checkpoint import NotDamaged, Weights
-from utils.data import derive_seed
 from utils.errors import UserError, agreed
 from utils.files import remove_temporaries, write_atomically
 from utils.progress import Position
+from utils.samplers import derive_seed
 from utils.state import restore_rng_state
 
 AUTO = "auto"

@@ -5,8 +5,8 @@ from torch import Tensor, nn
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
-from utils.data import derive_seed
 from utils.errors import UserError
+from utils.samplers import derive_seed
 
 INTERPOLATIONS = ("bilinear", "bicubic", "nearest")
 AUTO_AUGMENTS = ("ra", "ta_wide", "augmix", *(policy.value for policy in v2.AutoAugmentPolicy))
@@ -23,8 +23,9 @@ def training_transform(
     augmix_severity: int = 3,
     random_erase: float = 0.0,
     backend: str = "pil",
+    gray: bool = False,
 ) -> nn.Module:
-    """PIL RGB image to a uint8 tensor (3, crop_size, crop_size): random resized crop, flip, and what is asked for.
+    """PIL RGB or grey image to a uint8 tensor (C, crop_size, crop_size): random resized crop, flip, what is asked for.
 
     torchvision's classification preset, but for the last step: images stay uint8 until they are on the device
     (`Normalize`), and RandomErasing, which fills with 0 after normalisation there, fills with the rounded mean here.
@@ -43,7 +44,8 @@ def training_transform(
     if backend == "pil":
         steps.append(v2.PILToTensor())
     if random_erase > 0:
-        steps.append(v2.RandomErasing(p=random_erase, value=[round(255 * value) for value in _three(mean)]))
+        fill = [sum(mean) / len(mean)] if gray else _three(mean)
+        steps.append(v2.RandomErasing(p=random_erase, value=[round(255 * value) for value in fill]))
     return v2.Compose(steps)
 
 
@@ -60,22 +62,55 @@ def _auto_augment(name: str, mode: v2.InterpolationMode, ra_magnitude: int, augm
 def evaluation_transform(
     resize_size: int, crop_size: int, *, interpolation: str = "bilinear", backend: str = "pil"
 ) -> nn.Module:
-    """PIL RGB image to a uint8 tensor (3, crop_size, crop_size): shorter side to resize_size, then the centre."""
+    """PIL RGB or grey image to a uint8 tensor (C, crop_size, crop_size): shorter side to resize_size, then the centre.
+
+    An image whose shorter side is of that size, out of a cache, keeps its pixels.
+    """
     mode = v2.InterpolationMode(interpolation)
     resize = [v2.Resize(resize_size, interpolation=mode, antialias=True), v2.CenterCrop(crop_size)]
     return v2.Compose([v2.PILToTensor(), *resize] if backend == "tensor" else [*resize, v2.PILToTensor()])
 
 
-class Normalize(nn.Module):
-    """uint8 images (B, 3, S, S) to float32, (x / 255 - mean) / std; mean and std have one value or three."""
+def resize_transform(resize_size: int, *, interpolation: str = "bilinear", backend: str = "pil") -> nn.Module:
+    """The evaluation's first step alone: PIL image to a uint8 tensor (C, H, W) with a shorter side of resize_size."""
+    resize = v2.Resize(resize_size, interpolation=v2.InterpolationMode(interpolation), antialias=True)
+    return v2.Compose([v2.PILToTensor(), resize] if backend == "tensor" else [resize, v2.PILToTensor()])
 
-    def __init__(self, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
+
+class DrawCrop(nn.Module):
+    """Draw what `training_transform` draws for an image, and leave the crop to the device (`DeviceImages`)."""
+
+    def __init__(self, crop_size: int) -> None:
         super().__init__()
+        self.crop, self.flip = v2.RandomResizedCrop(crop_size), v2.RandomHorizontalFlip()
+
+    def forward(self, image: Tensor) -> Tensor:
+        """A tensor (C, H, W), of which only the size counts, to (5,) int64: top, left, height, width, flip."""
+        crop = self.crop.make_params([image])
+        flip = torch.rand(1) < self.flip.p
+        return torch.tensor([crop["top"], crop["left"], crop["height"], crop["width"], flip])
+
+
+class Normalize(nn.Module):
+    """uint8 images (B, 1 or 3, S, S) to float32 (B, 3, S, S), (x / 255 - mean) / std; one channel becomes three alike.
+
+    mean and std have one value or three. memory_format: of the result.
+    """
+
+    def __init__(
+        self,
+        mean: tuple[float, ...],
+        std: tuple[float, ...],
+        memory_format: torch.memory_format = torch.contiguous_format,
+    ) -> None:
+        super().__init__()
+        self.memory_format = memory_format
         # Buffers, since torchvision's normalize copies both to the device at every call, and waits.
         self.register_buffer("mean", torch.tensor(_three(mean)).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(_three(std)).view(3, 1, 1), persistent=False)
 
     def forward(self, images: Tensor) -> Tensor:
+        images = images.expand(-1, 3, -1, -1).contiguous(memory_format=self.memory_format)  # a quarter of float's bytes
         return F.to_dtype(images, torch.float32, scale=True).sub_(self.mean).div_(self.std)
 
 

@@ -4,134 +4,22 @@ import argparse
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
-from torch.utils.data import DataLoader
 
-from utils import distributed, models, optim, phantoms, progress, rehearsal
+from utils import distributed, models, optim, progress, rehearsal
 from utils.bad_images import BadImages
 from utils.checkpoint import Weights
-from utils.data import (
-    LAYOUT,
-    EvaluationSampler,
-    ImageFolder,
-    TrainingSampler,
-    build_loader,
-    check_same_classes,
-    find_classes,
-)
 from utils.errors import UserError
 from utils.progress import Position
 from utils.saving import Saver
 from utils.state import TrainingState
-from utils.transforms import BatchMixing, evaluation_transform, training_transform
-
-
-class Splits(NamedTuple):
-    """`training` is None with --test-only."""
-
-    training: ImageFolder | None
-    evaluation: ImageFolder
-    classes: list[str]
-
-
-def open_splits(args: argparse.Namespace) -> Splits:
-    """The splits that the run needs, checked; the generated phantoms without --data-path.
-
-    Raises UserError for missing folders, classes that differ between the splits, and --num-classes unlike the data.
-    """
-    root = _data_root(args.data_path)
-    evaluated = args.split if args.test_only else "val"
-    evaluation = ImageFolder(
-        root / evaluated,
-        evaluation_transform(
-            args.val_resize_size, args.val_crop_size, interpolation=args.interpolation, backend=args.backend
-        ),
-        on_bad_image="blank" if args.bad_images == "skip" else "error",
-    )
-    training = None
-    if not args.test_only:
-        training = ImageFolder(
-            root / "train",
-            _training_transform(args),
-            args.seed,
-            on_bad_image="next" if args.bad_images == "skip" else "error",
-            max_bad_images=args.max_bad_images,
-        )
-        splits = {"train": training.classes, "val": evaluation.classes}
-        if (root / "test").is_dir():
-            splits["test"] = find_classes(root / "test")
-        check_same_classes(root, splits)
-    found = len(evaluation.classes)
-    if args.num_classes is not None and args.num_classes != found:
-        raise UserError(f"--num-classes {args.num_classes}: {root} has {found} classes; correct or leave out the flag.")
-    return Splits(training, evaluation, evaluation.classes)
-
-
-def check_same_data(splits: Splits, state: dict[str, Any] | None, source: str) -> None:
-    """Raise UserError if a run is to go on with other data than it began with."""
-    if state is None:
-        return
-    if state["classes"] != splits.classes:
-        raise UserError(
-            f"{source}: the run began with other classes than the data has now; start a new run from its weights with "
-            "_normal/train.py --finetune."
-        )
-    if state["train_images"] != len(splits.training):
-        raise UserError(
-            f"{source}: the run began with {state['train_images']} images in {splits.training.root}, which has "
-            f"{len(splits.training)} now; restore them, or start a new run from its weights with _normal/train.py "
-            "--finetune."
-        )
-
-
-def _data_root(data_path: str | None) -> Path:
-    if data_path is None:
-        try:
-            root = phantoms.ensure_default()
-        except OSError as error:
-            raise UserError(f"The phantoms cannot be written ({error}); give --data-path.") from None
-        progress.say(f"No --data-path was given: using generated phantoms in {root}, which are no real images.")
-        return root
-    root = Path(data_path)
-    if not root.is_dir():
-        raise UserError(f"--data-path {root}: no such folder; expected {LAYOUT}.")
-    return root
-
-
-def _training_transform(args: argparse.Namespace) -> nn.Module:
-    return training_transform(
-        args.train_crop_size,
-        args.mean,
-        interpolation=args.interpolation,
-        auto_augment=args.auto_augment,
-        ra_magnitude=args.ra_magnitude,
-        augmix_severity=args.augmix_severity,
-        random_erase=args.random_erase,
-        backend=args.backend,
-    )
-
-
-def training_loader(args: argparse.Namespace, dataset: ImageFolder, device: torch.device) -> DataLoader:
-    """Raises UserError if there are fewer images than one global batch."""
-    sampler = TrainingSampler(
-        len(dataset),
-        args.batch_size,
-        distributed.rank(),
-        distributed.world_size(),
-        args.seed,
-        args.ra_reps if args.ra_sampler else 1,
-    )
-    return build_loader(dataset, sampler, args.workers, pin_memory=device.type == "cuda")
-
-
-def evaluation_loader(args: argparse.Namespace, dataset: ImageFolder, device: torch.device) -> DataLoader:
-    sampler = EvaluationSampler(len(dataset), args.batch_size, distributed.rank(), distributed.world_size())
-    return build_loader(dataset, sampler, args.workers, pin_memory=device.type == "cuda")
+from utils.transforms import BatchMixing, Normalize
+from utils.wiring_data import Splits
 
 
 def bad_images(args: argparse.Namespace) -> BadImages:
@@ -165,7 +53,7 @@ def classifier(
         progress.say("--sync-bn: torch has no SyncBatchNorm for the CPU; the statistics stay those of each process.")
     if args.sync_bn:
         model = models.synchronize_batch_norm(model, device)
-    return model.to(device)
+    return model.to(device, memory_format=memory_format(args, device))
 
 
 def load_weights(model: nn.Module, weights: Weights, classes: list[str], test_only: bool) -> None:
@@ -269,6 +157,22 @@ def rehearse(
         epochs_left=args.epochs - saver.position.epoch,
         device=device,
     )
+
+
+def say_done(args: argparse.Namespace, saver: Saver) -> None:
+    """At the end of a run."""
+    best = f"best macro F1 on val {saver.best_f1:.4f}"
+    progress.say(f"{args.epochs} epochs are done; {best}; the files are in {saver.output_dir.resolve()}")
+
+
+def normalize(args: argparse.Namespace, device: torch.device) -> Normalize:
+    return Normalize(args.mean, args.std, memory_format(args, device)).to(device)
+
+
+def memory_format(args: argparse.Namespace, device: torch.device) -> torch.memory_format:
+    """Of --channels-last. Not of itself on the CPU, where torch 2.14.1 crashes on some of timm's models."""
+    channels_last = device.type == "cuda" if args.channels_last is None else args.channels_last
+    return torch.channels_last if channels_last else torch.contiguous_format
 
 
 def autocast_dtype(args: argparse.Namespace) -> torch.dtype | None:

@@ -1,0 +1,183 @@
+"""From the command line's values to the splits of a run: their folders, transforms, caches and loaders."""
+
+import argparse
+import os
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from torch.utils.data import DataLoader
+
+from utils import distributed, phantoms, progress
+from utils.cache import CacheBuild, build_together
+from utils.data import ImageFolder, build_loader
+from utils.device_images import FILTERS, DeviceImages
+from utils.errors import UserError, agreed
+from utils.folders import LAYOUT, check_same_classes, find_classes
+from utils.samplers import EvaluationSampler, TrainingSampler
+from utils.transforms import DrawCrop, evaluation_transform, resize_transform, training_transform
+
+
+class Splits(NamedTuple):
+    """`training` is None with --test-only."""
+
+    training: ImageFolder | None
+    evaluation: ImageFolder
+    classes: list[str]
+
+
+def open_splits(args: argparse.Namespace) -> Splits:
+    """The splits that the run needs, checked; the generated phantoms without --data-path.
+
+    Raises UserError for missing folders, classes that differ between the splits, and --num-classes unlike the data.
+    """
+    check_cache_flags(args)
+    root = _data_root(args.data_path)
+    evaluated = args.split if args.test_only else "val"
+    evaluation = ImageFolder(
+        root / evaluated,
+        evaluation_transform(
+            args.val_resize_size, args.val_crop_size, interpolation=args.interpolation, backend=args.backend
+        ),
+        on_bad_image="blank" if args.bad_images == "skip" else "error",
+        gray=args.gray,
+    )
+    training = None
+    if not args.test_only:
+        training = ImageFolder(
+            root / "train",
+            _training_transform(args),
+            args.seed,
+            on_bad_image="next" if args.bad_images == "skip" else "error",
+            max_bad_images=args.max_bad_images,
+            gray=args.gray,
+        )
+        splits = {"train": training.classes, "val": evaluation.classes}
+        if (root / "test").is_dir():
+            splits["test"] = find_classes(root / "test")
+        check_same_classes(root, splits)
+    found = len(evaluation.classes)
+    if args.num_classes is not None and args.num_classes != found:
+        raise UserError(f"--num-classes {args.num_classes}: {root} has {found} classes; correct or leave out the flag.")
+    return Splits(training, evaluation, evaluation.classes)
+
+
+def check_same_data(splits: Splits, state: dict[str, Any] | None, source: str) -> None:
+    """Raise UserError if a run is to go on with other data than it began with."""
+    if state is None:
+        return
+    if state["classes"] != splits.classes:
+        raise UserError(
+            f"{source}: the run began with other classes than the data has now; start a new run from its weights with "
+            "_normal/train.py --finetune."
+        )
+    if state["train_images"] != len(splits.training):
+        raise UserError(
+            f"{source}: the run began with {state['train_images']} images in {splits.training.root}, which has "
+            f"{len(splits.training)} now; restore them, or start a new run from its weights with _normal/train.py "
+            "--finetune."
+        )
+
+
+def _data_root(data_path: str | None) -> Path:
+    if data_path is None:
+        try:
+            root = phantoms.ensure_default()
+        except OSError as error:
+            raise UserError(f"The phantoms cannot be written ({error}); give --data-path.") from None
+        progress.say(f"No --data-path was given: using generated phantoms in {root}, which are no real images.")
+        return root
+    root = Path(data_path)
+    if not root.is_dir():
+        raise UserError(f"--data-path {root}: no such folder; expected {LAYOUT}.")
+    return root
+
+
+def _training_transform(args: argparse.Namespace) -> nn.Module:
+    return training_transform(
+        args.train_crop_size,
+        args.mean,
+        interpolation=args.interpolation,
+        auto_augment=args.auto_augment,
+        ra_magnitude=args.ra_magnitude,
+        augmix_severity=args.augmix_severity,
+        random_erase=args.random_erase,
+        backend=args.backend,
+        gray=args.gray,
+    )
+
+
+def training_loader(args: argparse.Namespace, dataset: ImageFolder, device: torch.device) -> DataLoader:
+    """Raises UserError if there are fewer images than one global batch."""
+    sampler = TrainingSampler(
+        len(dataset),
+        args.batch_size,
+        distributed.rank(),
+        distributed.world_size(),
+        args.seed,
+        args.ra_reps if args.ra_sampler else 1,
+    )
+    pin_memory = device.type == "cuda" and dataset.on_device is None  # crops are a few kilobytes
+    return build_loader(dataset, sampler, args.workers, pin_memory)
+
+
+def evaluation_loader(args: argparse.Namespace, dataset: ImageFolder, device: torch.device) -> DataLoader:
+    sampler = EvaluationSampler(len(dataset), args.batch_size, distributed.rank(), distributed.world_size())
+    return build_loader(dataset, sampler, args.workers, pin_memory=device.type == "cuda")
+
+
+def check_cache_flags(args: argparse.Namespace) -> None:
+    """Raise UserError for a cache without a folder, and for what a batch on the device cannot follow."""
+    if args.cache_dataset == "off":
+        return
+    if args.cache_dir is None:
+        raise UserError(
+            f"--cache-dataset {args.cache_dataset}: give --cache-dir a folder, on a disk of this node with room for "
+            "every image's pixels; later runs read it too."
+        )
+    if args.cache_dataset == "device" and not args.test_only:
+        if args.auto_augment is not None or args.random_erase > 0:
+            name = "--auto-augment" if args.auto_augment is not None else "--random-erase"
+            raise UserError(f"--cache-dataset device: cannot follow {name}; give --cache-dataset host.")
+        if args.interpolation not in FILTERS:
+            raise UserError(
+                f"--cache-dataset device: cannot follow --interpolation {args.interpolation}; give --cache-dataset "
+                f"host, or one of {', '.join(FILTERS)}."
+            )
+
+
+def use_cache(args: argparse.Namespace, splits: Splits, device: torch.device) -> None:
+    """With --cache-dataset, let the splits read from their caches, built by all ranks together where there are none.
+
+    With `device` the training images lie on the device, and evaluation reads as with `host`. Raises UserError for a
+    bad image, unless they are skipped, for a folder that cannot be written to, and for too little memory.
+    """
+    if args.cache_dataset == "off":
+        return
+    with agreed():
+        datasets = [split for split in (splits.training, splits.evaluation) if split is not None]
+        builds = [_cache_build(args, dataset) for dataset in datasets]
+    build_together(builds)
+    with agreed():
+        for dataset, build in zip(datasets, builds, strict=True):
+            if dataset is splits.training and args.cache_dataset == "device":
+                dataset.cache, dataset.transform = build.open("size"), DrawCrop(args.train_crop_size)
+                compiled = args.compile and device.type == "cuda"
+                dataset.on_device = DeviceImages(
+                    dataset.cache, args.train_crop_size, args.interpolation, device, compiled
+                )
+            else:
+                dataset.cache = build.open(args.backend)
+
+
+def _cache_build(args: argparse.Namespace, dataset: ImageFolder) -> CacheBuild:
+    return CacheBuild(
+        Path(args.cache_dir),
+        dataset.files,
+        resize_transform(args.val_resize_size, interpolation=args.interpolation, backend=args.backend),
+        gray=args.gray,
+        parameters={name: getattr(args, name) for name in ("val_resize_size", "interpolation", "backend", "gray")},
+        skip_bad_images=args.bad_images == "skip",
+        workers=min(args.workers * distributed.local_world_size(), os.cpu_count() or 1),
+    )
