@@ -93,7 +93,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         model = wiring.classifier(args, splits.classes, state, weights, device)
         if args.test_only:
             run.make_output_dir(output_dir)
-    wiring_data.use_cache(args, splits, device)
     normalize = wiring.normalize(args, device)
     bad_images = wiring.bad_images(args)
     evaluate = partial(
@@ -106,6 +105,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     evaluation_loader = wiring_data.evaluation_loader(args, splits.evaluation, device)
     if args.test_only:
+        wiring_data.use_cache(args, splits, device)
         results = {"clean": evaluate(model, evaluation_loader)}
         report_test(output_dir, results, splits.classes, split=args.split, weights=weights.path)
         bad_images.say_count()
@@ -126,6 +126,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if state:
             training.put_back(state, args.resume)
         run.begin_run(output_dir, SCRIPT, args.resume, start, args.epochs)
+    wiring_data.use_cache(args, splits, device)
     if args.compile:
         models.compile_in_place(model, device)
     parallel_model = distributed.wrap(model, device)

@@ -51,6 +51,9 @@ class SmoothMask(nn.Module):
 
     def forward(self, cells: Tensor) -> Tensor:
         """Cells (B, G*G) float32 to masks (B, 1, S, S) float32, in the cells' range; float32 inside autocast too."""
-        with torch.autocast(cells.device.type, enabled=False):
-            cells = cells.view(-1, 1, self.grid, self.grid)  # (B, 1, G, G)
-            return self.smoothing @ cells @ self.smoothing.T  # (B, 1, S, S)
+        if torch.is_autocast_enabled(cells.device.type):  # to leave it takes a host as long as both products
+            with torch.autocast(cells.device.type, enabled=False):
+                return self(cells)
+        rows = cells.view(-1, self.grid) @ self.smoothing.T  # (B*G, S)
+        rows = rows.view(-1, self.grid, len(self.smoothing))  # (B, G, S)
+        return torch.bmm(self.smoothing.expand(len(rows), -1, -1), rows).unsqueeze(1)  # (B, 1, S, S)

@@ -143,17 +143,16 @@ class Action(NamedTuple):
 
 
 def sample_action(log_alpha: Tensor, log_beta: Tensor, masks_per_image: int = 1) -> Action:
-    """Sample K masks for each image from Beta(alpha, beta), cell by cell, in float32 and outside autocast.
+    """Sample K masks for each image from Beta(alpha, beta), cell by cell, in float32, within autocast too.
 
     log_alpha, log_beta: (B, G*G). Rows b*K .. b*K+K-1 of the result belong to image b. Samples carry no gradient;
     log_prob and entropy carry the gradient to the concentrations.
     """
-    with torch.autocast(log_alpha.device.type, enabled=False):
-        concentrations = torch.stack([log_alpha, log_beta]).float().exp()  # (2, B, G*G)
-        if masks_per_image > 1:
-            concentrations = concentrations.repeat_interleave(masks_per_image, dim=1)  # (2, B*K, G*G)
-        cells = _sample_beta(concentrations.detach()).clamp(SAMPLE_MARGIN, 1 - SAMPLE_MARGIN)
-        return Action(cells, *_log_prob_and_entropy(concentrations, cells))
+    concentrations = torch.stack([log_alpha, log_beta]).float().exp()  # (2, B, G*G)
+    if masks_per_image > 1:
+        concentrations = concentrations.repeat_interleave(masks_per_image, dim=1)  # (2, B*K, G*G)
+    cells = _sample_beta(concentrations.detach()).clamp(SAMPLE_MARGIN, 1 - SAMPLE_MARGIN)
+    return Action(cells, *_log_prob_and_entropy(concentrations, cells))
 
 
 @torch.no_grad()

@@ -211,7 +211,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         policy = build_policy(args, state, weights, device)
         if args.test_only:
             run.make_output_dir(output_dir)
-    wiring_data.use_cache(args, splits, device)
     normalize = wiring.normalize(args, device)
     bad_images = wiring.bad_images(args)
     evaluate = partial(
@@ -223,6 +222,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     evaluation_loader = wiring_data.evaluation_loader(args, splits.evaluation, device)
     if args.test_only:
+        wiring_data.use_cache(args, splits, device)
         mask = build_mask(args, args.val_crop_size, device) if masks else None
         results = test(partial(evaluate, loader=evaluation_loader), classifier, policy, mask, normalize)
         report_test(output_dir, results, splits.classes, split=args.split, weights=weights.path)
@@ -252,6 +252,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if state:
             training.put_back(state, args.resume)
         run.begin_run(output_dir, SCRIPT, args.resume, start, args.epochs)
+    wiring_data.use_cache(args, splits, device)
     if args.compile:
         models.compile_in_place(classifier, device)
         if policy is not None:

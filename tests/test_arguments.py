@@ -42,8 +42,22 @@ def test_a_resumed_run_goes_on_as_it_began():
     args = arguments.for_resume(parser, again, saved, "f")
     assert (args.lr, args.epochs, args.workers, args.data_path) == (0.3, 9, 0, "elsewhere")
     for flag in (("--lr", 0.2), ("--seed", 1), ("--batch-size", 8), ("--amp",), ("--model", "resnet18")):
-        with pytest.raises(UserError, match=f"^{flag[0]} .*f was trained with .* must go on as it began"):
+        with pytest.raises(UserError, match=f"^{flag[0]}.*f was trained with.*{flag[0]}.* must go on as it began"):
             arguments.for_resume(parser, given("_normal", "--resume", "f", *flag), saved, "f")
+
+
+def test_a_flag_that_is_younger_than_the_checkpoint_counts_as_its_default():
+    parser, saved = PARSERS["_normal"], vars(parse("_normal"))
+    for name in ("gray", "cache_dataset", "channels_last"):
+        del saved[name]
+    for flag, message in (
+        (["--gray"], "--gray: f was trained without --gray,"),
+        (["--cache-dataset", "host"], "--cache-dataset host: f was trained with --cache-dataset off,"),
+        (["--no-channels-last"], "--no-channels-last: f was trained without --channels-last,"),
+    ):
+        with pytest.raises(UserError, match=message):
+            arguments.for_resume(parser, given("_normal", "--resume", "f", *flag), saved, "f")
+    assert not arguments.for_resume(parser, given("_normal", "--resume", "f", "--no-gray"), saved, "f").gray
 
 
 def test_weights_bring_what_they_were_made_for():
@@ -57,7 +71,7 @@ def test_weights_bring_what_they_were_made_for():
             arguments.for_weights(parser, tested | given("_normal", *flag), saved, "f", test_only=True)
     finetuned = given("_normal", "--finetune", "f", "--train-crop-size", 32)
     assert arguments.for_weights(parser, finetuned, saved, "f", test_only=False).train_crop_size == 32
-    with pytest.raises(UserError, match=r"^--model resnet50: f was made with resnet18"):
+    with pytest.raises(UserError, match=r"^--model resnet50: f was made with --model resnet18"):
         arguments.for_weights(parser, finetuned | {"model": "resnet50"}, saved, "f", test_only=False)
 
 

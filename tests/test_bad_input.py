@@ -120,7 +120,7 @@ def test_weights_of_another_architecture_name_the_keys(image_folder, tmp_path):
     data = ("--data-path", image_folder)
     normal.main([*SMALL, "--data-path", str(image_folder), "--epochs", "1", "--output-dir", str(tmp_path / "run")])
     weights = tmp_path / "run" / "model_0.pth"
-    refuse(normal, *data, "--finetune", weights, "--model", "test_vit", match="was made with test_resnet")
+    refuse(normal, *data, "--finetune", weights, "--model", "test_vit", match="was made with --model test_resnet")
     bare = tmp_path / "bare.pth"
     torch.save(torch.load(weights, weights_only=True)["model"], bare)
     other = [flag if flag != "test_resnet" else "test_vit" for flag in SMALL]

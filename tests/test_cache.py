@@ -23,8 +23,10 @@ from _normal import train as normal
 from _policy_gradient import train as policy_gradient
 from tests.conftest import ROOT, SMALL, SMALL_POLICY, write_image
 from tests.ranks import run_ranks
-from utils import arguments, cache, wiring_data
-from utils.cache import CacheBuild, ImageCache, fingerprint
+from utils import arguments, cache_build, wiring_data
+from utils.cache import INDEX, PIXELS, ImageCache
+from utils.cache_build import SIZES as NOTED
+from utils.cache_build import CacheBuild, fingerprint
 from utils.data import batches, build_loader
 from utils.device_images import DeviceImages, _to_device
 from utils.errors import UserError
@@ -60,16 +62,22 @@ def splits(folder, cache_dir, *flags):
     return opened
 
 
-def build_of(folder, cache_dir, *, workers=0, skip=False, gray=False, size=36):
+def build_of(folder, cache_dir, *, workers=0, max_bad_images=None, gray=False, size=36):
     files = ImageFiles.find(folder / "train")
     resize = resize_transform(size)
     return CacheBuild(
-        cache_dir, files, resize, gray=gray, parameters={"size": size}, skip_bad_images=skip, workers=workers
+        cache_dir,
+        files,
+        resize,
+        gray=gray,
+        parameters={"size": size},
+        max_bad_images=max_bad_images,
+        workers=workers,
     )
 
 
 def contents(build):
-    return (build.folder / cache.PIXELS).read_bytes(), (build.folder / cache.INDEX).read_bytes()
+    return (build.folder / PIXELS).read_bytes(), (build.folder / INDEX).read_bytes()
 
 
 # --- The same pixels
@@ -133,9 +141,13 @@ def test_a_crop_on_the_device_is_torchvisions(crop, interpolation, folder, tmp_p
     made = DeviceImages(images, 24, interpolation, CPU)(torch.tensor([index]), torch.tensor([crop]))
     top, left, height, width, flip = crop
     mode = InterpolationMode(interpolation)
-    expected = F.resized_crop(images[index].float(), top, left, height, width, [24, 24], mode, antialias=True)
+    if interpolation == "bilinear":  # but for rounding at the end
+        image, tolerance = images[index].float(), 0.51
+    else:  # whose overshoots torch cuts off in each direction where it resizes bytes
+        image, tolerance = images[index], 1
+    expected = F.resized_crop(image, top, left, height, width, [24, 24], mode, antialias=True)
     expected = F.horizontal_flip(expected) if flip else expected
-    torch.testing.assert_close(made[0].float(), expected.clamp(0, 255), rtol=0, atol=0.51)
+    torch.testing.assert_close(made[0].float(), expected.float(), rtol=0, atol=tolerance)
 
 
 def test_the_loader_makes_the_images_on_the_device(folder, tmp_path):
@@ -163,13 +175,13 @@ def test_pixels_lie_one_image_after_another(folder, tmp_path):
         assert np.array_equal(np.asarray(images[index]), np.asarray(expected))
         assert images.index[index].tolist() == [offsets[-1], expected.height, expected.width]
         offsets.append(offsets[-1] + 3 * expected.height * expected.width)
-    assert (build.folder / cache.PIXELS).stat().st_size == offsets[-1]
+    assert (build.folder / PIXELS).stat().st_size == offsets[-1]
     assert list(build_of(folder, tmp_path).build()) == []  # nothing is left to do
 
 
 def test_a_build_goes_on_where_it_was_cut_off(folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(cache, "BATCH", 3)
-    monkeypatch.setattr(cache, "SECONDS", 0.0)
+    monkeypatch.setattr(cache_build, "BATCH", 3)
+    monkeypatch.setattr(cache_build, "SECONDS", 0.0)
     whole = build_of(folder, tmp_path / "whole")
     list(whole.build())
     build = build_of(folder, tmp_path / "cut")
@@ -177,9 +189,9 @@ def test_a_build_goes_on_where_it_was_cut_off(folder, tmp_path, monkeypatch):
     next(work), next(work)
     work.close()  # six images are noted
     decoded = []
-    read = cache.read_image
-    monkeypatch.setattr(cache, "read_image", lambda path, gray: decoded.append(path) or read(path, gray))
-    with open(build.folder / cache.PIXELS, "ab") as pixels, open(build.folder / cache.SIZES, "ab") as sizes:
+    read = cache_build.read_image
+    monkeypatch.setattr(cache_build, "read_image", lambda path, gray: decoded.append(path) or read(path, gray))
+    with open(build.folder / PIXELS, "ab") as pixels, open(build.folder / NOTED, "ab") as sizes:
         pixels.write(b"not noted yet")
         sizes.write(b"12345")
     again = build_of(folder, tmp_path / "cut")
@@ -191,13 +203,13 @@ def test_a_build_goes_on_where_it_was_cut_off(folder, tmp_path, monkeypatch):
 
 
 def test_pixels_lost_with_the_power_are_decoded_again(folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(cache, "BATCH", 3)
-    monkeypatch.setattr(cache, "SECONDS", 0.0)
+    monkeypatch.setattr(cache_build, "BATCH", 3)
+    monkeypatch.setattr(cache_build, "SECONDS", 0.0)
     build = build_of(folder, tmp_path)
     work = build.build()
     next(work), next(work)
     work.close()
-    os.truncate(build.folder / cache.PIXELS, 100)
+    os.truncate(build.folder / PIXELS, 100)
     list(build_of(folder, tmp_path).build())
     list(build_of(folder, tmp_path / "whole").build())
     assert contents(build) == contents(build_of(folder, tmp_path / "whole"))
@@ -208,8 +220,8 @@ import sys, time
 sys.path.insert(0, {root!r})
 from pathlib import Path
 from tests.test_cache import build_of
-from utils import cache
-cache.BATCH, cache.SECONDS = 1, 0.0
+from utils import cache_build
+cache_build.BATCH, cache_build.SECONDS = 1, 0.0
 print("imported", flush=True)
 for _ in build_of(Path(sys.argv[1]), Path(sys.argv[2]), workers=int(sys.argv[3])).build():
     time.sleep(0.02)
@@ -236,7 +248,7 @@ def test_kills_leave_no_half_cache_that_is_taken_for_a_whole_one(folder, tmp_pat
 
 
 def test_another_process_that_builds_is_waited_for(folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(cache, "SECONDS", 0.0)
+    monkeypatch.setattr(cache_build, "SECONDS", 0.0)
     first, second = build_of(folder, tmp_path).build(), build_of(folder, tmp_path)
     next(first)
     waiting = second.build()
@@ -249,8 +261,8 @@ def test_another_process_that_builds_is_waited_for(folder, tmp_path, monkeypatch
 
 
 def test_a_lock_that_ends_with_its_process_is_taken_over(folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(cache, "SECONDS", 0.0)
-    monkeypatch.setattr(cache, "BATCH", 3)
+    monkeypatch.setattr(cache_build, "SECONDS", 0.0)
+    monkeypatch.setattr(cache_build, "BATCH", 3)
     first, second = build_of(folder, tmp_path).build(), build_of(folder, tmp_path).build()
     next(first), next(second)
     first.close()
@@ -270,12 +282,11 @@ def test_a_fingerprint_is_of_names_contents_and_parameters(folder, tmp_path):
     os.utime(path, ns=(1, path.stat().st_mtime_ns + 1))
     found.add(fingerprint(files, parameters))
     path.rename(path.with_stem("renamed"))
-    with pytest.raises(UserError, match=f"{path}: cannot be read"):
-        fingerprint(files, parameters)
+    found.add(fingerprint(files, parameters))
     found.add(fingerprint(ImageFiles.find(data), parameters))
     path.with_stem("renamed").unlink()
     found.add(fingerprint(ImageFiles.find(data), parameters))
-    assert len(found) == 6
+    assert len(found) == 7
 
 
 def test_a_changed_image_is_read_anew(folder, tmp_path):
@@ -289,14 +300,38 @@ def test_a_changed_image_is_read_anew(folder, tmp_path):
     assert len(list((tmp_path / "cache").glob("val-*"))) == 2
 
 
-@pytest.mark.parametrize("spoil", [lambda path: path.unlink(), lambda path: os.truncate(path, 50)])
-@pytest.mark.parametrize("name", [cache.PIXELS, cache.INDEX])
+@pytest.mark.parametrize("spoil", [Path.unlink, lambda path: os.truncate(path, 50), lambda path: path.write_bytes(b"")])
+@pytest.mark.parametrize("name", [PIXELS, INDEX])
 def test_a_damaged_cache_is_named(name, spoil, folder, tmp_path):
     build = build_of(folder, tmp_path)
     list(build.build())
     spoil(build.folder / name)
     with pytest.raises(UserError, match=r"this cache is damaged; remove the folder, and it will be built anew\."):
         build.open("pil")
+
+
+@pytest.mark.parametrize(
+    "change", [lambda index: index[:, 0], lambda index: index[::-1], lambda index: index + np.array([1, 0, 0])]
+)
+def test_an_index_that_does_not_fit_is_damage(change, folder, tmp_path):
+    build = build_of(folder, tmp_path)
+    list(build.build())
+    np.save(build.folder / INDEX, change(np.load(build.folder / INDEX)))
+    with pytest.raises(UserError, match="this cache is damaged"):
+        build.open("pil")
+
+
+def test_a_cache_may_be_larger_than_the_memory(folder, tmp_path):
+    """Mapped for reading, it counts as no memory; 10 TB of a file that takes no room."""
+    build = build_of(folder, tmp_path, gray=True)
+    list(build.build())
+    side = 1_000_000
+    np.save(build.folder / INDEX, np.array([[number * side**2, side, side] for number in range(10)]))
+    try:
+        os.truncate(build.folder / PIXELS, 10 * side**2)
+    except OSError:
+        pytest.skip("this file system holds no such file")
+    assert build.open("size")[9].shape == (1, side, side)
 
 
 # --- What goes wrong
@@ -320,17 +355,79 @@ def test_bad_images_end_the_build_or_are_noted(folder, tmp_path):
             assert len(plain.bad) == 1
 
 
+def test_more_bad_images_than_may_be_end_the_build(folder, tmp_path):
+    data = shutil.copytree(folder, tmp_path / "data")
+    for number in (0, 2, 4):
+        (data / "train" / "a" / f"{number}.png").write_text("no image")
+    (data / "train" / "a" / "6.png").unlink()
+    (data / "train" / "a" / "6.png").symlink_to("nowhere")
+    with pytest.raises(
+        UserError, match=r"train: 4 images cannot be read, more than --max-bad-images 3; the last: .*6\.png"
+    ):
+        list(build_of(data, tmp_path, max_bad_images=3).build())
+    assert list(build_of(data, tmp_path, max_bad_images=4).build())[-1].endswith("GB, 4 images could not be read")
+
+
+def test_bad_images_that_were_noted_are_tried_again_where_none_may_be(folder, tmp_path, monkeypatch):
+    """Zeros at the end of what was noted, by a power failure too, are taken for no image."""
+    monkeypatch.setattr(cache_build, "BATCH", 3)
+    monkeypatch.setattr(cache_build, "SECONDS", 0.0)
+    build = build_of(folder, tmp_path)
+    work = build.build()
+    next(work), next(work)
+    work.close()
+    with open(build.folder / NOTED, "ab") as noted:
+        noted.write(bytes(16))
+    list(build_of(folder, tmp_path).build())
+    list(build_of(folder, tmp_path / "whole").build())
+    assert contents(build) == contents(build_of(folder, tmp_path / "whole"))
+
+
+def test_an_image_that_was_bad_only_when_the_cache_was_built(folder, tmp_path, monkeypatch):
+    """Its pixels are not there: never is it read from its file, nor another image's pixels in its place."""
+    read = cache_build.read_image
+
+    def fails_once(path, gray):
+        if path.name == "2.png":
+            raise UserError(f"{path}: cannot be read as an image (Input/output error)")
+        return read(path, gray)
+
+    monkeypatch.setattr(cache_build, "read_image", fails_once)
+    for kind in ("host", "device"):
+        cached = splits(folder, tmp_path, "--cache-dataset", kind, "--bad-images", "skip")
+        batch = cached.training.__getitems__([SampleKey(1)])
+        assert batch.indices.tolist() == [2]
+        assert batch.bad[0].startswith(f"{folder}/train/a/2.png: could not be read when {tmp_path}/train-")
+    assert cached.evaluation.__getitems__([SampleKey(1)]).indices.tolist() == [-1]
+
+
+def test_a_worker_that_is_killed_ends_the_build_with_a_sentence(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(cache_build, "read_image", lambda path, gray: os.kill(os.getpid(), signal.SIGKILL))
+    with pytest.raises(UserError, match=r"DataLoader worker .*; the build goes on from there: give fewer"):
+        list(build_of(folder, tmp_path, workers=1).build())
+
+
+def test_an_image_that_cannot_be_resized_is_a_bad_one(folder, tmp_path, monkeypatch):
+    def too_long(image):
+        raise MemoryError
+
+    build = build_of(folder, tmp_path)
+    monkeypatch.setattr(build.decoder, "resize", too_long)
+    with pytest.raises(UserError, match=r"a/0\.png: 36 x 40 pixels cannot be resized"):
+        list(build.build())
+
+
 def test_a_split_of_bad_images_only(tmp_path):
     for name in "ab":
         (tmp_path / "train" / name).mkdir(parents=True)
         (tmp_path / "train" / name / "0.png").write_text("no image")
     with pytest.raises(UserError, match="none of its 2 images can be read"):
-        list(build_of(tmp_path, tmp_path / "cache", skip=True).build())
+        list(build_of(tmp_path, tmp_path / "cache", max_bad_images=9).build())
 
 
 def test_a_disk_that_is_too_small_or_full(folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(cache, "BATCH", 3)
-    monkeypatch.setattr(cache, "SECONDS", 0.0)
+    monkeypatch.setattr(cache_build, "BATCH", 3)
+    monkeypatch.setattr(cache_build, "SECONDS", 0.0)
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "disk_usage", lambda _: namedtuple("Usage", "free")(1000))
         with pytest.raises(UserError, match=r"has 0\.00 GB free, and the cache needs about 0\.00 GB more"):
@@ -340,7 +437,7 @@ def test_a_disk_that_is_too_small_or_full(folder, tmp_path, monkeypatch):
         def full(file):
             raise OSError(errno.ENOSPC, "No space left on device")
 
-        patch.setattr(cache, "_flush_to_disk", full)
+        patch.setattr(cache_build, "_flush_to_disk", full)
         with pytest.raises(UserError, match=r"cannot be written there \(No space left on device\); free space"):
             list(build_of(folder, tmp_path).build())
     (tmp_path / "file").touch()
@@ -466,3 +563,14 @@ def test_files_and_cache_share_their_transforms(folder, tmp_path):
         transform = evaluation_transform(36, 32, backend=backend)
         assert torch.equal(transform(image), F.center_crop(F.pil_to_tensor(image), [32, 32]))
     assert training_transform(16, (0.3,), gray=True, random_erase=1.0)(image.convert("L")).shape == (1, 16, 16)
+
+
+def test_nothing_is_built_for_a_run_that_cannot_begin(image_folder, tmp_path, capsys):
+    (tmp_path / "model_3.pth").touch()
+    flags = [*SMALL, "--data-path", str(image_folder), "--output-dir", str(tmp_path)]
+    with pytest.raises(UserError, match="another run is there"):
+        normal.main([*flags, "--cache-dataset", "host", "--cache-dir", str(tmp_path / "cache")])
+    assert not (tmp_path / "cache").exists()
+    with pytest.raises(UserError, match="another run is there"):
+        normal.main([*flags, "--cache-dir", str(tmp_path / "cache")])
+    assert "--cache-dir: without effect, since --cache-dataset is off." in capsys.readouterr().out

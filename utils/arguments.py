@@ -1,6 +1,7 @@
 """The command line that both scripts share, and where each value comes from: given, the file, or the default."""
 
 import argparse
+import os
 import reprlib
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any, NoReturn
 
 from utils import optim, transforms
 from utils.errors import UserError
+from utils.flag_types import fraction, natural, non_negative_float, positive_float, positive_int
 
 # What a resumed run may be given anew, since the trajectory does not depend on it (`epochs` rebuilds the schedule).
 FREE_ON_RESUME = {
@@ -36,41 +38,6 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message} (--help lists all flags)", agreed=True)
-
-
-def positive_int(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text}: expected a whole number of at least 1")
-    return value
-
-
-def natural(text: str) -> int:
-    value = int(text)
-    if value < 0:
-        raise argparse.ArgumentTypeError(f"{text}: expected a whole number of at least 0")
-    return value
-
-
-def positive_float(text: str) -> float:
-    value = float(text)
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text}: expected a number above 0")
-    return value
-
-
-def non_negative_float(text: str) -> float:
-    value = float(text)
-    if not 0 <= value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text}: expected a number of at least 0")
-    return value
-
-
-def fraction(text: str) -> float:
-    value = float(text)
-    if not 0 <= value <= 1:
-        raise argparse.ArgumentTypeError(f"{text}: expected a number from 0 to 1")
-    return value
 
 
 def shared_parser(description: str) -> Parser:
@@ -221,10 +188,11 @@ def for_resume(parser: Parser, given: dict[str, Any], saved: dict[str, Any], sou
                 "written by this code, or was changed: take another checkpoint."
             )
     for name in given.keys() - FREE_ON_RESUME:
-        if name in saved and given[name] != saved[name]:
+        began = saved.get(name, actions[name].default)
+        if given[name] != began:
             raise UserError(
-                f"{flag(name)} {_text(given[name])}: {source} was trained with {_text(saved[name])}, and a resumed run "
-                "must go on as it began; leave the flag out, or start a new run."
+                f"{_typed(name, given[name])}: {source} was trained {_with(name, began)}, and a resumed run must "
+                "go on as it began; leave the flag out, or start a new run."
             )
     output_dir = given.get("output_dir", str(Path(source).parent))
     return _namespace({**defaults(parser), **again, **given, "output_dir": output_dir})
@@ -247,7 +215,7 @@ def for_weights(
     for name in (given.keys() & told.keys()) - (set() if test_only else FREE_ON_FINETUNE):
         if given[name] != told[name]:
             raise UserError(
-                f"{flag(name)} {_text(given[name])}: {source} was made with {_text(told[name])}; leave the flag out."
+                f"{_typed(name, given[name])}: {source} was made {_with(name, told[name])}; leave the flag out."
             )
     output_dir = str(Path(source).parent) if test_only and "resume" in given else "."
     return _namespace({**defaults(parser), "output_dir": output_dir, **told, **given})
@@ -279,14 +247,23 @@ def flag(name: str) -> str:
     return f"--{name.replace('_', '-')}"
 
 
-def _text(value: Any) -> str:
-    return " ".join(map(str, value)) if isinstance(value, list) else str(value)
+def _with(name: str, value: Any) -> str:
+    """Such as "with --grid 64" or "without --gray"."""
+    return f"without {flag(name)}" if value is None or value is False else f"with {_typed(name, value)}"
+
+
+def _typed(name: str, value: Any) -> str:
+    """A flag as it was typed."""
+    if isinstance(value, bool):
+        return flag(name) if value else f"--no-{flag(name)[2:]}"
+    return f"{flag(name)} {' '.join(map(str, value)) if isinstance(value, list) else value}"
 
 
 def _namespace(values: dict[str, Any]) -> argparse.Namespace:
     """The final values; raises UserError where two of them do not go together."""
     args = argparse.Namespace(**values)
     args.output_dir = args.output_dir or "."
+    args.cache_dir = args.cache_dir and os.path.abspath(args.cache_dir)  # the same when resumed from another folder
     for name in ("mean", "std"):
         if len(getattr(args, name)) not in (1, 3):
             raise UserError(f"--{name}: expected one value or three, got {len(getattr(args, name))}.")

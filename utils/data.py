@@ -59,8 +59,15 @@ class ImageFolder(Dataset):
 
     def read(self, index: int) -> Image.Image | Tensor:
         """The image before its transform; raises UserError, with the path, if it cannot be read."""
-        image = None if self.cache is None else self.cache[index]
-        return read_image(self.path(index), self.gray) if image is None else image
+        if self.cache is None:
+            return read_image(self.path(index), self.gray)
+        image = self.cache[index]
+        if image is None:
+            read_image(self.path(index), self.gray)  # which says why
+            raise UserError(
+                f"{self.path(index)}: could not be read when {self.cache.folder} was built; remove that folder."
+            )
+        return image
 
     def __getitem__(self, key: SampleKey) -> tuple[Tensor, int, int]:
         image = self.read(key.index)

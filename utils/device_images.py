@@ -18,7 +18,7 @@ class DeviceImages:
 
     A resize is separable and linear: out = V P H^T for a crop P with one row of filter weights for each row (V) and
     column (H) of the result, the weights of Pillow and torch's antialiased interpolation. A batch is two matrix
-    products. The result lies within 2 of 255 levels of `--cache-dataset host`, which rounds after each direction.
+    products. The result lies within 2 of 255 levels of what `--cache-dataset host` gives, rounding in each direction.
     """
 
     def __init__(
@@ -58,7 +58,10 @@ class DeviceImages:
         horizontal = self._weights(widths, width)  # (B, S, W)
         horizontal = torch.where(flip.bool()[:, None, None], horizontal.flip(1), horizontal)
         with torch.autocast(self.device.type, enabled=False):
-            resized = vertical[:, None] @ patches @ horizontal.mT[:, None]  # (B, C, S, S)
+            patches = patches @ horizontal.mT[:, None]  # (B, C, H, S)
+            if self.filter is _cubic:  # which overshoots: cut off in each direction, as Pillow and torch do
+                patches = patches.round_().clamp_(0, 255)
+            resized = vertical[:, None] @ patches  # (B, C, S, S)
         return resized.round_().clamp_(0, 255).to(torch.uint8)
 
     def _weights(self, lengths: Tensor, longest: int) -> Tensor:

@@ -163,7 +163,10 @@ def launched_world_size() -> int:
 def is_first_on_node() -> bool:
     """True for one process of each node."""
     launch = read_launch(os.environ)
-    return launch is None or launch.local_rank == 0
+    if launch is None:
+        return True
+    # Slurm's own number where each task sees one GPU only, as device 0.
+    return launch.local_rank == 0 if "RANK" in os.environ else os.environ["SLURM_LOCALID"] == "0"
 
 
 def local_world_size() -> int:

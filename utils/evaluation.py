@@ -42,7 +42,7 @@ def predict(
 ) -> Predictions:
     """Predictions of all ranks together, the same on every rank. Rank 0's buffers are broadcast first.
 
-    model: the unwrapped classifier; prepare: uint8 images (B, 3, S, S) on the device to the classifier's input;
+    model: the unwrapped classifier; prepare: uint8 images (B, C, S, S) on the device to the classifier's input;
     stop_if_asked: a collective, called now and then, that raises where the run is to stop; bad_images: takes note of
     the images that are left out. Raises UserError if they are too many, or all.
     """

@@ -33,21 +33,22 @@ class StepGuard:
         """path: of an image by its index, for the report of a batch."""
         self.path, self.stop = path, stop
         self.lag, self._to_host = (LAG, _copy_behind) if device.type == "cuda" else (0, lambda flag: (flag, None))
-        self.first_bad_steps = torch.full((2,), -1, dtype=torch.int64, device=device)  # on any rank, and on this one
-        self.recent: dict[int, Tensor] = {}  # indices (B,) by step, since `raise_if_found` last found nothing
+        # By step, since `raise_if_found` last found nothing: was a loss not finite on any rank, and on this one, both
+        # bool () on the device, and this rank's indices (B,).
+        self.recent: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
         self.stops: deque[tuple[Tensor, torch.cuda.Event | None]] = deque()
+        self.wishes = {wish: torch.tensor(wish, device=device) for wish in (False, True)}
 
     def check(self, loss: Tensor, step: int, indices: Tensor) -> Tensor:
         """True, as a bool tensor () equal on all ranks, if the loss () of this step is not finite on some rank.
 
         indices: (B,), of this rank's images, on the CPU.
         """
-        own = ~loss.detach().isfinite()
-        asked = torch.full_like(own, self.stop.asked is not None)
-        found, stop = (distributed.all_reduce_sum(torch.stack([own, asked]).float()) > 0).unbind()
-        newly = torch.stack([found, own]) & (self.first_bad_steps < 0)
-        self.first_bad_steps.masked_fill_(newly, step)
-        self.recent[step] = indices
+        loss = loss.detach()
+        own = (loss - loss) != 0  # NaN, unlike 0, where it is not finite; two kernels, where isfinite takes five
+        flags = torch.stack([own, self.wishes[self.stop.asked is not None]])
+        found, stop = (distributed.all_reduce_sum(flags.float()) > 0).unbind()
+        self.recent[step] = found, own, indices
         self.stops.append(self._to_host(stop))
         return found
 
@@ -62,14 +63,16 @@ class StepGuard:
 
     def raise_if_found(self, epoch: int) -> None:
         """Raise NonFiniteLoss, on all ranks at once, if a loss was not finite."""
-        step, own_step = self.first_bad_steps.tolist()
-        if step < 0:
+        found = torch.stack([found for found, _, _ in self.recent.values()]).tolist() if self.recent else []
+        if not any(found):
             self.recent.clear()
             return
+        step = list(self.recent)[found.index(True)]
+        _, own, indices = self.recent[step]
         own = {
             "rank": distributed.rank(),
-            "loss_is_finite": own_step != step,
-            "images": [str(self.path(index)) for index in self.recent[step].tolist()],
+            "loss_is_finite": not own.item(),
+            "images": [str(self.path(index)) for index in indices.tolist()],
         }
         raise NonFiniteLoss(
             f"the loss was not finite at epoch {epoch}, step {step}; that update was held back, and nothing was saved "

@@ -3,7 +3,6 @@
 import torch
 from torch import Tensor, nn
 from torchvision.transforms import v2
-from torchvision.transforms.v2 import functional as F
 
 from utils.errors import UserError
 from utils.samplers import derive_seed
@@ -105,13 +104,16 @@ class Normalize(nn.Module):
     ) -> None:
         super().__init__()
         self.memory_format = memory_format
-        # Buffers, since torchvision's normalize copies both to the device at every call, and waits.
-        self.register_buffer("mean", torch.tensor(_three(mean)).view(3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(_three(std)).view(3, 1, 1), persistent=False)
+        std = torch.tensor(_three(std), dtype=torch.float64).view(3, 1, 1)
+        mean = torch.tensor(_three(mean), dtype=torch.float64).view(3, 1, 1)
+        # Buffers, since torchvision's normalize copies both to the device at every call, and waits; and as one product
+        # and one sum, since each pass over float images takes as long as reading them all.
+        self.register_buffer("scale", (1 / (255 * std)).float(), persistent=False)
+        self.register_buffer("shift", (mean / std).float(), persistent=False)
 
     def forward(self, images: Tensor) -> Tensor:
         images = images.expand(-1, 3, -1, -1).contiguous(memory_format=self.memory_format)  # a quarter of float's bytes
-        return F.to_dtype(images, torch.float32, scale=True).sub_(self.mean).div_(self.std)
+        return (images * self.scale).sub_(self.shift)
 
 
 def _three(values: tuple[float, ...]) -> list[float]:

@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from utils import distributed, phantoms, progress
-from utils.cache import CacheBuild, build_together
+from utils.cache_build import CacheBuild, build_together
 from utils.data import ImageFolder, build_loader
 from utils.device_images import FILTERS, DeviceImages
 from utils.errors import UserError, agreed
@@ -118,7 +118,7 @@ def training_loader(args: argparse.Namespace, dataset: ImageFolder, device: torc
         args.seed,
         args.ra_reps if args.ra_sampler else 1,
     )
-    pin_memory = device.type == "cuda" and dataset.on_device is None  # crops are a few kilobytes
+    pin_memory = device.type == "cuda" and args.cache_dataset != "device"  # crops are a few kilobytes
     return build_loader(dataset, sampler, args.workers, pin_memory)
 
 
@@ -130,11 +130,13 @@ def evaluation_loader(args: argparse.Namespace, dataset: ImageFolder, device: to
 def check_cache_flags(args: argparse.Namespace) -> None:
     """Raise UserError for a cache without a folder, and for what a batch on the device cannot follow."""
     if args.cache_dataset == "off":
+        if args.cache_dir is not None:
+            progress.say("--cache-dir: without effect, since --cache-dataset is off.")
         return
     if args.cache_dir is None:
         raise UserError(
             f"--cache-dataset {args.cache_dataset}: give --cache-dir a folder, on a disk of this node with room for "
-            "every image's pixels; later runs read it too."
+            "all images; later runs read it too."
         )
     if args.cache_dataset == "device" and not args.test_only:
         if args.auto_augment is not None or args.random_erase > 0:
@@ -178,6 +180,6 @@ def _cache_build(args: argparse.Namespace, dataset: ImageFolder) -> CacheBuild:
         resize_transform(args.val_resize_size, interpolation=args.interpolation, backend=args.backend),
         gray=args.gray,
         parameters={name: getattr(args, name) for name in ("val_resize_size", "interpolation", "backend", "gray")},
-        skip_bad_images=args.bad_images == "skip",
+        max_bad_images=args.max_bad_images if args.bad_images == "skip" else None,
         workers=min(args.workers * distributed.local_world_size(), os.cpu_count() or 1),
     )

@@ -1,0 +1,165 @@
+"""Proof of value: training losses over several seeds, the fast settings beside the plain one.
+
+`python -m benchmarks.curves --data DATA` trains both scripts on real images, for each setting and seed anew, and says
+whether the range of the losses over the seeds overlaps with that of float32 NCHW, window by window of steps.
+"""
+
+import argparse
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from types import ModuleType
+from typing import NamedTuple
+from unittest.mock import patch
+
+import torch
+from torch import Tensor
+
+from _normal import train as normal
+from _policy_gradient import train as policy_gradient
+from benchmarks.ours import build
+from benchmarks.report import describe, environment, show_progress
+from benchmarks.setting import Setting
+from utils.guard import StepGuard
+
+Curves = list[list[float]]  # for each seed the mean loss of each window
+PLAIN = "float32 NCHW"
+VARIANTS: dict[str, list[str]] = {
+    PLAIN: ["--no-channels-last"],
+    "float32 channels_last": ["--channels-last"],
+    "bf16": ["--amp"],
+    "compile": ["--compile"],
+    "bf16 compile": ["--amp", "--compile"],
+}
+SCRIPTS: dict[str, ModuleType] = {"_normal": normal, "_policy_gradient": policy_gradient}
+
+
+class Overlap(NamedTuple):
+    """One window of steps: mean and range of the losses over the seeds, and does the range meet that of PLAIN?"""
+
+    mean: float
+    low: float
+    high: float
+    overlaps: bool
+
+
+def training_losses(script: ModuleType, data: Path, output: Path, steps: int, flags: Sequence[object]) -> list[float]:
+    """The first training losses of a script's real loop over its real loader, epoch after epoch, `steps` in all.
+
+    Read through the guard, which sees each loss; kept on the device until the end.
+    """
+    loop = build(script, data, output, *flags)
+    losses: list[Tensor] = []
+    check = StepGuard.check
+
+    def record(guard: StepGuard, loss: Tensor, step: int, indices: Tensor) -> Tensor:
+        losses.append(loss.detach().clone())
+        if len(losses) == steps:
+            raise _Enough
+        return check(guard, loss, step, indices)
+
+    with ExitStack() as stack:
+        stack.enter_context(patch.object(StepGuard, "check", record))
+        try:
+            for epoch in range(steps):  # at least one step each
+                loop.run(loop.training["loader"], epoch)
+        except _Enough:
+            pass
+    return torch.stack(losses).tolist()
+
+
+class _Enough(Exception):
+    """Enough steps were trained."""
+
+
+def window_means(losses: Sequence[float], windows: int) -> list[float]:
+    """Mean loss of each of so many equal windows of steps; a remainder at the front is left out."""
+    length = len(losses) // windows
+    tail = losses[len(losses) - length * windows :]
+    return [sum(tail[start : start + length]) / length for start in range(0, length * windows, length)]
+
+
+def overlaps(curves: Curves, plain: Curves) -> list[Overlap]:
+    """Window by window: (seeds x windows) beside those of the plain setting."""
+    result = []
+    for values, reference in zip(zip(*curves, strict=True), zip(*plain, strict=True), strict=True):
+        meets = min(values) <= max(reference) and min(reference) <= max(values)
+        result.append(Overlap(sum(values) / len(values), min(values), max(values), meets))
+    return result
+
+
+def greatest_difference(one: Callable[[int], Sequence[float]], other: Callable[[int], Sequence[float]]) -> float:
+    """Greatest relative difference of two float32 trainings' losses over 50 steps on seed 0.
+
+    one, other: the number of steps to the losses. At most 1e-5 where an optimisation claims to change nothing.
+    """
+    pairs = zip(one(50), other(50), strict=True)
+    return max(abs(mine - theirs) / max(abs(theirs), 1e-12) for mine, theirs in pairs)
+
+
+def table(script: str, all_curves: dict[str, Curves]) -> list[str]:
+    """Lines for each setting: mean (min .. max) of each window, `!` where the range does not meet the plain one."""
+    lines = [f"{script}: mean loss over the seeds (min .. max) for each window of steps"]
+    for name, curves in all_curves.items():
+        windows = overlaps(curves, all_curves[PLAIN])
+        texts = (f"{w.mean:.3f} ({w.low:.3f} .. {w.high:.3f}){'' if w.overlaps else '!'}" for w in windows)
+        verdict = "overlaps" if all(window.overlaps for window in windows) else "DOES NOT OVERLAP"
+        lines.append(f"  {name:<24} {'  '.join(texts)}  {verdict}")
+    return lines
+
+
+def flags_of(script: str, setting: Setting, workers: int) -> list[object]:
+    """The models are small ones, so that many steps are trained: the curves compare arithmetic, not models."""
+    model = "resnet18" if script == "_normal" else "resnet10t"
+    flags = [*setting.flags(model, workers=workers), "--lr", 0.02]
+    return flags if script == "_normal" else [*flags, *setting.policy_flags()]
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser("python -m benchmarks.curves", description=__doc__.split("\n")[0])
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="None: cuda where there is one")
+    parser.add_argument("--quick", action="store_true", help="the smallest network on images of 32 pixels")
+    parser.add_argument("--data", type=Path, help="DATA/{train,val}/<class>/<image>; None: generated images")
+    parser.add_argument("--steps", type=int, default=200, help="of each training")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--windows", type=int, default=5, help="equal parts of the steps, each with its mean loss")
+    parser.add_argument("--workers", type=int, help="None: 1 on the CPU, 16 on a GPU")
+    parser.add_argument("--settings", nargs="+", choices=list(VARIANTS), default=list(VARIANTS))
+    parser.add_argument("--scripts", nargs="+", choices=list(SCRIPTS), default=list(SCRIPTS))
+    parser.add_argument("--output", type=Path, default=Path("benchmarks/results"), help="folder of the text")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Train, print and write the curves; 1 if a setting's losses do not overlap with the plain ones."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+    options = build_parser().parse_args(argv)
+    device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    workers = options.workers if options.workers is not None else 16 if device.type == "cuda" else 1
+    blocks = [describe(environment(device, argv, "benchmarks.curves"))]
+    options.output.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="benchmarks-") as folder:
+        setting = Setting(device, options.quick, options.data, Path(folder), repeats=1)
+        data = options.data or setting.generated()
+
+        def curve(name: str, variant: str, seed: int) -> list[float]:
+            flags = [*flags_of(name, setting, workers), *VARIANTS[variant], "--seed", seed]
+            losses = training_losses(SCRIPTS[name], data, setting.new_folder("run"), options.steps, flags)
+            return window_means(losses, options.windows)
+
+        for name in options.scripts:
+            all_curves: dict[str, Curves] = {}
+            blocks.append("")
+            for variant in dict.fromkeys([PLAIN, *options.settings]):
+                show_progress(f"{name}, {variant}")
+                all_curves[variant] = [curve(name, variant, seed) for seed in range(options.seeds)]
+                blocks[-1] = "\n".join(table(name, all_curves))
+                (options.output / f"curves_{device.type}.txt").write_text("\n\n".join(blocks) + "\n")
+    print("\n\n".join(blocks))
+    return int("DOES NOT OVERLAP" in "".join(blocks))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

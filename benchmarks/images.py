@@ -1,0 +1,75 @@
+"""Image files to measure loading with: grey PNGs made from real images, as many as asked for through links."""
+
+import itertools
+import os
+from pathlib import Path
+
+from PIL import Image
+
+from benchmarks.setting import Setting
+from utils import phantoms
+from utils.folders import find_classes, list_images
+
+CLASSES = 4
+
+
+def png_files(setting: Setting, count: int) -> list[Path]:
+    """So many different grey PNGs with a shorter side of 8/7 of a crop; made once.
+
+    From the images of --data whose shorter side is a crop's at least, or generated ones. Where there are fewer, fewer.
+    """
+    folder = setting.work / "png"
+    if not folder.exists():
+        folder.mkdir()
+        sources = _real_images(setting, count) if setting.data else _generated_images(setting, count)
+        for number, source in enumerate(sources):
+            _save_grey(source, folder / f"{number:05d}.png", setting.size * 8 // 7)
+    return sorted(folder.iterdir())[:count]
+
+
+def _real_images(setting: Setting, count: int) -> list[Path]:
+    """Images of the training split that are large enough, in turns from its classes."""
+    root = setting.data / "train"
+    by_class = [map(Path, list_images(root / name)) for name in find_classes(root)]
+    in_turns = (path for paths in itertools.zip_longest(*by_class) for path in paths if path)
+    found = list(itertools.islice((path for path in in_turns if _shorter_side(path) >= setting.size), count))
+    if not found:
+        raise ValueError(f"{root}: holds no image with a shorter side of {setting.size} pixels or more")
+    return found
+
+
+def _shorter_side(path: Path) -> int:
+    with Image.open(path) as image:  # reads the header only
+        return min(image.size)
+
+
+def _generated_images(setting: Setting, count: int) -> list[Path]:
+    """Phantoms, whose training split has 1500 images at scale 1."""
+    root = setting.work / "phantoms-of-png-size"
+    phantoms.generate(root, size=setting.size * 8 // 7, scale=max(0.02, count / 1500))
+    return sorted((root / "train").rglob("*.png"))[:count]
+
+
+def _save_grey(source: Path, target: Path, shorter_side: int) -> None:
+    with Image.open(source) as image:
+        grey = image.convert("L")
+    scale = shorter_side / min(grey.size)
+    grey.resize([round(side * scale) for side in grey.size], Image.Resampling.BILINEAR).save(target)
+
+
+def image_folder(setting: Setting, name: str, train: int, val: int, different: int = 400) -> Path:
+    """DATA/{train,val}/<class>/<number>.png with so many images, links to at most `different` PNGs in turns.
+
+    The files are in the page cache after the first pass either way; what counts is decoding, which is done each time.
+    """
+    root = setting.work / name
+    if root.exists():
+        return root
+    files = png_files(setting, different)
+    for split, count in (("train", train), ("val", val)):
+        folders = [root / split / f"class-{number}" for number in range(CLASSES)]
+        for folder in folders:
+            folder.mkdir(parents=True)
+        for number, source in zip(range(count), itertools.cycle(files), strict=False):
+            os.symlink(source, folders[number % CLASSES] / f"{number:07d}.png")
+    return root

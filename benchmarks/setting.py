@@ -1,0 +1,85 @@
+"""On what the rows are measured: the device, the sizes, the images, the number of repeats."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from benchmarks.timing import Work, interleaved, synchronizer
+from utils import phantoms
+
+FULL_POLICY = {"grid": 64, "kernel": 13, "sigma": 6.0}
+QUICK_POLICY = {"grid": 8, "kernel": 5, "sigma": 2.0}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """`quick`: tiny networks, images and counts, which only show that everything runs.
+
+    data: DATA/train/<class>/<image> with real images, None for generated ones; work: a folder for what is made on the
+    way, removed at the end.
+    """
+
+    device: torch.device
+    quick: bool
+    data: Path | None
+    work: Path
+    repeats: int
+
+    @property
+    def size(self) -> int:
+        """The side of a crop, pixels."""
+        return 32 if self.quick else 224
+
+    @property
+    def batch_size(self) -> int:
+        return 8 if self.quick else 32
+
+    @property
+    def policy(self) -> dict[str, float]:
+        """grid, kernel and sigma of the masks."""
+        return QUICK_POLICY if self.quick else FULL_POLICY
+
+    @property
+    def on_gpu(self) -> bool:
+        return self.device.type == "cuda"
+
+    def model(self, name: str) -> str:
+        """The model's name, or that of the smallest one."""
+        return "test_resnet" if self.quick else name
+
+    def flags(self, model: str, batch_size: int | None = None, workers: int = 0) -> list[object]:
+        """The command line that both scripts share here; all else stays as users find it."""
+        return [
+            *("--device", self.device.type, "--model", self.model(model), "--workers", workers),
+            *("--batch-size", batch_size or self.batch_size, "--train-crop-size", self.size),
+            *("--val-resize-size", self.size * 8 // 7, "--val-crop-size", self.size, "--lr", 1e-3),
+        ]
+
+    def policy_flags(self) -> list[object]:
+        """What `_policy_gradient` takes beside `flags`."""
+        masks = [part for name, value in self.policy.items() for part in (f"--{name}", value)]
+        return ["--policy-model", self.model("resnet10t"), *masks]
+
+    def generated(self) -> Path:
+        """A set of generated images, for rows where only their shape counts; made once."""
+        root = self.work / "phantoms"
+        if not root.exists():
+            phantoms.generate(root, size=self.size, scale=0.05 if self.quick else 0.3)
+        return root
+
+    def new_folder(self, name: str) -> Path:
+        """A folder that is not there yet, for a run's files."""
+        number = sum(1 for _ in self.work.glob(f"{name}-*"))
+        return self.work / f"{name}-{number}"
+
+    def time(self, sides: Mapping[str, Work], warmups: int = 2, repeats: int | None = None) -> dict[str, list[float]]:
+        """Seconds of each side at each repeat; repeats: None for the usual number."""
+        warmups = 1 if self.quick else warmups
+        wait = synchronizer(self.device)
+        return interleaved(sides, repeats or self.repeats, warmups=warmups, synchronize=wait)
+
+    def steps(self, on_cpu: int, on_gpu: int) -> int:
+        """How many steps one repeat takes."""
+        return 2 if self.quick else on_gpu if self.on_gpu else on_cpu
