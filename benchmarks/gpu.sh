@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# All that a GPU must show, in one command and some ten minutes: bash benchmarks/gpu.sh [DATA]
+# All that a GPU must show, in one command and about ten minutes: bash benchmarks/gpu.sh [DATA]
 # DATA holds {train,val}/<class>/<image> of real images (mini-RIN, say); without it, generated images are used.
 # The tables, curves and profiles go to $OUT; one part's failure does not stop the others, but shows in the exit code.
 # PARTS="steps curves" runs only these, where a machine is lent for less time.
@@ -27,12 +27,12 @@ part() {  # NAME SECONDS COMMAND...
 
 from=(${data:+--data "$data"})
 measure=("$PYTHON" -m benchmarks.run --device cuda "${from[@]}")
-part steps 230 "${measure[@]}" --rows 1 2 3 4 --repeats 5 --output "$OUT/steps"
-part loading 230 "${measure[@]}" --rows 5 6 7 8 9 --repeats 3 --output "$OUT/loading"
-part profiles 70 "$PYTHON" -m benchmarks.profiles --device cuda --output "$OUT"
-part curves 170 "$PYTHON" -m benchmarks.curves --device cuda "${from[@]}" --steps 200 \
-    --settings bf16 "bf16 compile" --output "$OUT"
-part tests 160 "$PYTHON" -m pytest -p no:cacheprovider tests/test_cuda.py
+part steps 200 "${measure[@]}" --rows 1 2 3 4 --repeats 3 --output "$OUT/steps"
+part loading 190 "${measure[@]}" --rows 5 9 --repeats 3 --output "$OUT/loading"
+part profiles 60 "$PYTHON" -m benchmarks.profiles --device cuda --output "$OUT"
+part curves 100 "$PYTHON" -m benchmarks.curves --device cuda "${from[@]}" --steps 100 \
+    --scripts _policy_gradient --settings bf16 "bf16 compile" --output "$OUT"
+part tests 130 "$PYTHON" -m pytest -p no:cacheprovider tests/test_cuda.py
 
 if [ ${#failed[@]} -gt 0 ]; then
     echo "failed: ${failed[*]}"

@@ -66,7 +66,7 @@ class Setting:
         """A set of generated images, for rows where only their shape counts; made once."""
         root = self.work / "phantoms"
         if not root.exists():
-            phantoms.generate(root, size=self.size, scale=0.05 if self.quick else 0.3)
+            phantoms.generate(root, size=64, scale=0.05 if self.quick else 0.3)  # as quickly made as may be
         return root
 
     def new_folder(self, name: str) -> Path:

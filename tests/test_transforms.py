@@ -13,6 +13,7 @@ from utils.transforms import (
     INTERPOLATIONS,
     BatchMixing,
     Normalize,
+    ToTensor,
     evaluation_transform,
     training_transform,
 )
@@ -190,6 +191,14 @@ def test_evaluation_transform_draws_nothing():
     before = torch.get_rng_state()
     evaluation_transform(24, CROP)(colour_image())
     assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("mode", ["L", "RGB"])
+def test_to_tensor_is_torchvisions(mode):
+    image = colour_image().convert(mode)
+    assert torch.equal(ToTensor()(image), v2.PILToTensor()(image))
+    tensor = torch.zeros(1, 2, 3, dtype=torch.uint8)
+    assert ToTensor()(tensor) is tensor
 
 
 def test_normalize_with_one_value_and_with_three():

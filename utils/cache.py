@@ -23,8 +23,9 @@ class ImageCache:
     def __init__(self, folder: Path, channels: int, kind: str) -> None:
         """kind: what an item is, "pil", "tensor", or "size": a tensor (C, H, W) without values."""
         self.folder, self.channels, self.kind = folder, channels, kind
-        self.index = np.load(folder / INDEX, mmap_mode="r")  # (N, 3)
-        self.pixels = np.memmap(folder / PIXELS, dtype=np.uint8, mode="r")  # a writable map would count as memory
+        # As plain arrays, whose slices are made faster; read-only, since a writable map would count as memory.
+        self.index = np.asarray(np.load(folder / INDEX, mmap_mode="r"))  # (N, 3)
+        self.pixels = np.asarray(np.memmap(folder / PIXELS, dtype=np.uint8, mode="r"))
 
     def __reduce__(self) -> tuple:
         return type(self), (self.folder, self.channels, self.kind)  # not its gigabytes

@@ -28,7 +28,8 @@ def read_image(path: Path, gray: bool = False) -> Image.Image:
             _check_header(image)
             image.info.pop("transparency", None)  # Pillow would warn of it, and keep the colours all the same
             if gray and image.mode == "L":
-                return image.convert("L")
+                image.load()
+                return image
             return image.convert("RGB").convert("L") if gray else image.convert("RGB")
     except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error, ...
         reason = getattr(error, "strerror", None) or str(error).split("\n")[0]
