@@ -1,5 +1,6 @@
 """Rows 1 to 4: masks and training steps, each against the least that it could take."""
 
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -17,6 +18,7 @@ from benchmarks.report import Measurement, Target, measured
 from benchmarks.setting import Setting
 from benchmarks.timing import compare, milliseconds, rates
 from utils import distributed
+from utils.allocator import keep_freed_memory
 from utils.models import create_classifier
 
 
@@ -131,13 +133,22 @@ def _against_published(setting: Setting, flags: list[str], target: Target) -> Me
     images, targets = (tensor.contiguous() for tensor in network_input(loop, loader))
     sides = {
         "ours": lambda: loop.run(loader),
-        "theirs": lambda: [theirs(images, targets) for _ in range(steps)],
+        "theirs": lambda: with_default_allocator(lambda: [theirs(images, targets) for _ in range(steps)]),
     }
     seconds = setting.time(sides)
     comparison = compare(*(rates(seconds[name], loader.images) for name in ("ours", "theirs")))
     what = f"_policy_gradient step against the published one, {setting.model('resnet10t')} {describe(flags)}"
-    note = "theirs: float32, NCHW, nothing compiled"
+    note = "theirs: float32, NCHW, nothing compiled, glibc's allocator as it is"
     return measured(3, f"{what}, B={setting.batch_size}", "images/s", comparison, target, note)
+
+
+def with_default_allocator(work: Callable[[], object]) -> None:
+    """As a plain script runs; ours keeps freed memory on the CPU."""
+    keep_freed_memory(False)
+    try:
+        work()
+    finally:
+        keep_freed_memory()
 
 
 def published_step_of(setting: Setting, loop: Loop) -> PublishedStep:

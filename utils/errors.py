@@ -12,6 +12,7 @@ from contextlib import contextmanager
 import torch
 
 from utils import distributed
+from utils.allocator import keep_freed_memory
 from utils.interruption import EXIT_CODE as INTERRUPTED_EXIT_CODE
 from utils.interruption import Interrupted
 
@@ -51,9 +52,12 @@ def join_processes(device_name: str | None, timeout_seconds: float = 600) -> tor
     if distributed.launched_rank() != 0:
         warnings.simplefilter("ignore")  # rank 0 speaks for all
     try:
-        return distributed.initialize(device_name, timeout_seconds)
+        device = distributed.initialize(device_name, timeout_seconds)
     except ValueError as error:
         raise UserError(str(error), agreed=True) from None
+    if device.type == "cpu":
+        keep_freed_memory()
+    return device
 
 
 def run_script(main: Callable[[], None]) -> None:
