@@ -7,7 +7,7 @@ whether the range of the losses over the seeds overlaps with that of float32 NCH
 import argparse
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from types import ModuleType
@@ -88,15 +88,6 @@ def overlaps(curves: Curves, plain: Curves) -> list[Overlap]:
         meets = min(values) <= max(reference) and min(reference) <= max(values)
         result.append(Overlap(sum(values) / len(values), min(values), max(values), meets))
     return result
-
-
-def greatest_difference(one: Callable[[int], Sequence[float]], other: Callable[[int], Sequence[float]]) -> float:
-    """Greatest relative difference of two float32 trainings' losses over 50 steps on seed 0.
-
-    one, other: the number of steps to the losses. At most 1e-5 where an optimisation claims to change nothing.
-    """
-    pairs = zip(one(50), other(50), strict=True)
-    return max(abs(mine - theirs) / max(abs(theirs), 1e-12) for mine, theirs in pairs)
 
 
 def table(script: str, all_curves: dict[str, Curves]) -> list[str]:

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from _policy_gradient import train as policy_gradient
 from _policy_gradient.mask import SmoothMask
 from _policy_gradient.objective import published_loss
-from benchmarks import curves, published, run
+from benchmarks import curves, losses, published, run
 from benchmarks.ours import FixedLoader, build, network_input
 from benchmarks.report import Measurement, Target
 from benchmarks.setting import QUICK_POLICY, Setting
@@ -124,12 +124,12 @@ def test_the_loop_that_is_measured_is_the_scripts_own_and_leaves_no_trace(loop, 
 
 
 def test_curves_are_read_from_the_real_loop_and_repeat(image_folder, tmp_path):
-    def losses(folder: str, *flags: object) -> list[float]:
+    def losses_of(folder: str, *flags: object) -> list[float]:
         command = [*SMALL_POLICY, *flags]
         return curves.training_losses(policy_gradient, image_folder, tmp_path / folder, 6, command)
 
-    first = losses("first")  # 4 steps an epoch
-    assert len(first) == 6 and first == losses("again") and first != losses("other", "--seed", 1)
+    first = losses_of("first")  # 4 steps an epoch
+    assert len(first) == 6 and first == losses_of("again") and first != losses_of("other", "--seed", 1)
 
 
 def test_windows_and_overlaps_of_curves():
@@ -137,4 +137,9 @@ def test_windows_and_overlaps_of_curves():
     plain = [[1.0, 1.0], [2.0, 2.0]]
     near, far = curves.overlaps([[1.5, 3.0], [2.5, 2.5]], plain)
     assert near == (2.0, 1.5, 2.5, True) and far == (2.75, 2.5, 3.0, False)
-    assert curves.greatest_difference(lambda steps: [2.0] * steps, lambda steps: [2.0] * (steps - 1) + [4.0]) == 0.5
+
+
+def test_losses_are_compared_over_50_steps(tmp_path):
+    for name, values in (("before", [4.0] * 60), ("after", [4.0] * 49 + [2.0] + [9.0] * 10)):
+        (tmp_path / name).write_text(json.dumps(values))
+    assert losses.compare(str(tmp_path / "before"), str(tmp_path / "after")) == 0.5

@@ -179,15 +179,21 @@ def test_pixels_lie_one_image_after_another(folder, tmp_path):
     assert list(build_of(folder, tmp_path).build()) == []  # nothing is left to do
 
 
-def test_a_build_goes_on_where_it_was_cut_off(folder, tmp_path, monkeypatch):
+@pytest.fixture
+def cut_off(folder, tmp_path, monkeypatch):
+    """A build in tmp_path / "cut" that ended when six of its ten images were noted."""
     monkeypatch.setattr(cache_build, "BATCH", 3)
     monkeypatch.setattr(cache_build, "SECONDS", 0.0)
-    whole = build_of(folder, tmp_path / "whole")
-    list(whole.build())
     build = build_of(folder, tmp_path / "cut")
     work = build.build()
     next(work), next(work)
-    work.close()  # six images are noted
+    work.close()
+    return build
+
+
+def test_a_build_goes_on_where_it_was_cut_off(cut_off, folder, tmp_path, monkeypatch):
+    whole, build = build_of(folder, tmp_path / "whole"), cut_off
+    list(whole.build())
     decoded = []
     read = cache_build.read_image
     monkeypatch.setattr(cache_build, "read_image", lambda path, gray: decoded.append(path) or read(path, gray))
@@ -202,17 +208,11 @@ def test_a_build_goes_on_where_it_was_cut_off(folder, tmp_path, monkeypatch):
     assert sorted(os.listdir(again.folder)) == ["cache.json", "index.npy", "lock", "pixels.u8"]
 
 
-def test_pixels_lost_with_the_power_are_decoded_again(folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(cache_build, "BATCH", 3)
-    monkeypatch.setattr(cache_build, "SECONDS", 0.0)
-    build = build_of(folder, tmp_path)
-    work = build.build()
-    next(work), next(work)
-    work.close()
-    os.truncate(build.folder / PIXELS, 100)
-    list(build_of(folder, tmp_path).build())
+def test_pixels_lost_with_the_power_are_decoded_again(cut_off, folder, tmp_path):
+    os.truncate(cut_off.folder / PIXELS, 100)
+    list(build_of(folder, tmp_path / "cut").build())
     list(build_of(folder, tmp_path / "whole").build())
-    assert contents(build) == contents(build_of(folder, tmp_path / "whole"))
+    assert contents(cut_off) == contents(build_of(folder, tmp_path / "whole"))
 
 
 KILLED = """
@@ -368,19 +368,13 @@ def test_more_bad_images_than_may_be_end_the_build(folder, tmp_path):
     assert list(build_of(data, tmp_path, max_bad_images=4).build())[-1].endswith("GB, 4 images could not be read")
 
 
-def test_bad_images_that_were_noted_are_tried_again_where_none_may_be(folder, tmp_path, monkeypatch):
+def test_bad_images_that_were_noted_are_tried_again_where_none_may_be(cut_off, folder, tmp_path):
     """Zeros at the end of what was noted, by a power failure too, are taken for no image."""
-    monkeypatch.setattr(cache_build, "BATCH", 3)
-    monkeypatch.setattr(cache_build, "SECONDS", 0.0)
-    build = build_of(folder, tmp_path)
-    work = build.build()
-    next(work), next(work)
-    work.close()
-    with open(build.folder / NOTED, "ab") as noted:
+    with open(cut_off.folder / NOTED, "ab") as noted:
         noted.write(bytes(16))
-    list(build_of(folder, tmp_path).build())
+    list(build_of(folder, tmp_path / "cut").build())
     list(build_of(folder, tmp_path / "whole").build())
-    assert contents(build) == contents(build_of(folder, tmp_path / "whole"))
+    assert contents(cut_off) == contents(build_of(folder, tmp_path / "whole"))
 
 
 def test_an_image_that_was_bad_only_when_the_cache_was_built(folder, tmp_path, monkeypatch):

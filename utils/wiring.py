@@ -170,7 +170,7 @@ def normalize(args: argparse.Namespace, device: torch.device) -> Normalize:
 
 
 def memory_format(args: argparse.Namespace, device: torch.device) -> torch.memory_format:
-    """Of --channels-last. Not of itself on the CPU, where torch 2.14.1 crashes on some of timm's models."""
+    """Of --channels-last. Not of itself on the CPU, where torch 2.14.1 crashes on timm's fastvit_t8."""
     channels_last = device.type == "cuda" if args.channels_last is None else args.channels_last
     return torch.channels_last if channels_last else torch.contiguous_format
 
