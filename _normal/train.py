@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import DataLoader
 
-from utils import arguments, distributed, models, optim, run, wiring, wiring_data
+from utils import arguments, distributed, models, optim, provenance, run, wiring, wiring_data
 from utils.bad_images import BadImages
 from utils.data import batches
 from utils.errors import agreed, join_processes, run_script
@@ -107,7 +107,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.test_only:
         wiring_data.use_cache(args, splits, device)
         results = {"clean": evaluate(model, evaluation_loader)}
-        report_test(output_dir, results, splits.classes, split=args.split, weights=weights.path)
+        origin = provenance.describe(SCRIPT, argv, device)
+        report_test(output_dir, results, splits.evaluation.files, split=args.split, weights=weights.path, origin=origin)
         bad_images.say_count()
         return
 
@@ -126,6 +127,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if state:
             training.put_back(state, args.resume)
         run.begin_run(output_dir, SCRIPT, args.resume, start, args.epochs)
+        wiring.write_provenance(args, SCRIPT, argv, splits, start, device)
     wiring_data.use_cache(args, splits, device)
     if args.compile:
         models.compile_in_place(model, device)

@@ -26,7 +26,7 @@ from _policy_gradient.policy import (
     policy_health,
     warn_of_bounds,
 )
-from utils import arguments, distributed, models, optim, run, wiring, wiring_data
+from utils import arguments, distributed, models, optim, provenance, run, wiring, wiring_data
 from utils.bad_images import BadImages
 from utils.checkpoint import Weights
 from utils.data import batches
@@ -225,7 +225,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         wiring_data.use_cache(args, splits, device)
         mask = build_mask(args, args.val_crop_size, device) if masks else None
         results = test(partial(evaluate, loader=evaluation_loader), classifier, policy, mask, normalize)
-        report_test(output_dir, results, splits.classes, split=args.split, weights=weights.path)
+        origin = provenance.describe(SCRIPT, argv, device)
+        report_test(output_dir, results, splits.evaluation.files, split=args.split, weights=weights.path, origin=origin)
         bad_images.say_count()
         return
 
@@ -252,6 +253,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if state:
             training.put_back(state, args.resume)
         run.begin_run(output_dir, SCRIPT, args.resume, start, args.epochs)
+        wiring.write_provenance(args, SCRIPT, argv, splits, start, device)
     wiring_data.use_cache(args, splits, device)
     if args.compile:
         models.compile_in_place(classifier, device)

@@ -53,13 +53,15 @@ def test_published_gradients_are_the_average_of_the_ranks_own(of_two_ranks, monk
 def test_predictions_and_metrics_do_not_depend_on_the_number_of_processes(image_folder, tmp_path):
     worker.evaluation(tmp_path / "1", image_folder)
     one = torch.load(tmp_path / "1", weights_only=True)
-    logits, targets = one["predictions"]
+    logits, targets, indices = one["predictions"]
     assert targets.tolist() == [0] * 7 + [1] * 7 + [2] * 7
+    assert indices.tolist() == list(range(21))
     for processes in (2, 3, 8):
         found = work("evaluation", tmp_path / str(processes), image_folder, processes=processes)
         torch.testing.assert_close(found["predictions"][0], logits, rtol=1e-5, atol=1e-5)
         assert torch.equal(found["predictions"][0].argmax(1), logits.argmax(1))
         assert torch.equal(found["predictions"][1], targets)
+        assert torch.equal(found["predictions"][2], indices)
         assert found["metrics"] == pytest.approx(one["metrics"], abs=1e-6)
 
 

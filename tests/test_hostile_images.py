@@ -258,6 +258,7 @@ def test_class_names_that_are_no_text_are_printed_and_written(tmp_path, monkeypa
     output.flush()
     assert "\\udcff dark" in output.buffer.getvalue().decode()
     assert "\\udcff dark,5," in (tmp_path / "run" / "per_class.csv").read_text()
+    assert "\\udcff dark/4.png," in (tmp_path / "run" / "predictions.csv").read_text()
 
 
 # --bad-images skip

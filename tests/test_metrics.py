@@ -14,6 +14,7 @@ from utils.metrics import (
     batch_accuracy,
     classification_metrics,
     per_class_table,
+    prediction_table,
     table_as_csv,
 )
 
@@ -156,12 +157,23 @@ def test_per_class_table_by_hand():
         assert list(row.values())[1:] == pytest.approx(list(values[1:]))
 
 
+def test_prediction_table_by_hand():
+    logits = torch.tensor([[math.log(3), 0.0, 0.0], [0.0, math.log(6), math.log(3)], [0.0, 0.0, 0.0]])
+    rows = prediction_table(logits, torch.tensor([0, 2, 2]), ["a", "b", "c"], ["a/1.png", "c/1.png", "c/2.png"])
+    assert [row["image"] for row in rows] == ["a/1.png", "c/1.png", "c/2.png"]
+    assert [row["target"] for row in rows] == ["a", "c", "c"]
+    assert [row["prediction"] for row in rows] == ["a", "b", "a"]  # the first of equal ones, as argmax
+    assert [row["probability"] for row in rows] == pytest.approx([3 / 5, 6 / 10, 1 / 3])
+    assert [row["true_rank"] for row in rows] == [1, 2, 3]
+    assert [row["loss"] for row in rows] == pytest.approx([-math.log(3 / 5), -math.log(3 / 10), math.log(3)])
+
+
 def test_table_as_csv():
     rows = [
         {"class": "plain", "images": 3, "precision": 2 / 3, "f1": 1.0},
         {"class": 'a "comma", and quotes', "images": 12, "precision": 0.0, "f1": 0.12345678},
     ]
-    text = table_as_csv(rows)
+    text = table_as_csv(rows).decode()
     assert text.splitlines()[:2] == ["class,images,precision,f1", "plain,3,0.666667,1.000000"]
     assert text.endswith("0.123457\n")
     assert "\r" not in text

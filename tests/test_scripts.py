@@ -1,5 +1,6 @@
 """Both scripts in this process, on a tiny set: what their flags do to a run, and what a run leaves behind."""
 
+import csv
 import json
 import math
 from pathlib import Path
@@ -149,6 +150,17 @@ def test_test_only_repeats_the_last_validation(train, image_folder, capsys):
     assert rows[0] == "class,images,precision,recall,f1"
     assert [row.split(",")[:2] for row in rows[1:]] == [["bright", "7"], ["dark", "7"], ["striped", "7"]]
     assert (folder / "per_class_masked.csv").exists()
+    images = list(csv.DictReader((folder / "predictions.csv").open()))
+    assert [row["image"] for row in images] == [
+        f"{name}/{n}.png" for name in ("bright", "dark", "striped") for n in range(7)
+    ]
+    right = [row["true_rank"] == "1" for row in images]
+    assert right == [row["target"] == row["prediction"] == row["image"].split("/")[0] for row in images]
+    assert sum(right) / 21 == pytest.approx(found["metrics"]["clean"]["top1"])
+    masked = csv.DictReader((folder / "predictions_masked.csv").open())
+    loss = sum(float(row["loss"]) for row in masked) / 21
+    assert loss == pytest.approx(found["metrics"]["masked"]["loss"], abs=1e-5)
+    assert "--test-only" in found["origin"]["command"]
     # The same weights, read by the other script.
     flags = ("--finetune", folder / "model_0.pth", "--output-dir", folder / "plain")
     evaluate_only(normal, *flags, data=image_folder)

@@ -14,17 +14,22 @@ from utils.bad_images import BadImages
 from utils.data import batches
 from utils.errors import UserError
 from utils.files import write_atomically
-from utils.metrics import Metrics, classification_metrics, per_class_table, table_as_csv
+from utils.folders import ImageFiles
+from utils.metrics import Metrics, classification_metrics, per_class_table, prediction_table, table_as_csv
 from utils.progress import Progress, say
 
 STOP_STEPS = 10  # between two looks at whether a signal came
 
 
 class Predictions(NamedTuple):
-    """Logits (N, C) float32 and targets (N,) int64 of a whole split on the CPU, in the order of its images."""
+    """Logits (N, C) float32, targets and indices in the split (N,) int64, on the CPU, in the order of the images.
+
+    All images of the split, but for those that could not be read.
+    """
 
     logits: Tensor
     targets: Tensor
+    indices: Tensor
 
 
 @torch.no_grad()
@@ -73,7 +78,7 @@ def predict(
             f"{loader.dataset.root}: none of the {len(all_indices)} images evaluated can be read; replace them.",
             agreed=True,
         )
-    return Predictions(all_logits[order], all_targets[order])
+    return Predictions(all_logits[order], all_targets[order], all_indices[order])
 
 
 def measure(predictions: Predictions, auroc: bool = False) -> Metrics:
@@ -85,26 +90,30 @@ def measure(predictions: Predictions, auroc: bool = False) -> Metrics:
 
 
 def report_test(
-    output_dir: Path, results: dict[str, Predictions], classes: list[str], *, split: str, weights: str
+    output_dir: Path, results: dict[str, Predictions], files: ImageFiles, *, split: str, weights: str, origin: dict
 ) -> dict[str, Metrics]:
-    """Print and write what --test-only found, on rank 0: metrics.json and, for each result, a per-class table.
+    """Print and write what --test-only found, on rank 0: metrics.json and two tables for each result.
 
-    results: predictions by name, "clean" first; its table is per_class.csv, that of another name per_class_<name>.csv.
+    results: predictions by name, "clean" first; its tables are per_class.csv and predictions.csv, those of another name
+    per_class_<name>.csv and predictions_<name>.csv. files: the split's. origin: goes into metrics.json as it is.
     """
     metrics = {name: measure(predictions, auroc=True) for name, predictions in results.items()}
     if not distributed.is_main_process():
         return metrics
     images = len(results["clean"].targets)
     for name, predictions in results.items():
-        rows = per_class_table(predictions.logits, predictions.targets, classes)
         suffix = "" if name == "clean" else f"_{name}"
-        write_atomically(output_dir / f"per_class{suffix}.csv", table_as_csv(rows).encode(errors="backslashreplace"))
+        rows = per_class_table(predictions.logits, predictions.targets, files.classes)
+        write_atomically(output_dir / f"per_class{suffix}.csv", table_as_csv(rows))
+        names = [files.path_as_text(index) for index in predictions.indices.tolist()]
+        table = prediction_table(predictions.logits, predictions.targets, files.classes, names)
+        write_atomically(output_dir / f"predictions{suffix}.csv", table_as_csv(table))
         say(f"{split}, {images} images, {name}: {format_metrics(metrics[name])}")
         width = max(len(row["class"]) for row in rows)
         for row in rows:
             scores = "  ".join(f"{key} {row[key]:.4f}" for key in ("precision", "recall", "f1"))
             say(f"  {row['class']:<{width}}  {row['images']:>6} images  {scores}")
-    summary = {"split": split, "images": images, "weights": weights, "metrics": metrics}
+    summary = {"split": split, "images": images, "weights": weights, "metrics": metrics, "origin": origin}
     write_atomically(output_dir / "metrics.json", (json.dumps(summary, indent=2) + "\n").encode())
     return metrics
 

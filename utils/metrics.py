@@ -129,11 +129,43 @@ def per_class_table(logits: Tensor, targets: Tensor, classes: Sequence[str]) -> 
     ]
 
 
-def table_as_csv(rows: list[dict[str, str | int | float]]) -> str:
-    """The table as CSV with a header; fractions with six decimals."""
+def prediction_table(
+    logits: Tensor, targets: Tensor, classes: Sequence[str], names: Sequence[str]
+) -> list[dict[str, str | int | float]]:
+    """One row an image: its name, target and prediction, and of the softmax the probability of the prediction.
+
+    true_rank: 1 where the prediction is right, 2 where the target comes next, and so on; loss: the image's own
+    cross-entropy, nats.
+    """
+    log_probabilities = logits.double().log_softmax(1)  # (N, C)
+    order = logits.argsort(dim=1, descending=True, stable=True)  # (N, C)
+    rows = torch.arange(len(logits))
+    return [
+        {
+            "image": name,
+            "target": classes[target],
+            "prediction": classes[prediction],
+            "probability": probability,
+            "true_rank": rank,
+            "loss": loss,
+        }
+        for name, target, prediction, probability, rank, loss in zip(
+            names,
+            targets.tolist(),
+            order[:, 0].tolist(),
+            log_probabilities[rows, order[:, 0]].exp().tolist(),
+            ((order == targets[:, None]).int().argmax(1) + 1).tolist(),
+            (-log_probabilities[rows, targets]).tolist(),
+            strict=True,
+        )
+    ]
+
+
+def table_as_csv(rows: list[dict[str, str | int | float]]) -> bytes:
+    """The table as CSV with a header; fractions with six decimals, names that are no text with backslashes."""
     text = io.StringIO()
     writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
     writer.writeheader()
     for row in rows:
         writer.writerow({key: f"{value:.6f}" if isinstance(value, float) else value for key, value in row.items()})
-    return text.getvalue()
+    return text.getvalue().encode(errors="backslashreplace")

@@ -2,7 +2,7 @@
 
 import argparse
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from utils import distributed, models, optim, progress, rehearsal
+from utils import distributed, models, optim, progress, provenance, rehearsal
 from utils.bad_images import BadImages
 from utils.checkpoint import Weights
 from utils.errors import UserError
@@ -157,6 +157,20 @@ def rehearse(
         epochs_left=args.epochs - saver.position.epoch,
         device=device,
     )
+
+
+def write_provenance(
+    args: argparse.Namespace,
+    script: str,
+    argv: Sequence[str] | None,
+    splits: Splits,
+    start: Position,
+    device: torch.device,
+) -> None:
+    """Note this start in run.json."""
+    data = {"train": splits.training.files, "val": splits.evaluation.files}
+    about = provenance.describe(script, argv, device)
+    provenance.write_run(Path(args.output_dir), about, start, args.resume, data)
 
 
 def say_done(args: argparse.Namespace, saver: Saver) -> None:

@@ -1,0 +1,95 @@
+"""Where numbers come from: run.json, which tells of each start of a run by what it was started, on what, and when."""
+
+import json
+import os
+import platform
+import shlex
+import subprocess
+import sys
+from collections.abc import Sequence
+from contextlib import suppress
+from datetime import datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from utils import distributed
+from utils.files import write_atomically
+from utils.folders import ImageFiles
+from utils.progress import Position, say
+
+RUN = "run.json"
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def describe(script: str, argv: Sequence[str] | None, device: torch.device) -> dict[str, Any]:
+    """The command of this start, the time, versions, hardware, number of processes, and this code's commit.
+
+    argv: as `main` was given it; None: the process's own.
+    """
+    return {
+        "command": shlex.join([f"{script}/train.py", *(sys.argv[1:] if argv is None else argv)]),
+        "time": datetime.now().astimezone().isoformat(timespec="seconds"),
+        "processes": distributed.world_size(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
+        "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} CPU cores",
+        "versions": {
+            "python": platform.python_version(),
+            **{name: version(name) for name in ("torch", "torchvision", "timm", "numpy")},
+        },
+        "commit": _commit(),
+    }
+
+
+def _commit() -> str | None:
+    """Such as "1a2b3c4d5e6f", with "+changes" where files differ from it; None where git does not know this folder."""
+    with suppress(OSError, subprocess.SubprocessError):
+        told = [
+            subprocess.run(["git", "-C", ROOT, *command], capture_output=True, text=True, timeout=10, check=True).stdout
+            for command in (["rev-parse", "--short=12", "HEAD"], ["status", "--porcelain", "--untracked-files=no"])
+        ]
+        return told[0].strip() + ("+changes" if told[1].strip() else "")
+    return None
+
+
+def image_counts(files: ImageFiles) -> dict[str, int]:
+    """Images of each class of a split."""
+    counts = np.bincount(files.targets, minlength=len(files.classes))
+    return dict(zip(files.classes, counts.tolist(), strict=True))
+
+
+def write_run(
+    output_dir: Path, start: dict[str, Any], position: Position, resume: str | None, splits: dict[str, ImageFiles]
+) -> None:
+    """Write run.json, on rank 0: this start behind those of the run so far, and the images of each split and class.
+
+    start: of `describe`; resume: the checkpoint that the run goes on from, whose folder tells of the earlier starts.
+    """
+    if not distributed.is_main_process():
+        return
+    before = read_run(Path(resume).parent).get("starts", []) if position != Position() and resume else []
+    start = {**start, "epoch": position.epoch, "step": position.step}
+    content = {
+        "starts": [*before, start],
+        "data": {name: {"root": str(files.root), "images": image_counts(files)} for name, files in splits.items()},
+    }
+    text = json.dumps(content, indent=2)  # ASCII, whatever the names hold
+    write_atomically(output_dir / RUN, f"{text}\n".encode())
+
+
+def read_run(folder: Path) -> dict[str, Any]:
+    """What a folder's run.json tells; nothing where there is none, or where it is damaged, and then that is said."""
+    path = folder / RUN
+    try:
+        content = json.loads(path.read_bytes())
+        if isinstance(content, dict) and isinstance(content.get("starts"), list):
+            return content
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, RecursionError):
+        pass
+    say(f"{path}: cannot be read, and is taken as if it were not there.")
+    return {}
