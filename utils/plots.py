@@ -1,0 +1,222 @@
+"""Pictures of a run: learning curves, the policy's health, confusion matrix and recall of each class.
+
+`python -m utils.plots curves RUN [RUN ...]`, `health RUN [RUN ...]`, `confusion RUN` and `recall RUN`. Lines differ in
+colour (Okabe and Ito's, told apart by the colour-blind), style and marker, so that grey print shows them too.
+"""
+
+import argparse
+import csv
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator
+
+from utils.class_plots import confusion_matrix, per_class_recall
+from utils.errors import UserError, run_script
+from utils.figures import COLOURS, FAINT, INK, as_text, output_path, write_figure
+from utils.progress import LOG, read_log
+
+Runs = dict[str, list[dict]]  # the lines of log.jsonl, by the run's name
+STYLES, MARKERS = ("-", "--", "-.", ":"), ("o", "s", "^", "D", "v")
+MARKS_A_LINE = 12
+
+
+class Panel(NamedTuple):
+    """One quantity of the log over the epochs."""
+
+    key: str
+    title: str
+    unit: str
+
+
+CURVES = (
+    Panel("train_loss", "Training objective", "objective"),
+    Panel("train_cross_entropy", "Training cross-entropy", "nats"),
+    Panel("val_loss", "Validation cross-entropy", "nats"),
+    Panel("train_top1", "Training top-1 accuracy", "share of images"),
+    Panel("val_top1", "Validation top-1 accuracy", "share of images"),
+    Panel("val_f1", "Validation macro F1", "mean over classes, 0 to 1"),
+    Panel("val_balanced_accuracy", "Validation balanced accuracy", "mean recall of the classes"),
+    Panel("lr_classifier", "Learning rate of the classifier", "learning rate"),
+    Panel("lr_policy", "Learning rate of the policy", "learning rate"),
+)
+HEALTH = (
+    Panel("mask_mean", "Mean of the masks", "mask value, 0 to 1"),
+    Panel("mask_std", "Spread of the masks", "standard deviation over pixels"),
+    Panel("mask_std_between_images", "Masks' difference between images", "standard deviation; 0: none"),
+    Panel("policy_entropy", "Entropy of a cell", "nats; 0: uniform noise"),
+    Panel("policy_log_density", "Log-density of a sampled cell", "nats; 0: uniform noise"),
+    Panel("advantage_std", "Spread of the advantage", "standard deviation, nats"),
+    Panel("prior_drift", "Drift of the prior", "RMS change of log-concentrations"),
+    Panel("concentrations_at_bounds", "Log-concentrations at their bounds", "share; there they cannot learn"),
+)
+
+
+def learning_curves(runs: Runs) -> Figure:
+    """Losses, accuracies and learning rates over the epochs, one panel each, one line a run.
+
+    runs: the lines of log.jsonl by the run's name. What no run has is left out. Raises UserError if that is all.
+    """
+    return _over_epochs(runs, CURVES, "Learning curves", columns=3)
+
+
+def policy_health(runs: Runs) -> Figure:
+    """What the log says of the policy over the epochs, as `learning_curves`; the README says what each means."""
+    return _over_epochs(runs, HEALTH, "Health of the policy", columns=4)
+
+
+def _over_epochs(runs: Runs, panels: Sequence[Panel], title: str, columns: int) -> Figure:
+    shown = [panel for panel in panels if any(_points(lines, panel.key)[0] for lines in runs.values())]
+    if not shown:
+        raise UserError(f"{title}: the log of {', '.join(map(as_text, runs))} holds none of these quantities.")
+    rows, one_run = math.ceil(len(shown) / columns), len(runs) == 1
+    figure = Figure(figsize=(3.9 * columns, 2.9 * rows + (0.5 if one_run else 0.6 + 0.22 * len(runs))))
+    figure.set_layout_engine("constrained", h_pad=0.08, w_pad=0.08)
+    figure.suptitle(f"{title}: {as_text(next(iter(runs)))}" if one_run else title, color=INK)
+    grid = figure.subplots(rows, columns, squeeze=False).flatten()
+    for axes in grid[len(shown) :]:
+        axes.remove()
+    for axes, panel in zip(grid, shown, strict=False):
+        _draw_panel(axes, panel, runs)
+    if not one_run:
+        drawn = {  # without runs that have none of these quantities
+            name: Line2D([], [], **_style(number))
+            for number, (name, lines) in enumerate(runs.items())
+            if any(_points(lines, panel.key)[0] for panel in shown)
+        }
+        # matplotlib 3.9 leaves out labels that begin with an underscore.
+        names = [f" {name}" if name.startswith("_") else name for name in map(as_text, drawn)]
+        figure.legend(drawn.values(), names, loc="outside lower center", frameon=False, handlelength=4)
+    return figure
+
+
+def _draw_panel(axes: Axes, panel: Panel, runs: Runs) -> None:
+    found = []
+    for number, lines in enumerate(runs.values()):
+        epochs, values = _points(lines, panel.key)
+        if epochs:
+            axes.plot(epochs, values, **_style(number), markevery=-(-len(epochs) // MARKS_A_LINE))
+        found += values
+    if panel.key.startswith("lr_") and min(found) > 0 and max(found) >= 10 * min(found):
+        axes.set_yscale("log")
+    else:
+        axes.ticklabel_format(axis="y", useOffset=False)
+    axes.set_title(panel.title, fontsize=10)
+    axes.set_xlabel("epoch, from 0")
+    axes.set_ylabel(panel.unit)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    axes.grid(color=FAINT)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _points(lines: list[dict], key: str) -> tuple[list[int], list[float]]:
+    """Epochs and values of the lines where the key has a finite number."""
+    pairs = [(line["epoch"], line[key]) for line in lines if isinstance(line.get(key), (int, float))]
+    pairs = [(epoch, float(value)) for epoch, value in pairs if math.isfinite(value)]
+    return [epoch for epoch, _ in pairs], [value for _, value in pairs]
+
+
+def _style(number: int) -> dict[str, object]:
+    """Colour, style and marker of the line of the run of this number; no two of the first 140 share all."""
+    return {
+        "color": COLOURS[number % len(COLOURS)],
+        "linestyle": STYLES[number % len(STYLES)],
+        "marker": MARKERS[number % len(MARKERS)],
+        "markersize": 4.5,
+        "linewidth": 1.5,
+    }
+
+
+class ClassPredictions(NamedTuple):
+    """What --test-only left of a split: class indices (N,), and the classes' names."""
+
+    targets: list[int]
+    predictions: list[int]
+    classes: list[str]
+
+
+def read_predictions(run: Path, masked: bool = False) -> ClassPredictions:
+    """Out of predictions.csv, with the classes and their order out of per_class.csv (or both with `_masked`).
+
+    Raises UserError for a file that is missing, holds no row, or does not fit the other.
+    """
+    suffix = "_masked" if masked else ""
+    table, names = run / f"predictions{suffix}.csv", run / f"per_class{suffix}.csv"
+    classes = [row["class"] for row in _read_csv(names, ("class",))]
+    rows = _read_csv(table, ("target", "prediction"))
+    numbers = {name: number for number, name in enumerate(classes)}
+    unknown = {row[column] for row in rows for column in ("target", "prediction")} - numbers.keys()
+    if unknown:
+        raise UserError(f"{table}: names the class {min(unknown)!r}, which {names} does not; evaluate again.")
+    targets, predictions = ([numbers[row[column]] for row in rows] for column in ("target", "prediction"))
+    return ClassPredictions(targets, predictions, classes)
+
+
+def _read_csv(path: Path, columns: Sequence[str]) -> list[dict[str, str]]:
+    """The rows of a table with these columns; raises UserError."""
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            rows = list(csv.DictReader(file, strict=True))
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file; --test-only with --output-dir {path.parent} writes it.") from None
+    except (OSError, ValueError, csv.Error) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"{path}: cannot be read as a table ({reason}).") from None
+    if not rows or any(row.get(column) is None for row in rows for column in columns):
+        raise UserError(f"{path}: expected rows with {' and '.join(columns)}; evaluate again with --test-only.")
+    return rows
+
+
+def read_runs(folders: Sequence[str]) -> Runs:
+    """The logs of these runs; raises UserError for a folder without one."""
+    try:
+        runs = {folder: read_log(Path(folder)) for folder in folders}
+    except OSError as error:
+        raise UserError(f"{error.filename}: cannot be read ({error.strerror}).") from None
+    for folder, lines in runs.items():
+        if not lines:
+            raise UserError(f"{folder}: has no {LOG} with a finished epoch; name the --output-dir of a run.")
+    return runs
+
+
+LOG_PICTURES = {"curves": learning_curves, "health": policy_health}
+CLASS_PICTURES = {"confusion": confusion_matrix, "recall": per_class_recall}
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser("python -m utils.plots", description=__doc__)
+    commands = parser.add_subparsers(dest="picture", required=True, metavar="PICTURE")
+    for name, text in (("curves", "losses, accuracies, learning rates"), ("health", "of the policy")):
+        command = commands.add_parser(name, help=f"{text}; several runs are compared")
+        command.add_argument("runs", nargs="+", metavar="RUN", help="the --output-dir of a run")
+    for name, text in (("confusion", "matrix of the classes"), ("recall", "of each class")):
+        command = commands.add_parser(name, help=f"{text}, from what --test-only wrote")
+        command.add_argument("run", metavar="RUN", help="the folder of predictions.csv and per_class.csv")
+        command.add_argument("--masked", action="store_true", help="of the evaluation with masks")
+    for command in commands.choices.values():
+        command.add_argument("-o", "--output", help="a .png or .svg file; default: RUN/plots/PICTURE.png")
+        command.add_argument("--overwrite", action="store_true", help="write over a file that is there already")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    options = build_parser().parse_args(argv)
+    of_log = options.picture in LOG_PICTURES
+    folder = Path(options.runs[0] if of_log else options.run)
+    name = options.picture if of_log or not options.masked else f"{options.picture}_masked"
+    output = output_path(options.output, folder / "plots" / f"{name}.png", options.overwrite)
+    if of_log:
+        figure = LOG_PICTURES[options.picture](read_runs(options.runs))
+    else:
+        figure = CLASS_PICTURES[options.picture](*read_predictions(folder, options.masked))
+    write_figure(output, figure)
+    print(output)
+
+
+if __name__ == "__main__":
+    run_script(main)
