@@ -17,6 +17,7 @@ from utils.class_plots import confusion_matrix, count_pairs, per_class_recall
 from utils.errors import UserError
 from utils.figures import as_png, as_svg, as_text, shorten
 from utils.plots import learning_curves, policy_health
+from utils.run_folder import read_evaluation
 
 NORMAL = [
     {"epoch": 0, "lr_classifier": 0.1, "train_loss": 1.5, "train_top1": 0.25, "val_loss": 1.25, "val_top1": 0.5,
@@ -167,7 +168,7 @@ def run(tmp_path):
             writer.writerow(["image", "target", "prediction", "probability", "true_rank", "loss"])
             for number, (target, prediction) in enumerate(zip("aab", predictions, strict=True)):
                 writer.writerow([f"{target}/{number}.png", target, prediction, "0.9", "1", "0.1"])
-        (folder / f"per_class{suffix}.csv").write_text("class,images\nb,1\na,2\n")
+        (folder / f"per_class{suffix}.csv").write_text("class,images,precision,recall,f1\nb,1,0,0,0\na,2,0,0,0\n")
     return folder
 
 
@@ -188,8 +189,11 @@ def test_every_command_writes_its_picture(run, capsys, monkeypatch):
 
 
 def test_predictions_are_read_in_the_order_of_the_classes(run):
-    assert plots.read_predictions(run) == ([1, 1, 0], [1, 0, 0], ["b", "a"])
-    assert plots.read_predictions(run, masked=True) == ([1, 1, 0], [1, 0, 1], ["b", "a"])
+    for name, expected in (("clean", [1, 0, 0]), ("masked", [1, 0, 1])):
+        evaluation = read_evaluation(run, name)
+        assert [row["class"] for row in evaluation.table] == ["b", "a"]
+        assert evaluation.outcome.targets.tolist() == [1, 1, 0]
+        assert evaluation.outcome.predictions.tolist() == expected
 
 
 @pytest.mark.parametrize(
@@ -200,9 +204,9 @@ def test_predictions_are_read_in_the_order_of_the_classes(run):
         (lambda run: (run / "log.jsonl").write_text("{}\n"), "curves", "holds a line that is no epoch's JSON"),
         (lambda run: (run / "predictions.csv").unlink(), "confusion", "predictions.csv: no such file; --test-only"),
         (lambda run: (run / "per_class.csv").unlink(), "recall", "per_class.csv: no such file; --test-only"),
-        (lambda run: (run / "predictions.csv").write_text("a,b\n1,2\n"), "recall", "expected rows with target and"),
+        (lambda run: (run / "predictions.csv").write_text("a,b\n1,2\n"), "recall", "expected rows with target,"),
         (lambda run: (run / "predictions.csv").write_bytes(b"\xff\x00"), "recall", "cannot be read as a table"),
-        (lambda run: (run / "per_class.csv").write_text("class\na\n"), "confusion", "names the class 'b', which"),
+        (lambda run: (run / "per_class.csv").write_text("class\na\n"), "confusion", "expected rows with class, images"),
         (lambda run: (run / "plots").write_text(""), "curves", "plots: cannot be made"),
     ],
 )

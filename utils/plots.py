@@ -5,7 +5,6 @@ colour (Okabe and Ito's, told apart by the colour-blind), style and marker, so t
 """
 
 import argparse
-import csv
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,6 +19,7 @@ from utils.class_plots import confusion_matrix, per_class_recall
 from utils.errors import UserError, run_script
 from utils.figures import COLOURS, FAINT, INK, as_text, output_path, write_figure
 from utils.progress import LOG, read_log
+from utils.run_folder import read_evaluation
 
 Runs = dict[str, list[dict]]  # the lines of log.jsonl, by the run's name
 STYLES, MARKERS = ("-", "--", "-.", ":"), ("o", "s", "^", "D", "v")
@@ -57,17 +57,17 @@ HEALTH = (
 )
 
 
-def learning_curves(runs: Runs) -> Figure:
+def learning_curves(runs: Runs, columns: int = 3) -> Figure:
     """Losses, accuracies and learning rates over the epochs, one panel each, one line a run.
 
     runs: the lines of log.jsonl by the run's name. What no run has is left out. Raises UserError if that is all.
     """
-    return _over_epochs(runs, CURVES, "Learning curves", columns=3)
+    return _over_epochs(runs, CURVES, "Learning curves", columns)
 
 
-def policy_health(runs: Runs) -> Figure:
+def policy_health(runs: Runs, columns: int = 4) -> Figure:
     """What the log says of the policy over the epochs, as `learning_curves`; the README says what each means."""
-    return _over_epochs(runs, HEALTH, "Health of the policy", columns=4)
+    return _over_epochs(runs, HEALTH, "Health of the policy", columns)
 
 
 def _over_epochs(runs: Runs, panels: Sequence[Panel], title: str, columns: int) -> Figure:
@@ -132,46 +132,6 @@ def _style(number: int) -> dict[str, object]:
     }
 
 
-class ClassPredictions(NamedTuple):
-    """What --test-only left of a split: class indices (N,), and the classes' names."""
-
-    targets: list[int]
-    predictions: list[int]
-    classes: list[str]
-
-
-def read_predictions(run: Path, masked: bool = False) -> ClassPredictions:
-    """Out of predictions.csv, with the classes and their order out of per_class.csv (or both with `_masked`).
-
-    Raises UserError for a file that is missing, holds no row, or does not fit the other.
-    """
-    suffix = "_masked" if masked else ""
-    table, names = run / f"predictions{suffix}.csv", run / f"per_class{suffix}.csv"
-    classes = [row["class"] for row in _read_csv(names, ("class",))]
-    rows = _read_csv(table, ("target", "prediction"))
-    numbers = {name: number for number, name in enumerate(classes)}
-    unknown = {row[column] for row in rows for column in ("target", "prediction")} - numbers.keys()
-    if unknown:
-        raise UserError(f"{table}: names the class {min(unknown)!r}, which {names} does not; evaluate again.")
-    targets, predictions = ([numbers[row[column]] for row in rows] for column in ("target", "prediction"))
-    return ClassPredictions(targets, predictions, classes)
-
-
-def _read_csv(path: Path, columns: Sequence[str]) -> list[dict[str, str]]:
-    """The rows of a table with these columns; raises UserError."""
-    try:
-        with path.open(newline="", encoding="utf-8") as file:
-            rows = list(csv.DictReader(file, strict=True))
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file; --test-only with --output-dir {path.parent} writes it.") from None
-    except (OSError, ValueError, csv.Error) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise UserError(f"{path}: cannot be read as a table ({reason}).") from None
-    if not rows or any(row.get(column) is None for row in rows for column in columns):
-        raise UserError(f"{path}: expected rows with {' and '.join(columns)}; evaluate again with --test-only.")
-    return rows
-
-
 def read_runs(folders: Sequence[str]) -> Runs:
     """The logs of these runs; raises UserError for a folder without one."""
     try:
@@ -213,7 +173,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     if of_log:
         figure = LOG_PICTURES[options.picture](read_runs(options.runs))
     else:
-        figure = CLASS_PICTURES[options.picture](*read_predictions(folder, options.masked))
+        evaluation = read_evaluation(folder, "masked" if options.masked else "clean")
+        classes = [row["class"] for row in evaluation.table]
+        figure = CLASS_PICTURES[options.picture](evaluation.outcome.targets, evaluation.outcome.predictions, classes)
     write_figure(output, figure)
     print(output)
 

@@ -1,0 +1,140 @@
+"""What a run left in its folder, as far as it got: the log, its origin, its status, and what --test-only found."""
+
+import csv
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from utils.errors import UserError
+from utils.intervals import Outcome
+from utils.progress import LOG, read_log
+from utils.provenance import RUN
+from utils.saving import STATUS
+
+METRICS = "metrics.json"
+
+
+class Evaluation(NamedTuple):
+    """One result of --test-only. metrics: by name, None where undefined; table: per_class.csv's rows, as text.
+
+    outcome: of each image, classes numbered as in the table.
+    """
+
+    metrics: dict[str, float | None]
+    table: list[dict[str, str]]
+    outcome: Outcome
+
+
+class RunFolder(NamedTuple):
+    """What was found; empty or None where it is not there. notes: what could not be read, in sentences.
+
+    tested: metrics.json; evaluations: by name, "clean" first.
+    """
+
+    folder: Path
+    log: list[dict[str, Any]]
+    origin: dict[str, Any]
+    status: dict[str, Any]
+    tested: dict[str, Any]
+    evaluations: dict[str, Evaluation]
+    notes: list[str]
+
+
+def read_run_folder(folder: Path) -> RunFolder:
+    """Raises UserError for a folder that holds no run; of one that was cut off, what is there."""
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder; expected the --output-dir of a run.")
+    if not any((folder / name).exists() for name in (LOG, RUN, METRICS)):
+        raise UserError(f"{folder}: holds no run, neither {LOG} nor {RUN} nor {METRICS}; give a run's --output-dir.")
+    notes: list[str] = []
+    try:
+        log = read_log(folder)
+    except UserError as error:
+        log = []
+        notes.append(str(error))
+    origin = _read_json(folder / RUN, _is_origin, notes)
+    status = _read_json(folder / STATUS, lambda _: True, notes)
+    tested = _read_json(folder / METRICS, _is_result, notes)
+    evaluations = {}
+    for name, metrics in tested.get("metrics", {}).items():
+        try:
+            evaluations[name] = read_evaluation(folder, name, metrics)
+        except UserError as error:
+            notes.append(str(error))
+    return RunFolder(folder, log, origin, status, tested, evaluations, notes)
+
+
+def _read_json(path: Path, is_expected: Callable[[dict[str, Any]], bool], notes: list[str]) -> dict[str, Any]:
+    """The dictionary in a file; empty where there is none, and where it is not what is expected, which is noted."""
+    try:
+        content = json.loads(path.read_bytes())
+        if isinstance(content, dict) and is_expected(content):
+            return content
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, RecursionError, KeyError, TypeError, AttributeError):
+        pass
+    notes.append(f"{path}: does not hold what a run writes there; left out.")
+    return {}
+
+
+def _is_origin(content: dict[str, Any]) -> bool:
+    """True for what run.json holds; may raise for what it does not."""
+    counts = [count for split in content["data"].values() for count in split["images"].values() if split["root"]]
+    return all(map(_is_start, content["starts"])) and all(isinstance(count, int) for count in counts)
+
+
+def _is_start(start: dict[str, Any]) -> bool:
+    named = ("command", "time", "processes", "device", "machine", "commit")
+    return all(name in start for name in named) and isinstance(start["versions"], dict)
+
+
+def _is_result(content: dict[str, Any]) -> bool:
+    """True for what metrics.json holds; one without an origin is older than it."""
+    values = [value for metrics in content["metrics"].values() for value in metrics.values()]
+    return (
+        all(value is None or isinstance(value, (int, float)) for value in values)
+        and all(name in content for name in ("split", "weights"))
+        and ("origin" not in content or _is_start(content["origin"]))
+    )
+
+
+def read_evaluation(folder: Path, name: str = "clean", metrics: dict[str, float | None] | None = None) -> Evaluation:
+    """A result of --test-only out of its two tables; raises UserError where one is missing, damaged, or unfit."""
+    suffix = "" if name == "clean" else f"_{name}"
+    table = _read_table(folder / f"per_class{suffix}.csv", ("class", "images", "precision", "recall", "f1"))
+    path = folder / f"predictions{suffix}.csv"
+    rows = _read_table(path, ("target", "prediction", "true_rank", "loss"))
+    number = {row["class"]: index for index, row in enumerate(table)}
+    try:
+        outcome = Outcome(
+            np.array([number[row["target"]] for row in rows]),
+            np.array([number[row["prediction"]] for row in rows]),
+            np.array([int(row["true_rank"]) for row in rows]),
+            np.array([float(row["loss"]) for row in rows]),
+            len(table),
+        )
+        images = [int(row["images"]) for row in table]
+    except (KeyError, ValueError) as error:
+        raise UserError(f"{path}: does not fit per_class{suffix}.csv ({error}); run --test-only again.") from None
+    if np.bincount(outcome.targets, minlength=len(table)).tolist() != images:
+        raise UserError(f"{path}: holds other images than per_class{suffix}.csv; run --test-only again.")
+    return Evaluation(metrics or {}, table, outcome)
+
+
+def _read_table(path: Path, columns: tuple[str, ...]) -> list[dict[str, str]]:
+    """The rows of a CSV; raises UserError unless it holds one or more, with these columns among others."""
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            rows = list(csv.DictReader(file, strict=True))
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file; --test-only with --output-dir {path.parent} writes it.") from None
+    except (OSError, ValueError, csv.Error) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"{path}: cannot be read as a table ({reason}); run --test-only again.") from None
+    if not rows or any(row.get(column) is None for row in rows for column in columns):
+        raise UserError(f"{path}: expected rows with {', '.join(columns)}; run --test-only again.")
+    return rows
