@@ -1,6 +1,7 @@
 """Where each value of the command line comes from: given, the file, or the default."""
 
 import argparse
+import os
 
 import pytest
 
@@ -44,6 +45,16 @@ def test_a_resumed_run_goes_on_as_it_began():
     for flag in (("--lr", 0.2), ("--seed", 1), ("--batch-size", 8), ("--amp",), ("--model", "resnet18")):
         with pytest.raises(UserError, match=f"^{flag[0]}.*f was trained with.*{flag[0]}.* must go on as it began"):
             arguments.for_resume(parser, given("_normal", "--resume", "f", *flag), saved, "f")
+
+
+def test_a_list_of_excluded_images_is_the_same_one_from_any_folder(tmp_path, monkeypatch):
+    parser, saved = PARSERS["_normal"], vars(parse("_normal", "--exclude", "list.txt"))
+    assert saved["exclude"] == os.path.abspath("list.txt")
+    monkeypatch.chdir(tmp_path)
+    again = given("_normal", "--resume", "f", "--exclude", saved["exclude"])
+    assert arguments.for_resume(parser, again, saved, "f").exclude == saved["exclude"]
+    with pytest.raises(UserError, match=r"--exclude .*: f was trained with --exclude .* must go on as it began"):
+        arguments.for_resume(parser, given("_normal", "--resume", "f", "--exclude", "list.txt"), saved, "f")
 
 
 def test_a_flag_that_is_younger_than_the_checkpoint_counts_as_its_default():

@@ -79,6 +79,16 @@ def test_folders(tmp_path):
     refuse(normal, *run, data, match=r"this class is in 'train' but not in 'test'")
 
 
+def test_a_list_that_fits_no_image_is_refused(image_folder, tmp_path):
+    listed = tmp_path / "list.txt"
+    run = ("--data-path", image_folder, "--output-dir", tmp_path / "run", "--exclude", listed)
+    refuse(normal, *run, match=r"--exclude .*list.txt: cannot be read \(No such file or directory\)")
+    listed.write_text("dark/0.png\ntrain/dark/99.png\n")
+    refuse(normal, *run, match=r"--exclude .*list.txt: names no image of the data; expected lines such as train/")
+    listed.write_text("".join(f"train/dark/{number}.png\n" for number in range(12)))
+    refuse(normal, *run, match=r"train/dark: --exclude leaves this class no image; shorten the list")
+
+
 def test_a_mistake_found_late_does_not_lock_the_folder(image_folder, tmp_path):
     run = ("--data-path", image_folder, "--output-dir", tmp_path / "run")
     refuse(normal, *run, "--batch-size", 37, match="fewer than one global batch")

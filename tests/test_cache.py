@@ -278,6 +278,7 @@ def test_a_fingerprint_is_of_names_contents_and_parameters(folder, tmp_path):
     first = fingerprint(files, parameters)
     assert first == fingerprint(ImageFiles.find(folder / "train"), parameters)
     found = {first, fingerprint(files, {"size": 37}), fingerprint(files, {"size": 36, "gray": True})}
+    without_one = fingerprint(ImageFiles.find(data, {files.path_as_text(3)}), parameters)  # --exclude
     path = files.path(3)
     os.utime(path, ns=(1, path.stat().st_mtime_ns + 1))
     found.add(fingerprint(files, parameters))
@@ -287,6 +288,7 @@ def test_a_fingerprint_is_of_names_contents_and_parameters(folder, tmp_path):
     path.with_stem("renamed").unlink()
     found.add(fingerprint(ImageFiles.find(data), parameters))
     assert len(found) == 7
+    assert fingerprint(ImageFiles.find(data), parameters) == without_one != first
 
 
 def test_a_changed_image_is_read_anew(folder, tmp_path):

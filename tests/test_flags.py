@@ -206,6 +206,22 @@ def check_num_classes(build, image_folder):
         wiring_data.open_splits(build("--num-classes", 4))
 
 
+def check_exclude(build, image_folder, capsys):
+    with tempfile.TemporaryDirectory() as folder:
+        listed = Path(folder, "list.txt")
+        lines = ["# twins", "", "train/dark/3.png\r", "train/dark/3.png", "val/bright/0.png", "test/dark/0.png"]
+        listed.write_text("\n".join([*lines, "train/dark/99.png", "dark", "bright"]))
+        splits = wiring_data.open_splits(build("--exclude", listed))
+        assert (len(splits.training), len(splits.evaluation)) == (35, 20)
+        words = f"--exclude {listed}: leaves out 1 of train, 1 of val; lines that name no image: 3.\n"
+        assert words in capsys.readouterr().out
+        paths = {splits.training.files.path_as_text(index) for index in range(35)}
+        assert "dark/2.png" in paths
+        assert "dark/3.png" not in paths
+        args = build("--exclude", listed, "--test-only", "--resume", "unread.pth", "--split", "test")
+        assert len(wiring_data.open_splits(args).evaluation) == 8
+
+
 def check_bad_images(build, image_folder):
     def first_two(*flags):
         """Images 0 and 1 of train and of val, where image 0 is none."""
@@ -346,6 +362,7 @@ RUNS = {
 }
 EFFECTS = {
     "data_path": lambda build, image_folder: assert_close(len(wiring_data.open_splits(build()).training), 36),
+    "exclude": check_exclude,
     "num_classes": check_num_classes,
     "bad_images": check_bad_images,
     "max_bad_images": check_max_bad_images,
@@ -415,7 +432,7 @@ def test_every_declared_flag_is_shown_to_work():
 
 @pytest.mark.parametrize("name", sorted(EFFECTS))
 def test_flag(name, build, image_folder, request):
-    more = [request.getfixturevalue("capsys")] if name == "sync_bn" else []
+    more = [request.getfixturevalue("capsys")] if name in ("exclude", "sync_bn") else []
     EFFECTS[name](build, image_folder, *more)
 
 

@@ -55,6 +55,8 @@ def shared_parser(description: str) -> Parser:
 def _add_data_flags(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
     add("--data-path", help="folder with {train,val,test}/<class>/<image>; without it, generated phantoms are used")
+    add("--exclude", type=os.path.abspath, metavar="FILE", help="leave out the images that this text file names, one a "
+        "line, as train/<class>/<image>; python -m utils.audit writes such lists")  # fmt: skip
     add("--num-classes", type=positive_int, help="checked against the data when given, else taken from it")
     add("--cache-dataset", default="off", choices=("off", "host", "device"), help="decode each image once, into a file "
         "that all processes map; device: and keep the training images in the GPU's memory")  # fmt: skip

@@ -2,6 +2,7 @@
 
 import itertools
 import os
+from collections.abc import Set
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 from utils.errors import UserError
 
 LAYOUT = "DATA/{train,val,test}/<class>/<image>"
+SPLITS = ("train", "val", "test")
 
 
 def find_classes(split: Path) -> list[str]:
@@ -59,11 +61,31 @@ def check_same_classes(root: Path, splits: dict[str, list[str]]) -> None:
             )
 
 
+def read_excluded(path: Path) -> dict[str, set[str]]:
+    """By split the images, relative to its folder, that a list of lines `<split>/<class>/<image>` names.
+
+    Blank lines and those that begin with # say nothing; lines of no split stand whole under "". Raises UserError if
+    the list cannot be read.
+    """
+    try:
+        lines = os.fsdecode(path.read_bytes()).split("\n")  # names may be no text
+    except OSError as error:
+        raise UserError(f"--exclude {path}: cannot be read ({error.strerror}); give a text file.") from None
+    excluded: dict[str, set[str]] = {split: set() for split in (*SPLITS, "")}
+    for line in map(str.strip, lines):
+        if line and not line.startswith("#"):
+            split, _, name = line.partition("/")
+            excluded[split if split in SPLITS else ""].add(name if split in SPLITS else line)
+    return excluded
+
+
 class ImageFiles:
     """Paths and targets of one split, sorted by class and path, in three arrays: a million take some tens of megabytes.
 
     Processes that a loader forks share arrays, while of Python objects each would come to hold a copy of its own.
     """
+
+    excluded = 0  # images that `find` left out
 
     def __init__(self, root: Path, names: dict[str, list[str]]) -> None:
         """names: for each class, in order, the images' paths relative to its folder."""
@@ -74,9 +96,24 @@ class ImageFiles:
         self._ends = np.cumsum([len(text) for of_class in texts for text in of_class], dtype=np.int64)
 
     @classmethod
-    def find(cls, root: Path) -> "ImageFiles":
-        """All images of a split's folder; raises UserError for a missing or empty folder, or a class without images."""
-        return cls(root, {name: _relative_names(root / name) for name in find_classes(root)})
+    def find(cls, root: Path, excluded: Set[str] = frozenset()) -> "ImageFiles":
+        """All images of a split's folder but those excluded, which are paths relative to it.
+
+        Raises UserError for a missing or empty folder, and for a class without images.
+        """
+        names = {name: _relative_names(root / name) for name in find_classes(root)}
+        if not excluded:
+            return cls(root, names)
+        kept = {
+            name: [one for one in of_class if os.path.join(name, one) not in excluded]
+            for name, of_class in names.items()
+        }
+        for name, of_class in kept.items():
+            if not of_class:
+                raise UserError(f"{root / name}: --exclude leaves this class no image; shorten the list.")
+        files = cls(root, kept)
+        files.excluded = sum(map(len, names.values())) - len(files)
+        return files
 
     def __len__(self) -> int:
         return len(self.targets)

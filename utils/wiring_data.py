@@ -14,7 +14,7 @@ from utils.cache_build import CacheBuild, build_together
 from utils.data import ImageFolder, build_loader
 from utils.device_images import FILTERS, DeviceImages
 from utils.errors import UserError, agreed
-from utils.folders import LAYOUT, check_same_classes, find_classes
+from utils.folders import LAYOUT, check_same_classes, find_classes, read_excluded
 from utils.samplers import EvaluationSampler, TrainingSampler
 from utils.transforms import DrawCrop, evaluation_transform, resize_transform, training_transform
 
@@ -30,11 +30,13 @@ class Splits(NamedTuple):
 def open_splits(args: argparse.Namespace) -> Splits:
     """The splits that the run needs, checked; the generated phantoms without --data-path.
 
-    Raises UserError for missing folders, classes that differ between the splits, and --num-classes unlike the data.
+    Raises UserError for missing folders, classes that differ between the splits, --num-classes unlike the data, and an
+    --exclude that names no image or leaves a class none.
     """
     check_cache_flags(args)
     root = _data_root(args.data_path)
     evaluated = args.split if args.test_only else "val"
+    excluded = read_excluded(Path(args.exclude)) if args.exclude else {}
     evaluation = ImageFolder(
         root / evaluated,
         evaluation_transform(
@@ -42,6 +44,7 @@ def open_splits(args: argparse.Namespace) -> Splits:
         ),
         on_bad_image="blank" if args.bad_images == "skip" else "error",
         gray=args.gray,
+        excluded=excluded.get(evaluated, frozenset()),
     )
     training = None
     if not args.test_only:
@@ -52,15 +55,31 @@ def open_splits(args: argparse.Namespace) -> Splits:
             on_bad_image="next" if args.bad_images == "skip" else "error",
             max_bad_images=args.max_bad_images,
             gray=args.gray,
+            excluded=excluded.get("train", frozenset()),
         )
         splits = {"train": training.classes, "val": evaluation.classes}
         if (root / "test").is_dir():
             splits["test"] = find_classes(root / "test")
         check_same_classes(root, splits)
+    if args.exclude:
+        _say_excluded(args.exclude, excluded, [split for split in (training, evaluation) if split is not None])
     found = len(evaluation.classes)
     if args.num_classes is not None and args.num_classes != found:
         raise UserError(f"--num-classes {args.num_classes}: {root} has {found} classes; correct or leave out the flag.")
     return Splits(training, evaluation, evaluation.classes)
+
+
+def _say_excluded(path: str, excluded: dict[str, set[str]], opened: list[ImageFolder]) -> None:
+    """Say how many images are left out, and how many lines named none; raises UserError if none of them did.
+
+    Lines of a split that this run does not open are not looked at.
+    """
+    counts = {split.root.name: split.files.excluded for split in opened}
+    absent = sum(len(excluded[name]) for name in ("", *counts)) - sum(counts.values())
+    if absent and absent == sum(map(len, excluded.values())):
+        raise UserError(f"--exclude {path}: names no image of the data; expected lines such as train/<class>/<image>.")
+    left_out = ", ".join(f"{count} of {name}" for name, count in counts.items())
+    progress.say(f"--exclude {path}: leaves out {left_out}; lines that name no image: {absent}.")
 
 
 def check_same_data(splits: Splits, state: dict[str, Any] | None, source: str) -> None:
