@@ -1,7 +1,9 @@
 """Bad input: one clear sentence, an exit code other than 0, no rank left waiting, nothing written over."""
 
+import errno
 import json
 import shutil
+import sys
 
 import numpy as np
 import pytest
@@ -12,7 +14,7 @@ from _normal import train as normal
 from _policy_gradient import train as policy_gradient
 from tests.conftest import SMALL, SMALL_POLICY, run_script, write_image_folder
 from tests.ranks import run_ranks
-from utils import checkpoint
+from utils import checkpoint, errors
 from utils.errors import UserError
 
 
@@ -206,3 +208,18 @@ def test_more_than_eight_bits_are_refused_rather_than_clipped(kind, tmp_path):
     Image.fromarray(np.array([[0, 256, 40_000, 65_535]]).astype(types[kind])).save(tmp_path / kind)
     with pytest.raises(UserError, match=rf"{kind}: cannot be read as an image \(more than 8 bits"):
         read_image(tmp_path / kind)
+
+
+def test_too_few_file_handles_are_one_sentence(monkeypatch, capsys):
+    """Also where the loader's own end raises something else over it, as it does when some workers have started."""
+
+    def fail():
+        try:
+            raise OSError(errno.EMFILE, "Too many open files")
+        finally:
+            raise RuntimeError("DataLoader worker (pid 1) is killed by signal: Alarm clock.")
+
+    monkeypatch.setattr(errors, "_leave_at_once", lambda: sys.exit(errors.EXIT_CODE))
+    with pytest.raises(SystemExit, match="2"):
+        errors.run_script(fail)
+    assert capsys.readouterr().err.startswith("error: too many open files for this process: raise the limit")

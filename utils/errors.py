@@ -1,5 +1,6 @@
 """What the user must mend: one clear sentence, printed once, a non-zero exit on every rank, no rank left waiting."""
 
+import errno
 import os
 import signal
 import sys
@@ -18,6 +19,10 @@ from utils.interruption import Interrupted
 
 EXIT_CODE = 2
 GRACE_SECONDS = 10
+TOO_MANY_FILES = (
+    "too many open files for this process: raise the limit in the shell that starts the run (ulimit -n 65536), or give "
+    "fewer --workers."
+)
 
 
 class UserError(Exception):
@@ -91,6 +96,10 @@ def run_script(main: Callable[[], None]) -> None:
         distributed.shutdown()
         sys.exit(INTERRUPTED_EXIT_CODE)
     except Exception as error:
+        if _says_too_many_files(error):
+            print(f"error: {TOO_MANY_FILES}", file=sys.stderr, flush=True)
+            distributed.post_failure(TOO_MANY_FILES)
+            _leave_at_once()
         if distributed.launched_world_size() == 1:
             raise
         if distributed.is_lost_contact(error):
@@ -101,6 +110,13 @@ def run_script(main: Callable[[], None]) -> None:
             distributed.post_failure(str(error))
         _leave_at_once()
     distributed.shutdown()
+
+
+def _says_too_many_files(error: BaseException | None) -> bool:
+    """True for an OSError of too many open files, also where the loader's end has raised something else over it."""
+    while error is not None and not (isinstance(error, OSError) and error.errno == errno.EMFILE):
+        error = error.__cause__ or error.__context__
+    return error is not None
 
 
 def lost_contact(error: BaseException) -> str:
