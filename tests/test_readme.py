@@ -1,8 +1,10 @@
 """What the README says can be typed: its command block, shortened, its flags, its files; and other ways to start."""
 
+import importlib
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import socket
@@ -19,9 +21,10 @@ from _policy_gradient import train as policy_gradient
 from tests.conftest import ROOT, SMALL, SMALL_POLICY, run_script
 from tests.test_flags import declared
 from utils import phantoms
+from utils.arguments import parse_given
 from utils.progress import read_log
 
-README = (ROOT / "README.md").read_text()
+README, RECIPES = ((ROOT / name).read_text() for name in ("README.md", "RECIPES.md"))
 MINI_RIN = ROOT.parent / "shared" / "data" / "mini-rin"
 
 
@@ -166,8 +169,8 @@ COMMANDS = {
 
 
 def test_the_slurm_job_ends_its_run_gently_and_queues_itself_again(tmp_path):
-    """The README's batch file, with commands of our own in the place of Slurm's, under the signal that Slurm sends."""
-    block = re.search(r"in the place of Slurm's. -->\n```bash\n(.*?)```", README, re.DOTALL)[1]
+    """The recipe's batch file, with commands of our own in the place of Slurm's, under the signal that Slurm sends."""
+    block = re.search(r"in the place of Slurm's. -->\n```bash\n(.*?)```", RECIPES, re.DOTALL)[1]
     for name, body in COMMANDS.items():
         (tmp_path / name).write_text(f"#!/bin/bash\n{body}\n")
         (tmp_path / name).chmod(0o755)
@@ -186,6 +189,35 @@ def test_the_slurm_job_ends_its_run_gently_and_queues_itself_again(tmp_path):
     assert started.startswith("srun torchrun --nnodes=2 --nproc_per_node=8")
     assert started.endswith("--resume auto --checkpoint-steps 1000")
     assert (ended, requeued) == ("TERM", "scontrol requeue 7")
+
+
+def commands_of(text):
+    """The commands of a text's bash blocks: lists of words, continued lines joined."""
+    blocks = re.findall(r"```bash\n(.*?)```", text, re.DOTALL)
+    lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
+    return [shlex.split(line, comments=True) for line in lines if re.search(r"train\.py|-m utils", line)]
+
+
+@pytest.mark.parametrize("name", ["README.md", "RECIPES.md", "EXAMPLE.md", "_weights/README.md"])
+def test_every_command_of_the_pages_is_one_that_is_understood(name, capsys):
+    found = 0
+    for words in commands_of((ROOT / name).read_text()):
+        flags = [word for word in words if re.fullmatch(r"-{1,2}[a-z][a-z-]*", word)]
+        script = next((word for word in words if word.endswith("train.py")), None)
+        if script is not None:
+            own = words[words.index(script) + 1 :]
+            module = policy_gradient if "_policy_gradient" in script or "--grid" in own else normal
+            parse_given(module.build_parser(), [word for word in own if word not in ("...", "&")])
+        else:
+            module = importlib.import_module(words[words.index("-m") + 1])
+            command = [word for word in words[words.index("-m") + 2 :][:1] if word.isalpha() and word.islower()]
+            for arguments in (["--help"], [*command, "--help"]):  # some have commands of their own
+                with pytest.raises(SystemExit, match="0"):
+                    module.main(arguments)
+            understood = capsys.readouterr().out
+            assert all(flag == "-m" or re.search(rf"(^|[\s\[,|]){flag}\b", understood) for flag in flags), words
+        found += 1
+    assert found
 
 
 def test_each_promise_names_a_test_that_is_there():

@@ -1,6 +1,7 @@
 """Average the weights of several files: `python -m utils.weight_averaging A.pth B.pth C.pth -o OUT.pth`."""
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -33,12 +34,12 @@ def average(files: list[Weights]) -> StateDict:
     return averaged
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m utils.weight_averaging", description=__doc__)
     parser.add_argument("files", nargs="+", metavar="FILE", help="weights of one model, usually of its last epochs")
     parser.add_argument("-o", "--output", required=True, help="where to write; --finetune and --test-only read it")
     parser.add_argument("--overwrite", action="store_true", help="write over a file that is there already")
-    options = parser.parse_args()
+    options = parser.parse_args(argv)
     output = Path(options.output)
     if output.exists() and not options.overwrite:
         raise UserError(f"{output}: is there already; give another --output, or --overwrite.")
