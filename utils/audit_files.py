@@ -2,6 +2,7 @@
 
 import csv
 import io
+import textwrap
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -86,7 +87,8 @@ def _table(rows: Iterable[list[Any]]) -> memoryview:
 def exclude_list(census: Census, searched: str) -> bytes:
     """The lines of --exclude, a heading above those of each reason; names that hold a line break cannot be listed."""
     fixed = evaluated_split(census.splits)
-    parts = [RULE, RULE_OF_EVALUATION.format(fixed=fixed) if fixed else "", f"# Copies: {searched}\n"]
+    parts = [RULE, RULE_OF_EVALUATION.format(fixed=fixed) if fixed else ""]
+    parts += [f"# {line}\n" for line in textwrap.wrap(searched, 117)]
     for reason, heading in enumerate(REASONS):
         names = [census.name(index) for index in np.flatnonzero(census.reason == reason)] if reason != STAYS else []
         listed = [name for name in names if "\n" not in name]

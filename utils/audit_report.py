@@ -82,7 +82,9 @@ def _images(census: Census) -> Section:
         f"Grey, whatever their mode: {gray} of {len(records)} readable images."
         + (" All are: give --gray." if gray == len(records) else ""),
     ]
-    return Section("Sizes and channels", sentences, ["", "least", "5 %", "median", "95 %", "greatest"], rows)
+    return Section(
+        "Sizes and channels", sentences, ["readable images", "least", "5 %", "median", "95 %", "greatest"], rows
+    )
 
 
 def _tally(values: np.ndarray) -> str:
