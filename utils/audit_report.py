@@ -179,7 +179,7 @@ def as_text(heading: str, content: list[Section]) -> str:
     lines = [heading]
     for section in content:
         lines += ["", section.title, *(f"  {sentence}" for sentence in section.sentences)]
-        table = [[str(cell) for cell in row] for row in (section.head, *section.rows) if row]
+        table = [[printable(str(cell)) for cell in row] for row in (section.head, *section.rows) if row]
         widths = [max(map(len, column)) for column in zip(*table, strict=True)]
         for row in table:
             others = (cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))
