@@ -21,8 +21,8 @@ from utils.flag_types import natural, non_negative_float
 from utils.folders import LAYOUT, SPLITS, ImageFiles
 
 # Bits of 242. Of 5,981 real radiology images 79 pairs are that near: each looks like one view, or like neighbouring
-# slices. Of 200 of them, 98 % are found again as JPEG of quality 90, 94 % at half the size, 88 % a tenth brighter. With
-# 4 bits the first of 100 pairs are different views, with 8 a twelfth of 232.
+# slices. Brought to 32 x 32, 2 of them correlate below 0.95; with 4 bits 4 of 100 do, with 8 bits 19 of 232. Of 200
+# images 98 % are found again as JPEG of quality 90, 94 % at half the size, 88 % a tenth brighter.
 DISTANCE = 3
 
 
