@@ -2,6 +2,8 @@
 
 import stat
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from PIL import Image
@@ -21,16 +23,23 @@ def read_image(path: Path, gray: bool = False) -> Image.Image:
     MAX_IMAGE_PIXELS, of several frames, or grey of more than 8 bits: nobody states what range of them is meant, and
     Pillow's own conversion would clip it at 255. (Of 16-bit colour Pillow keeps the upper 8 bits.)
     """
+    with open_image(path) as image:
+        if gray and image.mode == "L":
+            image.load()
+            return image
+        return image.convert("RGB").convert("L") if gray else image.convert("RGB")
+
+
+@contextmanager
+def open_image(path: Path) -> Iterator[Image.Image]:
+    """A file's image, its pixels not decoded yet; whatever fails within the block is a UserError of `read_image`."""
     try:
         if not stat.S_ISREG(path.stat().st_mode):  # to open a pipe would wait for its writer
             raise ValueError("not a regular file")
         with Image.open(path, formats=FORMATS) as image:
             _check_header(image)
             image.info.pop("transparency", None)  # Pillow would warn of it, and keep the colours all the same
-            if gray and image.mode == "L":
-                image.load()
-                return image
-            return image.convert("RGB").convert("L") if gray else image.convert("RGB")
+            yield image
     except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error, ...
         reason = getattr(error, "strerror", None) or str(error).split("\n")[0]
         raise UserError(f"{path}: cannot be read as an image ({reason}); replace or remove it.") from None

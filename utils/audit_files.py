@@ -1,0 +1,145 @@
+"""The files of an audit: tables of images and duplicates, a page with thumbnails, and the list for --exclude."""
+
+import csv
+import io
+import textwrap
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from utils import html
+from utils.audit_report import Section, printable
+from utils.audit_rule import REASONS, STAYS, Census, evaluated_split
+from utils.errors import UserError
+from utils.images import read_image
+
+SHOWN_GROUPS, SHOWN_IMAGES, SHOWN_BLANK = 40, 8, 16  # with thumbnails
+SIDE = 120  # pixels of a thumbnail
+
+RULE = """\
+# Images to leave out: give this file to the training scripts as --exclude. A line is an image, relative to --data-path.
+# What cannot be read goes, and what is blank. Of copies that bear different labels all go, since nobody can tell which
+# is right; of others one stays: one of val before those of train, then the one of most pixels, then the first by name.
+"""
+RULE_OF_EVALUATION = """\
+# But of {fixed}, the evaluated split, all that can be read stays, so that figures compare with those of others; what is
+# a copy of an image of {fixed} goes from the other splits.
+"""
+
+
+def images_csv(census: Census) -> memoryview:
+    """A line for each image."""
+    levels = np.sqrt(np.maximum(census.records["square"] - census.records["mean"] ** 2, 0))[:, 3]
+
+    def rows() -> Iterable[list[Any]]:
+        yield [
+            *("split", "class", "path", "width", "height", "format", "mode", "gray", "mean", "std", "blank", "group"),
+            *("left_out", "unreadable"),
+        ]
+        for index, record in enumerate(census.records):
+            yield [
+                *_place(census, index),
+                *(record["width"], record["height"], record["format"].decode(), record["mode"].decode()),
+                *(int(record["gray"]), f"{record['mean'][3]:.3f}", f"{levels[index]:.3f}", int(census.blank[index])),
+                census.group[index] if census.group[index] >= 0 else "",
+                *(_reason(census, index), census.bad.get(index, "")),
+            ]
+
+    return _table(rows())
+
+
+def duplicates_csv(census: Census) -> memoryview:
+    """A line for each image of a group; its distance is that to the group's first image, in bits."""
+
+    def rows() -> Iterable[list[Any]]:
+        head = ("group", "kind", "across_splits", "across_classes", "distance", "split", "class", "path", "pixels")
+        yield [*head, "left_out"]
+        for number, group in enumerate(census.groups):
+            kind = "exact" if census.is_exact(group) else "near"
+            crosses = map(int, census.crosses(group))
+            of_group = [number, kind, *crosses]
+            for index, distance in zip(group, census.distances(group), strict=True):
+                pixels = census.records["pixels"][index].tobytes().hex()
+                yield [*of_group, distance, *_place(census, index), pixels, _reason(census, index)]
+
+    return _table(rows())
+
+
+def _place(census: Census, index: int) -> tuple[str, str, str]:
+    return census.splits[census.split[index]], census.classes[census.label[index]], census.name(index)
+
+
+def _reason(census: Census, index: int) -> str:
+    return "" if census.reason[index] == STAYS else REASONS[census.reason[index]]
+
+
+def _table(rows: Iterable[list[Any]]) -> memoryview:
+    buffer = io.BytesIO()
+    text = io.TextIOWrapper(buffer, "utf-8", errors="backslashreplace", newline="")
+    csv.writer(text).writerows(rows)
+    text.flush()
+    text.detach()
+    return buffer.getbuffer()
+
+
+def exclude_list(census: Census, searched: str) -> bytes:
+    """The lines of --exclude, a heading above those of each reason; names that hold a line break cannot be listed."""
+    fixed = evaluated_split(census.splits)
+    parts = [RULE, RULE_OF_EVALUATION.format(fixed=fixed) if fixed else ""]
+    parts += [f"# {line}\n" for line in textwrap.wrap(searched, 117)]
+    for reason, heading in enumerate(REASONS):
+        names = [census.name(index) for index in np.flatnonzero(census.reason == reason)] if reason != STAYS else []
+        listed = [name for name in names if "\n" not in name]
+        if names:
+            parts.append(f"\n# {heading}: {len(names)}\n" + "".join(f"{name}\n" for name in listed))
+        if len(listed) < len(names):
+            parts.append(f"# and {len(names) - len(listed)} whose names hold a line break: rename them\n")
+    return "".join(parts).encode(errors="surrogateescape")
+
+
+def page(heading: str, content: list[Section], census: Census) -> bytes:
+    """report.html: the sections, and thumbnails of the worst groups and of blank images."""
+    groups = [_shown(census, number) for number in range(min(SHOWN_GROUPS, len(census.groups)))]
+    blank = [_thumbnail(census, index) for index in np.flatnonzero(census.blank)[:SHOWN_BLANK]]
+    return html.render(
+        "audit.html",
+        heading=printable(heading),
+        sections=[_printable(section) for section in content],
+        groups=groups,
+        all_groups=len(census.groups),
+        blank=blank,
+    )
+
+
+def _printable(section: Section) -> Section:
+    rows = [[printable(cell) if isinstance(cell, str) else cell for cell in row] for row in section.rows]
+    return section._replace(sentences=list(map(printable, section.sentences)), rows=rows)
+
+
+def _shown(census: Census, number: int) -> dict[str, Any]:
+    group = census.groups[number]
+    crosses = [word for word, crossed in zip(("splits", "classes"), census.crosses(group), strict=True) if crossed]
+    return {
+        "number": number,
+        "size": len(group),
+        "kind": "the same pixels" if census.is_exact(group) else "near",
+        "where": f"across {' and '.join(crosses)}" if crosses else "within one class of one split",
+        "images": [
+            {**_thumbnail(census, index), "distance": int(distance), "left_out": _reason(census, index)}
+            for index, distance in zip(group[:SHOWN_IMAGES], census.distances(group[:SHOWN_IMAGES]), strict=True)
+        ],
+    }
+
+
+def _thumbnail(census: Census, index: int) -> dict[str, str]:
+    """A small picture, none if the file has gone since, and its name."""
+    try:
+        image = read_image(Path(census.path(index)))
+    except UserError:
+        return {"name": printable(census.name(index)), "picture": ""}
+    image.thumbnail((SIDE, SIDE))
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", quality=80)
+    return {"name": printable(census.name(index)), "picture": html.data_uri(buffer.getvalue(), "image/jpeg")}

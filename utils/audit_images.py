@@ -1,0 +1,117 @@
+"""What an audit measures of each image, which is decoded once: size, levels, a digest of its pixels, a likeness."""
+
+import hashlib
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image
+from torch.utils.data import DataLoader, Dataset
+
+from utils.errors import UserError
+from utils.folders import ImageFiles
+from utils.images import open_image
+from utils.interruption import ride_out_signals
+from utils.progress import Progress
+
+BATCH = 32  # images that a worker decodes before it hands them over
+SIDE = 11  # of the grid of a difference hash: 2 x 11 x 11 = 242 bits
+MARGIN = 0.05  # of the grid's standard deviation: lesser differences are noise and give 0
+LEVELS = np.arange(256.0)
+
+# 123 bytes an image. mean and square are of the levels 0..255 and of their squares, for red, green, blue and grey;
+# the width of an unreadable image is 0.
+RECORD = np.dtype(
+    [
+        *(("width", np.int32), ("height", np.int32), ("format", "S4"), ("mode", "S5"), ("gray", np.bool_)),
+        *(("mean", np.float64, 4), ("square", np.float64, 4), ("pixels", np.uint64, 2), ("likeness", np.uint64, 4)),
+    ]
+)
+
+
+class Measured(NamedTuple):
+    """Records (B,) of consecutive images, and by position why the unreadable ones could not be read."""
+
+    records: np.ndarray
+    bad: dict[int, str]
+
+
+def measure(path: Path) -> np.void:
+    """The RECORD of one image, of the pixels that `read_image` gives; raises its UserError."""
+    record = np.zeros((), RECORD)
+    with open_image(path) as image:
+        record["format"], record["mode"] = image.format, image.mode
+        image = image.convert("L" if image.mode == "L" else "RGB")
+    red, *others = image.split()
+    record["gray"] = all(red.tobytes() == other.tobytes() for other in others)
+    if record["gray"]:
+        image = red
+    luma = image.convert("L")
+    record["width"], record["height"] = image.size
+    histogram = np.array(image.histogram()).reshape(-1, 256)  # (1 or 3, 256)
+    histogram = np.vstack([np.broadcast_to(histogram, (3, 256)), luma.histogram()]) / (image.width * image.height)
+    record["mean"], record["square"] = histogram @ LEVELS, histogram @ LEVELS**2
+    digest = hashlib.blake2b(f"{image.mode} {image.size}".encode(), digest_size=16)
+    digest.update(image.tobytes())
+    record["pixels"] = np.frombuffer(digest.digest(), np.uint64)
+    record["likeness"] = difference_hash(luma)
+    return record[()]
+
+
+def difference_hash(image: Image.Image) -> np.ndarray:
+    """Four uint64 that alike grey images share but for a few bits, whatever their size, brightness and compression.
+
+    The image is brought to 12 x 12; a bit says whether the right (or lower) neighbour is brighter by more than MARGIN
+    standard deviations: smooth or dark areas, where noise would decide, give 0. The last 14 bits are 0.
+    """
+    # In floating point, since rounding to levels would add steps of its own to dark images.
+    grid = np.asarray(image.convert("F").resize((SIDE + 1, SIDE + 1), Image.Resampling.BILINEAR))
+    here, margin = grid[:-1, :-1], MARGIN * grid.std()
+    bits = np.concatenate([(grid[:-1, 1:] - here).ravel() > margin, (grid[1:, :-1] - here).ravel() > margin])
+    return np.packbits(np.pad(bits, (0, 256 - bits.size))).view(np.uint64)
+
+
+class _Measurer(Dataset):
+    """Images of a split, a batch at once."""
+
+    def __init__(self, files: ImageFiles) -> None:
+        self.files = files
+
+    def __getitems__(self, indices: Sequence[int]) -> Measured:
+        records, bad = np.zeros(len(indices), RECORD), {}
+        for position, index in enumerate(indices):
+            try:
+                records[position] = measure(self.files.path(index))
+            except UserError as error:
+                bad[index] = str(error)
+        return Measured(records, bad)
+
+
+def measure_all(files: ImageFiles, workers: int) -> Measured:
+    """The records of all images of a split, (N,) in its order, measured by so many processes beside this one."""
+    starts = range(0, len(files), BATCH)
+    loader = DataLoader(
+        _Measurer(files),
+        batch_sampler=[range(start, min(start + BATCH, len(files))) for start in starts],
+        num_workers=workers,
+        collate_fn=_as_it_is,
+        multiprocessing_context="fork" if workers > 0 and sys.platform == "linux" else None,
+        worker_init_fn=ride_out_signals,
+    )
+    records, bad = np.zeros(len(files), RECORD), {}
+    progress = Progress(files.root.name, len(starts), max(1, len(starts) // 10), BATCH)
+    try:
+        for step, measured in progress.track(loader):
+            records[step * BATCH : step * BATCH + len(measured.records)] = measured.records
+            bad |= measured.bad
+            if progress.in_terminal or progress.is_due(step):
+                progress.show(step, {})
+    except RuntimeError as error:  # a worker was killed, for want of memory say
+        raise UserError(f"{files.root}: {str(error).splitlines()[0]}; give fewer --workers.") from None
+    return Measured(records, bad)
+
+
+def _as_it_is(measured: Measured) -> Measured:
+    return measured
