@@ -37,9 +37,7 @@ def open_splits(args: argparse.Namespace) -> Splits:
     evaluated = args.split if args.test_only else "val"
     evaluation = ImageFolder(
         root / evaluated,
-        evaluation_transform(
-            args.val_resize_size, args.val_crop_size, interpolation=args.interpolation, backend=args.backend
-        ),
+        transform_for_evaluation(args),
         on_bad_image="blank" if args.bad_images == "skip" else "error",
         gray=args.gray,
     )
@@ -92,6 +90,12 @@ def _data_root(data_path: str | None) -> Path:
     if not root.is_dir():
         raise UserError(f"--data-path {root}: no such folder; expected {LAYOUT}.")
     return root
+
+
+def transform_for_evaluation(args: argparse.Namespace) -> nn.Module:
+    return evaluation_transform(
+        args.val_resize_size, args.val_crop_size, interpolation=args.interpolation, backend=args.backend
+    )
 
 
 def _training_transform(args: argparse.Namespace) -> nn.Module:
