@@ -136,9 +136,7 @@ def _read_safetensors(path: Path) -> dict[str, Any]:
     if metadata is None:
         return tensors
     if len(metadata) > MOST_METADATA:
-        raise ValueError(
-            f"its header's '{METADATA}' has {len(metadata)} characters, more than the {MOST_METADATA} read"
-        )
+        raise ValueError(f"its '{METADATA}' has {len(metadata)} characters, more than {MOST_METADATA}")
     said = json.loads(metadata)
     if not isinstance(said, dict):
         raise ValueError(f"its '{METADATA}' is no JSON object")
