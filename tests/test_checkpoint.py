@@ -21,6 +21,7 @@ from utils.checkpoint import (
     read,
     read_checkpoint,
     read_weights,
+    safetensors_bytes,
     save,
     save_checkpoint,
     weights_state,
@@ -482,6 +483,27 @@ def test_weights_of_safetensors(tmp_path):
         with pytest.raises(UserError) as caught:
             read_weights(path)
         assert str(caught.value).startswith(f"{path}: is no checkpoint, or is damaged (")
+
+
+def test_safetensors_of_ours_say_what_a_pth_says(tmp_path):
+    """Shared tensors are written twice, and a tensor's own layout does not matter."""
+    model = network()
+    model.tied = model[0]
+    model[2].weight = nn.Parameter(torch.randn(4, 2).t())
+    args = {"model": "small", "mean": [0.3], "lr": 0.1, "gray": True, "weights": None}
+    classes = ["\udce9", "dark"]
+    (tmp_path / "a.safetensors").write_bytes(safetensors_bytes(model, classes, args))
+    found = read_weights(tmp_path / "a.safetensors")
+    assert_equal_states({key: found.model[key] for key in model.state_dict()}, model.state_dict())
+    assert (found.classes, found.args, found.policy_net) == (classes, args, None)
+    assert safetensors.torch.load_file(tmp_path / "a.safetensors").keys() == model.state_dict().keys()
+
+
+def test_safetensors_of_others_may_say_what_they_want(tmp_path):
+    for metadata in ({"format": "pt"}, {"classes": "[1]", "args": "{"}):
+        safetensors.torch.save_file(network().state_dict(), tmp_path / "b.safetensors", metadata)
+        found = read_weights(tmp_path / "b.safetensors")
+        assert (found.classes, found.args) == (None, {})
 
 
 @pytest.mark.parametrize(

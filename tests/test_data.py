@@ -14,7 +14,7 @@ from torchvision.transforms import v2
 
 from utils.data import ImageFolder, batches, build_loader, read_image
 from utils.errors import UserError
-from utils.folders import check_same_classes, find_classes, read_excluded
+from utils.folders import ImageFiles, check_same_classes, find_classes, read_excluded
 from utils.samplers import EvaluationSampler, SampleKey, TrainingSampler, derive_seed
 from utils.transforms import training_transform
 
@@ -251,12 +251,12 @@ def test_a_list_leaves_out_images_whatever_their_names(tmp_path):
     )
     excluded = read_excluded(listed)
     assert excluded == {"train": {odd, "a/#2.png", "b/absent.png"}, "val": {"b/4.png"}, "test": set(), "": {"else"}}
-    dataset = ImageFolder(tmp_path / "train", TO_TENSOR, excluded=excluded["train"])
+    dataset = ImageFolder(tmp_path / "train", TO_TENSOR, files=ImageFiles.find(tmp_path / "train", excluded["train"]))
     assert [dataset.path(index) for index in range(2)] == [tmp_path / "train/a/deep/3.png", tmp_path / "train/b/4.png"]
     assert dataset.targets.tolist() == [0, 1]
     assert (len(dataset), dataset.files.excluded) == (2, 2)
     with pytest.raises(UserError, match=f"^{tmp_path}/train/b: --exclude leaves this class no image"):
-        ImageFolder(tmp_path / "train", TO_TENSOR, excluded={"b/4.png"})
+        ImageFiles.find(tmp_path / "train", {"b/4.png"})
     with pytest.raises(UserError, match=r"--exclude .*train: cannot be read \(Is a directory\)"):
         read_excluded(tmp_path / "train")
 

@@ -5,6 +5,7 @@ Images are in test_hostile_images.py.
 
 import argparse
 import io
+import json
 import os
 import pickle
 import struct
@@ -13,6 +14,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
 
 from _normal import train as normal
@@ -285,6 +287,69 @@ def test_tensors_deep_in_a_file(tmp_path, state):
             checkpoint.read_weights(tmp_path / "deep.pth")
 
 
+# What a safetensors file says of itself
+
+
+def whole(state: dict) -> dict:
+    return {name: state[name] for name in ("format_version", "classes", "args")}
+
+
+SAID = {
+    "no JSON": (lambda said: "{", r"is no checkpoint, or is damaged \("),
+    "nothing": (lambda said: "", r"is no checkpoint, or is damaged \("),
+    "a list": (lambda said: "[]", "is no JSON object"),
+    "deep": (lambda said: "[" * 100_000, r"is no checkpoint, or is damaged \("),
+    "a number without end": (lambda said: '{"args": %s}' % ("9" * 100_000), r"is no checkpoint, or is damaged \("),
+    "long": (lambda said: " " * 4_000_001, "has 4000001 characters, more than 4000000"),
+    "empty": (lambda said: "{}", "its 'classes' is not a list of names"),
+    "another version": (lambda said: json.dumps({**said, "classes": None}), "its 'classes' is not a list of names"),
+    "numbers": (lambda said: json.dumps({**said, "classes": [1, 2, 3]}), "its 'classes' is not a list of names"),
+    "twice": (lambda said: json.dumps({**said, "classes": ["a", "b", "a"]}), "is not a list of different names"),
+    "text": (lambda said: json.dumps({**said, "args": "--model"}), "its 'args' is not a dict"),
+}
+FIT = {
+    "too few": (lambda said: json.dumps({**said, "classes": ["bright"]}), "was trained on classes of other names"),
+    "model": (
+        lambda said: json.dumps({**said, "args": {"model": "x/../y"}}),
+        "^--model x/../y: timm has no such model",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", [*SAID, *FIT])
+def test_safetensors_that_say_what_they_should_not(use, state, tmp_path, kind):
+    make, match = {**SAID, **FIT}[kind]
+    metadata = {checkpoint.METADATA: make(whole(state))}
+    safetensors.torch.save_file(state["model"], tmp_path / "bad.safetensors", metadata)
+    if kind in SAID:
+        refused(use, tmp_path / "bad.safetensors", f"bad.safetensors: .*{match}", WAYS[1:])
+        return
+    with pytest.raises(UserError, match=match) as caught:
+        use("--test-only", tmp_path / "bad.safetensors")
+    assert "\n" not in str(caught.value)
+
+
+def test_arguments_in_safetensors_that_no_flag_could_have_given_have_no_say(use, state, tmp_path):
+    strange = {
+        "mean": ["0.3"],
+        "gray": "yes",
+        "val_crop_size": -5,
+        "std": [[[]]],
+        "val_resize_size": 1e30,
+        "test_only": False,
+        "resume": "/etc",
+    }
+    said = {**whole(state), "args": {**state["args"], **strange}, "model": {"fc.bias": 1}, "policy_net": 5}
+    path = tmp_path / "odd.safetensors"
+    safetensors.torch.save_file(state["model"], path, {checkpoint.METADATA: json.dumps(said)})
+    found = checkpoint.read_weights(path)
+    assert found.model.keys() == state["model"].keys()
+    assert (found.policy_net, "std" in found.args) == (None, False)
+    args = arguments.for_weights(PARSERS["_normal"], {"resume": "f"}, found.args, "f", test_only=True)
+    assert (args.mean, args.gray, args.std) == ([0.3162], False, [0.3213])
+    assert (args.val_crop_size, args.val_resize_size) == (224, 256)
+
+
 def test_a_policy_that_is_none(image_folder, tmp_path):
     flags = [*SMALL_POLICY, "--data-path", str(image_folder), "--epochs", "1", "--output-dir", str(tmp_path / "run")]
     policy_gradient.main(flags)
@@ -320,7 +385,7 @@ def entries() -> list[tuple[str, object]]:
         *[("seconds", value) for value in (-1.0, float("nan"), "1")],
         *[("skipped_steps", value) for value in (-1, "0", torch.zeros(1))],
         *[("best_f1", value) for value in (float("nan"), 2.0, "best")],
-        *[("classes", value) for value in ("abc", [1, 2, 3], None, {})],
+        *[("classes", value) for value in ("abc", [1, 2, 3], None, {}, ["a", "b", "a"])],
         *[("args", value) for value in ([], None, argparse.Namespace())],
         *[("rng", value) for value in ([], {}, [number_state, {}], [RNG], ["cpu"], [5])],
         *[("rng", [{"cpu": value}]) for value in (torch.zeros(5056), RNG[1:], "x", None)],

@@ -92,6 +92,15 @@ def test_files_of_different_classes_are_not_averaged(tmp_path, monkeypatch):
         average_files(monkeypatch, first, second, "-o", tmp_path / "average.pth")
 
 
+def test_an_average_of_files_that_name_no_classes_can_be_read(tmp_path, monkeypatch):
+    for number, value in enumerate((1.0, 3.0)):
+        torch.save({"model": {"a": torch.tensor([value])}, "args": {"model": "small"}}, tmp_path / f"{number}.pth")
+    average_files(monkeypatch, tmp_path / "0.pth", tmp_path / "1.pth", "-o", tmp_path / "average.pth")
+    found = read_weights(tmp_path / "average.pth")
+    assert torch.equal(found.model["a"], torch.tensor([2.0]))
+    assert (found.classes, found.args) == (None, {"model": "small"})
+
+
 def test_an_average_is_not_written_over_a_file(tmp_path, monkeypatch):
     source = write_weights(tmp_path / "model_0.pth", weight=torch.ones(2))
     output = tmp_path / "average.pth"

@@ -66,6 +66,12 @@ def _add_data_flags(group: argparse._ArgumentGroup) -> None:
     add("--split", default="val", choices=("train", "val", "test"), help="what --test-only evaluates on")
     add("-b", "--batch-size", "--batch_size", type=positive_int, default=32, help="images in each process")
     add("-j", "--workers", type=natural, default=16, help="data loading processes for each process; 0: none")
+    add_input_flags(group)
+
+
+def add_input_flags(group: argparse._ActionsContainer) -> None:
+    """How a file's pixels become the classifier's input."""
+    add = group.add_argument
     add(
         "--mean",
         type=non_negative_float,
@@ -193,7 +199,7 @@ def for_resume(parser: Parser, given: dict[str, Any], saved: dict[str, Any], sou
         began = saved.get(name, actions[name].default)
         if given[name] != began:
             raise UserError(
-                f"{_typed(name, given[name])}: {source} was trained {_with(name, began)}, and a resumed run must "
+                f"{typed(name, given[name])}: {source} was trained {_with(name, began)}, and a resumed run must "
                 "go on as it began; leave the flag out, or start a new run."
             )
     output_dir = given.get("output_dir", str(Path(source).parent))
@@ -217,7 +223,7 @@ def for_weights(
     for name in (given.keys() & told.keys()) - (set() if test_only else FREE_ON_FINETUNE):
         if given[name] != told[name]:
             raise UserError(
-                f"{_typed(name, given[name])}: {source} was made {_with(name, told[name])}; leave the flag out."
+                f"{typed(name, given[name])}: {source} was made {_with(name, told[name])}; leave the flag out."
             )
     output_dir = str(Path(source).parent) if test_only and "resume" in given else "."
     return _namespace({**defaults(parser), "output_dir": output_dir, **told, **given})
@@ -251,10 +257,10 @@ def flag(name: str) -> str:
 
 def _with(name: str, value: Any) -> str:
     """Such as "with --grid 64" or "without --gray"."""
-    return f"without {flag(name)}" if value is None or value is False else f"with {_typed(name, value)}"
+    return f"without {flag(name)}" if value is None or value is False else f"with {typed(name, value)}"
 
 
-def _typed(name: str, value: Any) -> str:
+def typed(name: str, value: Any) -> str:
     """A flag as it was typed."""
     if isinstance(value, bool):
         return flag(name) if value else f"--no-{flag(name)[2:]}"

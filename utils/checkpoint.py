@@ -6,6 +6,7 @@ the only class allowed, or safetensors.
 
 import argparse
 import io
+import json
 import os
 import pickle
 import shutil
@@ -14,6 +15,7 @@ from pathlib import Path
 from types import NoneType
 from typing import Any, NamedTuple
 
+import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor, nn
@@ -28,6 +30,8 @@ CHECKPOINT = "checkpoint.pth"
 PREVIOUS = "checkpoint_prev.pth"
 BEST = "model_best.pth"
 DAMAGED = "checkpoint_damaged.pth"
+METADATA = "policy_gradient_noise_mask"  # the one entry of a safetensors header that is ours: classes and args as JSON
+MOST_METADATA = 4_000_000  # characters: 20,000 classes take a tenth of it
 KEY_PREFIXES = ("module.", "_orig_mod.")  # left in keys by DistributedDataParallel and torch.compile
 
 
@@ -96,7 +100,7 @@ def read(path: str | Path) -> dict[str, Any]:
         if not stat.S_ISREG(path.stat().st_mode):
             raise UserError(f"{path}: is no regular file; expected a checkpoint or weights.")
         if path.suffix == ".safetensors":
-            state = safetensors.torch.load_file(path)
+            state = _read_safetensors(path)
         else:
             with torch.serialization.safe_globals([argparse.Namespace]):
                 state = torch.load(verification.checked_archive(path), map_location="cpu", weights_only=True)
@@ -122,6 +126,21 @@ def read(path: str | Path) -> dict[str, Any]:
         raise UserError(f"{path}: holds a {type(state).__name__}; expected a dictionary of weights.")
     verification.check_tensors(path, state)
     return state
+
+
+def _read_safetensors(path: Path) -> dict[str, Any]:
+    """The tensors, and where `safetensors_bytes` wrote the file, what it says of them, as in a .pth."""
+    tensors = safetensors.torch.load_file(path)
+    with safetensors.safe_open(path, framework="pt") as file:
+        metadata = (file.metadata() or {}).get(METADATA)
+    if metadata is None:
+        return tensors
+    if len(metadata) > MOST_METADATA:
+        raise ValueError(f"its '{METADATA}' has {len(metadata)} characters, more than {MOST_METADATA}")
+    said = json.loads(metadata)
+    if not isinstance(said, dict):
+        raise ValueError(f"its '{METADATA}' is no JSON object")
+    return {"model": tensors} | {name: said.get(name) for name in ("format_version", "classes", "args")}
 
 
 def read_checkpoint(path: str | Path, script: str) -> dict[str, Any]:
@@ -218,3 +237,16 @@ def weights_state(model: nn.Module, classes: list[str], args: dict[str, Any]) ->
     """What `model_<epoch>.pth` and `model_best.pth` hold."""
     tensors = {key: tensor.contiguous() for key, tensor in model.state_dict().items()}  # whatever --channels-last was
     return {"format_version": FORMAT_VERSION, "model": tensors, "classes": classes, "args": args}
+
+
+def safetensors_bytes(model: nn.Module, classes: list[str], args: dict[str, Any]) -> bytes:
+    """A safetensors file with what `weights_state` holds; `read_weights` takes it like a .pth.
+
+    The same bytes whenever it is written: the header has one entry, since the order of several is drawn by lot.
+    """
+    # Copies: safetensors refuses two names for one tensor, which tied weights have.
+    copies = {
+        key: tensor.cpu().clone(memory_format=torch.contiguous_format) for key, tensor in model.state_dict().items()
+    }
+    said = json.dumps({"format_version": FORMAT_VERSION, "classes": classes, "args": args})
+    return safetensors.torch.save(copies, metadata={METADATA: said})

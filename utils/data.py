@@ -1,7 +1,7 @@
 """ImageFolder splits and the loaders."""
 
 import sys
-from collections.abc import Callable, Iterator, Set
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -39,11 +39,11 @@ class ImageFolder(Dataset):
         on_bad_image: Literal["error", "next", "blank"] = "error",
         max_bad_images: int = 100,
         gray: bool = False,
-        excluded: Set[str] = frozenset(),
+        files: ImageFiles | None = None,
     ) -> None:
         """on_bad_image: what a batch holds for an image that cannot be read: an error; the next readable image, which
         depends on the index only; or a blank one of index -1. After `max_bad_images` in a row the next is not tried.
-        excluded: images to leave out, relative to root.
+        files: the split's images, where they are not simply all below `root`.
 
         Raises UserError for a missing or empty folder, and for a class without images.
         """
@@ -53,7 +53,7 @@ class ImageFolder(Dataset):
         self.on_bad_image = on_bad_image
         self.max_bad_images = max_bad_images
         self.gray = gray
-        self.files = ImageFiles.find(self.root, excluded)
+        self.files = ImageFiles.find(self.root) if files is None else files
         self.classes, self.targets, self.path = self.files.classes, self.files.targets, self.files.path
 
     def __len__(self) -> int:

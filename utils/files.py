@@ -2,7 +2,10 @@
 
 import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import TextIO
 
 from utils.errors import UserError
 
@@ -28,6 +31,27 @@ def write_atomically(path: Path, data: bytes | memoryview) -> None:
         _sync_folder(path.parent)
     except OSError as error:
         raise UserError(f"{path}: is written, but may not outlive a power failure ({error.strerror}).") from None
+
+
+@contextmanager
+def opened_atomically(path: Path) -> Iterator[TextIO]:
+    """A text file (UTF-8) to write to line by line, which appears under its name once the block has ended well.
+
+    Names that are no text are written with backslashes. Raises UserError if the file system refuses.
+    """
+    temporary = temporary_path(path)
+    try:
+        try:
+            with temporary.open("w", encoding="utf-8", errors="backslashreplace", newline="") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+            _sync_folder(path.parent)
+        finally:
+            temporary.unlink(missing_ok=True)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror}).") from None
 
 
 def temporary_path(path: Path) -> Path:

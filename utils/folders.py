@@ -28,9 +28,18 @@ def find_classes(split: Path) -> list[str]:
 
 
 def list_images(class_folder: Path) -> list[str]:
-    """The sorted paths of all images below a class folder.
+    """The sorted paths of all images below a class folder; raises UserError if there is none, and as `find_images`."""
+    paths = find_images(class_folder)
+    if not paths:
+        kinds = ", ".join(IMG_EXTENSIONS)
+        raise UserError(f"{class_folder}: holds no image ({kinds}); expected {LAYOUT}.")
+    return paths
 
-    Raises UserError if there is none, and for links by which a folder holds itself, or another folder twice.
+
+def find_images(root: Path) -> list[str]:
+    """The sorted paths of all images below a folder, by their ending.
+
+    Raises UserError for a folder that cannot be read, and for links by which one holds itself, or another one twice.
     """
 
     def refuse(error: OSError) -> None:
@@ -38,15 +47,12 @@ def list_images(class_folder: Path) -> list[str]:
 
     paths: list[str] = []
     seen: dict[tuple[int, int], str] = {}
-    for folder, _, names in os.walk(class_folder, followlinks=True, onerror=refuse):
+    for folder, _, names in os.walk(root, followlinks=True, onerror=refuse):
         status = os.stat(folder)
         other = seen.setdefault((status.st_dev, status.st_ino), folder)
         if other != folder:
             raise UserError(f"{folder}: a link makes this the same folder as {other}; remove the link.")
         paths += [os.path.join(folder, name) for name in names if name.lower().endswith(IMG_EXTENSIONS)]
-    if not paths:
-        kinds = ", ".join(IMG_EXTENSIONS)
-        raise UserError(f"{class_folder}: holds no image ({kinds}); expected {LAYOUT}.")
     return sorted(paths)
 
 

@@ -102,6 +102,7 @@ def check_classes(path: str | Path, state: dict[str, Any]) -> None:
     classes = state.get("classes")
     whole = isinstance(classes, list) and all(isinstance(name, str) for name in classes)
     _require(path, "classes", whole, "a list of names")
+    _require(path, "classes", len(set(classes)) == len(classes), "a list of different names")
 
 
 def check_full_state(path: str | Path, state: dict[str, Any]) -> None:

@@ -47,7 +47,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise UserError(f"{output.parent}: no such folder.")
     files = [read_weights(path) for path in options.files]
     last = files[-1]
-    state = {"format_version": FORMAT_VERSION, "model": average(files), "classes": last.classes, "args": last.args}
+    state = {"model": average(files), "args": last.args}
+    if last.classes is not None:  # which the authors' files do not name
+        state |= {"format_version": FORMAT_VERSION, "classes": last.classes}
     save(output, state)
     print(f"{output}: the average of {len(files)} files")
 

@@ -14,7 +14,7 @@ from utils.cache_build import CacheBuild, build_together
 from utils.data import ImageFolder, build_loader
 from utils.device_images import FILTERS, DeviceImages
 from utils.errors import UserError, agreed
-from utils.folders import LAYOUT, check_same_classes, find_classes, read_excluded
+from utils.folders import LAYOUT, ImageFiles, check_same_classes, find_classes, read_excluded
 from utils.samplers import EvaluationSampler, TrainingSampler
 from utils.transforms import DrawCrop, evaluation_transform, resize_transform, training_transform
 
@@ -39,12 +39,10 @@ def open_splits(args: argparse.Namespace) -> Splits:
     excluded = read_excluded(Path(args.exclude)) if args.exclude else {}
     evaluation = ImageFolder(
         root / evaluated,
-        evaluation_transform(
-            args.val_resize_size, args.val_crop_size, interpolation=args.interpolation, backend=args.backend
-        ),
+        transform_for_evaluation(args),
         on_bad_image="blank" if args.bad_images == "skip" else "error",
         gray=args.gray,
-        excluded=excluded.get(evaluated, frozenset()),
+        files=ImageFiles.find(root / evaluated, excluded.get(evaluated, frozenset())),
     )
     training = None
     if not args.test_only:
@@ -55,7 +53,7 @@ def open_splits(args: argparse.Namespace) -> Splits:
             on_bad_image="next" if args.bad_images == "skip" else "error",
             max_bad_images=args.max_bad_images,
             gray=args.gray,
-            excluded=excluded.get("train", frozenset()),
+            files=ImageFiles.find(root / "train", excluded.get("train", frozenset())),
         )
         splits = {"train": training.classes, "val": evaluation.classes}
         if (root / "test").is_dir():
@@ -111,6 +109,12 @@ def _data_root(data_path: str | None) -> Path:
     if not root.is_dir():
         raise UserError(f"--data-path {root}: no such folder; expected {LAYOUT}.")
     return root
+
+
+def transform_for_evaluation(args: argparse.Namespace) -> nn.Module:
+    return evaluation_transform(
+        args.val_resize_size, args.val_crop_size, interpolation=args.interpolation, backend=args.backend
+    )
 
 
 def _training_transform(args: argparse.Namespace) -> nn.Module:

@@ -1,0 +1,139 @@
+"""The model card (README.md) of exported weights, with the front matter that the hub reads."""
+
+import argparse
+import json
+import math
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from huggingface_hub import EvalResult, ModelCardData
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from utils import arguments
+from utils.html import TEMPLATES
+from utils.inference import is_heated
+from utils.metrics import Metrics
+
+METRICS = ("loss", "top1", "top5", "precision", "recall", "f1", "balanced_accuracy", "auroc")
+# The hub's names of metrics, where it has one; the names of ours it shows beside them.
+HUB_METRICS = {"top1": "accuracy", "precision": "precision", "recall": "recall", "f1": "f1", "auroc": "roc_auc"}
+
+
+class Measured(NamedTuple):
+    """What --test-only found with the very weights, on clean images."""
+
+    split: str
+    images: int
+    metrics: Metrics
+
+
+def read_measured(weights: Path) -> Measured | None:
+    """Out of the metrics.json beside the weights, if it was written after them and names them; else None.
+
+    A file that holds anything else than --test-only writes counts as none.
+    """
+    path = weights.parent / "metrics.json"
+    try:
+        if path.stat().st_mtime_ns < weights.stat().st_mtime_ns:
+            return None
+        found = json.loads(path.read_text())
+        clean = {name: found["metrics"]["clean"][name] for name in METRICS}
+        split, images = found["split"], found["images"]
+        whole = split in ("train", "val", "test") and type(images) is int and all(map(_is_metric, clean.values()))
+        return Measured(split, images, clean) if whole and _names(found["weights"], weights) else None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return None
+
+
+def _names(written: str, weights: Path) -> bool:
+    """True if this is a path of the weights: whole, or as it was typed in some folder."""
+    parts = [part for part in Path(written).parts if part != ".."]
+    return weights.resolve().parts[-len(parts) :] == tuple(parts)
+
+
+def _is_metric(value: Any) -> bool:
+    return value is None or (type(value) in (int, float) and 0 <= value < math.inf)
+
+
+def recipe_flags(args: dict[str, Any]) -> list[str]:
+    """The flags of a training, as typed, but for the defaults that both scripts share, and what is off."""
+    defaults = arguments.defaults(arguments.shared_parser(""))
+    return [
+        arguments.typed(name, value)
+        for name, value in sorted(args.items())
+        if value != defaults.get(name, False) and value is not None
+    ]
+
+
+def model_card(
+    name: str,
+    data_name: str,
+    classes: list[str],
+    args: argparse.Namespace,
+    *,
+    recipe: list[str],
+    measured: Measured | None,
+    license_name: str,
+    img_size: int | None,
+    with_onnx: bool,
+) -> bytes:
+    """The card as UTF-8. img_size: for models that are built for one size of image, pixels."""
+    environment = Environment(  # Markdown, so without escaping for HTML; foreign text stands in code spans
+        loader=FileSystemLoader(TEMPLATES),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters["code"] = code_span
+    text = environment.get_template("model_card.md").render(
+        front_matter=_front_matter(name, data_name, measured, license_name),
+        name=name,
+        data_name=data_name,
+        classes=classes,
+        args=args,
+        architecture=args.model.split(".")[0],
+        heated=is_heated(args),
+        recipe=recipe,
+        measured=measured,
+        license_name=license_name,
+        img_size=img_size,
+        with_onnx=with_onnx,
+    )
+    return text.encode(errors="backslashreplace")
+
+
+def code_span(text: str) -> str:
+    """Any text as a Markdown code span of one line that nothing in it can end."""
+    shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    return f"`` {shown.replace('``', '` `')} ``" if "`" in shown else f"`{shown}`"
+
+
+def _front_matter(name: str, data_name: str, measured: Measured | None, license_name: str) -> str:
+    """YAML, in the hub's terms; a licence that is not known is `other` there."""
+    known = license_name not in ("unknown", "other")
+    results = []
+    if measured is not None:
+        results = [
+            EvalResult(
+                task_type="image-classification",
+                dataset_type=data_name,
+                dataset_name=data_name,
+                dataset_split=measured.split,
+                metric_type=HUB_METRICS[metric],
+                metric_name=metric,
+                metric_value=value,
+            )
+            for metric, value in measured.metrics.items()
+            if metric in HUB_METRICS and value is not None
+        ]
+    data = ModelCardData(
+        library_name="timm",
+        pipeline_tag="image-classification",
+        tags=["timm", "image-classification", "medical", "radiology", "policy-gradient-noise-mask"],
+        license=license_name if known else "other",
+        license_name=None if known else "unknown",
+        model_name=name if results else None,
+        eval_results=results or None,
+    )
+    return data.to_yaml()
