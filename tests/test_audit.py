@@ -13,10 +13,11 @@ from PIL import Image, ImageEnhance
 
 from _normal import train as normal
 from tests.conftest import SMALL
-from utils import arguments, audit, audit_files, wiring_data
-from utils.audit_images import RECORD, difference_hash, measure, measure_all
-from utils.audit_report import normalisation, printable
-from utils.duplicates import find_groups
+from utils import arguments, wiring_data
+from utils.audit import __main__ as audit
+from utils.audit.duplicates import find_groups
+from utils.audit.images import RECORD, difference_hash, measure, measure_all
+from utils.audit.report import normalisation, printable
 from utils.errors import UserError
 from utils.folders import ImageFiles, read_excluded
 from utils.images import read_image
@@ -153,7 +154,7 @@ def test_banded_search_finds_what_comparing_all_pairs_finds(seed, distance, word
 
 def test_edges_are_merged_as_they_come(monkeypatch):
     """A chain of hashes, each one bit from the next, is one group, though few edges are held at a time."""
-    monkeypatch.setattr("utils.duplicates.EDGES", 3)
+    monkeypatch.setattr("utils.audit.duplicates.EDGES", 3)
     chain = np.packbits(np.tri(64, dtype=np.uint8), axis=1).view(np.uint64)
     assert [group.tolist() for group in find_groups(chain, 1)] == [list(range(64))]
     assert find_groups(chain, 0) == []
@@ -342,9 +343,9 @@ def test_a_single_split_may_be_audited(planted, tmp_path):
 
 
 def test_the_page_is_bounded(planted, tmp_path, monkeypatch):
-    monkeypatch.setattr(audit_files, "SHOWN_GROUPS", 2)
-    monkeypatch.setattr(audit_files, "SHOWN_IMAGES", 2)
-    monkeypatch.setattr(audit_files, "SHOWN_BLANK", 1)
+    monkeypatch.setattr(outputs, "SHOWN_GROUPS", 2)
+    monkeypatch.setattr(outputs, "SHOWN_IMAGES", 2)
+    monkeypatch.setattr(outputs, "SHOWN_BLANK", 1)
     run(planted, tmp_path)
     page = (tmp_path / "out" / "report.html").read_text()
     assert page.count("<h3>") == 2

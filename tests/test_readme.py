@@ -209,7 +209,9 @@ def test_every_command_of_the_pages_is_one_that_is_understood(name, capsys):
             module = policy_gradient if "_policy_gradient" in script or "--grid" in own else normal
             parse_given(module.build_parser(), [word for word in own if word not in ("...", "&")])
         else:
-            module = importlib.import_module(words[words.index("-m") + 1])
+            name = words[words.index("-m") + 1]
+            package = importlib.import_module(name)
+            module = package if hasattr(package, "main") else importlib.import_module(f"{name}.__main__")
             command = [word for word in words[words.index("-m") + 2 :][:1] if word.isalpha() and word.islower()]
             for arguments in (["--help"], [*command, "--help"]):  # some have commands of their own
                 with pytest.raises(SystemExit, match="0"):

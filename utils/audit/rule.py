@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from utils.duplicates import find_groups
+from utils.audit.duplicates import find_groups
 from utils.folders import SPLITS, ImageFiles
 
 STAYS, UNREADABLE, BLANK, OF_EVALUATION, CONTRADICTING, REPEATED = range(6)
@@ -23,7 +23,7 @@ REASONS = (
 class Census:
     """N images, split after split; each array has one entry an image, and each group the positions of its images.
 
-    split, label: uint8 and int32 indices into `splits` and `classes`; records: of audit_images.RECORD; bad: why, by
+    split, label: uint8 and int32 indices into `splits` and `classes`; records: of images.RECORD; bad: why, by
     position; blank: bool; reason: uint8 index into REASONS; group: int64 index into `groups`, -1 in none.
     """
 

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from utils.audit_rule import REASONS, Census
+from utils.audit.rule import REASONS, Census
 
 SHOWN_NAMES = 20
 

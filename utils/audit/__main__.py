@@ -11,10 +11,10 @@ from pathlib import Path
 
 import numpy as np
 
-from utils import audit_files
-from utils.audit_images import Measured, measure_all
-from utils.audit_report import as_text, printable, sections
-from utils.audit_rule import Census, take_census
+from utils.audit import outputs
+from utils.audit.images import Measured, measure_all
+from utils.audit.report import as_text, printable, sections
+from utils.audit.rule import Census, take_census
 from utils.errors import UserError, run_script
 from utils.files import write_atomically
 from utils.flag_types import natural, non_negative_float
@@ -43,13 +43,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     text = as_text(heading, content)
     for name, data in (
         ("report.txt", text.encode()),
-        ("report.html", audit_files.page(heading, content, census)),
-        ("images.csv", audit_files.images_csv(census)),
-        ("duplicates.csv", audit_files.duplicates_csv(census)),
+        ("report.html", outputs.page(heading, content, census)),
+        ("images.csv", outputs.images_csv(census)),
+        ("duplicates.csv", outputs.duplicates_csv(census)),
     ):
         write_atomically(output / name, data)
     if excluded is not None:
-        write_atomically(excluded, audit_files.exclude_list(census, searched))
+        write_atomically(excluded, outputs.exclude_list(census, searched))
     print(text)
     _say_written(census, output, excluded)
 

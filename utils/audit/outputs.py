@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 
 from utils import html
-from utils.audit_report import Section, printable
-from utils.audit_rule import REASONS, STAYS, Census, evaluated_split
+from utils.audit.report import Section, printable
+from utils.audit.rule import REASONS, STAYS, Census, evaluated_split
 from utils.errors import UserError
 from utils.images import read_image
 
