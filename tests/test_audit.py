@@ -15,6 +15,7 @@ from _normal import train as normal
 from tests.conftest import SMALL
 from utils import arguments, wiring_data
 from utils.audit import __main__ as audit
+from utils.audit import outputs
 from utils.audit.duplicates import find_groups
 from utils.audit.images import RECORD, difference_hash, measure, measure_all
 from utils.audit.report import normalisation, printable

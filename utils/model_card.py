@@ -6,7 +6,7 @@ import math
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from huggingface_hub import EvalResult, ModelCardData
+from huggingface_hub import ModelCardData
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from utils import arguments
@@ -15,8 +15,6 @@ from utils.inference import is_heated
 from utils.metrics import Metrics
 
 METRICS = ("loss", "top1", "top5", "precision", "recall", "f1", "balanced_accuracy", "auroc")
-# The hub's names of metrics, where it has one; the names of ours it shows beside them.
-HUB_METRICS = {"top1": "accuracy", "precision": "precision", "recall": "recall", "f1": "f1", "auroc": "roc_auc"}
 
 
 class Measured(NamedTuple):
@@ -87,7 +85,7 @@ def model_card(
     )
     environment.filters["code"] = code_span
     text = environment.get_template("model_card.md").render(
-        front_matter=_front_matter(name, data_name, measured, license_name),
+        front_matter=_front_matter(license_name),
         name=name,
         data_name=data_name,
         classes=classes,
@@ -109,31 +107,17 @@ def code_span(text: str) -> str:
     return f"`` {shown.replace('``', '` `')} ``" if "`" in shown else f"`{shown}`"
 
 
-def _front_matter(name: str, data_name: str, measured: Measured | None, license_name: str) -> str:
-    """YAML, in the hub's terms; a licence that is not known is `other` there."""
+def _front_matter(license_name: str) -> str:
+    """YAML, in the hub's terms; a licence that is not known is `other` there.
+
+    Without the hub's table of results, which names a data set: metrics.json does not.
+    """
     known = license_name not in ("unknown", "other")
-    results = []
-    if measured is not None:
-        results = [
-            EvalResult(
-                task_type="image-classification",
-                dataset_type=data_name,
-                dataset_name=data_name,
-                dataset_split=measured.split,
-                metric_type=HUB_METRICS[metric],
-                metric_name=metric,
-                metric_value=value,
-            )
-            for metric, value in measured.metrics.items()
-            if metric in HUB_METRICS and value is not None
-        ]
     data = ModelCardData(
         library_name="timm",
         pipeline_tag="image-classification",
         tags=["timm", "image-classification", "medical", "radiology", "policy-gradient-noise-mask"],
         license=license_name if known else "other",
         license_name=None if known else "unknown",
-        model_name=name if results else None,
-        eval_results=results or None,
     )
     return data.to_yaml()
