@@ -25,13 +25,12 @@ def read_mask(data: bytes, shown: object) -> np.ndarray:
     shown: its name in messages. Raises UserError for anything else; nothing is unpickled.
     """
     try:
-        mask = np.load(io.BytesIO(data), allow_pickle=False)
-    except (ValueError, EOFError, MemoryError, OSError, SyntaxError, KeyError, TypeError) as error:
+        mask = np.lib.format.read_array(io.BytesIO(data), allow_pickle=False)
+    except (ValueError, MemoryError, OverflowError) as error:
         reason = str(error).split("\n")[0]
         raise UserError(f"{shown}: cannot be read as an array ({reason}); get the mask again.") from None
-    if not isinstance(mask, np.ndarray) or mask.shape not in SHAPES:
-        found = getattr(mask, "shape", type(mask).__name__)
-        raise UserError(f"{shown}: holds {found}; expected an array {' or '.join(map(str, SHAPES))}.")
+    if mask.shape not in SHAPES:
+        raise UserError(f"{shown}: holds {mask.shape}; expected an array {' or '.join(map(str, SHAPES))}.")
     if mask.dtype != np.uint8 and mask.dtype.kind not in "if":
         raise UserError(f"{shown}: holds numbers of the type {mask.dtype}; expected uint8, signed integers or floats.")
     if not np.isfinite(mask).all():
