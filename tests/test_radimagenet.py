@@ -13,6 +13,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
 from tests.conftest import MakesAFolder, write_image
@@ -569,6 +572,15 @@ def test_resizing_has_the_pixels_of_opencv(shape, digest):
     # From cv2.resize(pixels, (224, 224)) of OpenCV 4.10.0 and of 5.0.0.
     pixels = np.random.default_rng(shape).integers(0, 256, (*shape, 3), dtype=np.uint8)
     assert hashlib.sha256(resize(pixels).tobytes()).hexdigest()[:16] == digest
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.tuples(st.integers(1, 700), st.integers(1, 700)))
+def test_resizing_is_bilinear_without_antialiasing(shape):
+    pixels = np.random.default_rng(shape).integers(0, 256, (*shape, 3), dtype=np.uint8)
+    exact = torch.from_numpy(pixels).permute(2, 0, 1)[None].double()
+    exact = torch.nn.functional.interpolate(exact, (224, 224), mode="bilinear")[0].permute(1, 2, 0).numpy()
+    assert np.abs(resize(pixels) - exact).max() < 1.01  # OpenCV's fixed point cuts off where it shifts
 
 
 def test_halving_is_the_mean_of_four():

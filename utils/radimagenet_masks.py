@@ -63,17 +63,17 @@ def resize(pixels: np.ndarray) -> np.ndarray:
     needs the exact ones: where the sum is meant to be 0, a level less would be 255.
     """
     height, width = pixels.shape[:2]
-    rows, columns = _neighbours(height), _neighbours(width)
-    low, high, part = columns
+    if (height, width) == (SIZE, SIZE):
+        return pixels
+    low, high, part = _neighbours(width)
     part = np.where((low < 0) | (low >= width - 1), np.float32(0), part)  # beyond the outermost centres; rows: not so
-    below, above = _fixed_point(part)
-    pixels = pixels.astype(np.int32)
-    pixels = (
-        pixels[:, low.clip(0, width - 1)] * below[:, None] + pixels[:, high.clip(0, width - 1)] * above[:, None]
-    ) >> 4  # (H, 224, 3)
-    low, high, part = rows
-    below, above = (weight[:, None, None] for weight in _fixed_point(part))
-    pixels = (pixels[low.clip(0, height - 1)] * below >> 16) + (pixels[high.clip(0, height - 1)] * above >> 16)
+    first, second = (weight[:, None] for weight in _fixed_point(part))
+    left, right = pixels[:, low.clip(0, width - 1)], pixels[:, high.clip(0, width - 1)]  # (H, 224, 3)
+    pixels = (left * first + right * second) >> 4
+    low, high, part = _neighbours(height)
+    first, second = (weight[:, None, None] for weight in _fixed_point(part))
+    above, below = pixels[low.clip(0, height - 1)], pixels[high.clip(0, height - 1)]  # (224, 224, 3)
+    pixels = (above * first >> 16) + (below * second >> 16)
     return ((pixels + 2) >> 2).clip(0, 255).astype(np.uint8)
 
 
