@@ -19,14 +19,14 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from tests.conftest import MakesAFolder, write_image
-from utils import radimagenet_images
 from utils.cache_build import fingerprint
 from utils.data import ImageFolder
 from utils.errors import UserError, run_script
 from utils.folders import ImageFiles, check_same_classes, find_classes
-from utils.radimagenet import main, prepare
-from utils.radimagenet_lists import ImageLists
-from utils.radimagenet_masks import correct, read_mask, resize
+from utils.radimagenet import images as radimagenet_images
+from utils.radimagenet.__main__ import main, prepare
+from utils.radimagenet.lists import ImageLists
+from utils.radimagenet.masks import correct, read_mask, resize
 
 FOLDERS = {"CT__abd__normal": "CT/abd/normal", "MR__knee__acl": "MR/knee/acl", "US__liver": "US/liver"}
 COUNTS = {"train": (4, 3, 2), "val": (1, 2, 1), "test": (2, 1, 1)}

@@ -13,8 +13,8 @@ from typing import NamedTuple, TypeVar
 from utils.errors import UserError
 from utils.files import temporary_path
 from utils.images import read_image
-from utils.radimagenet_archive import Member
-from utils.radimagenet_masks import MAX_BYTES, correct, read_mask
+from utils.radimagenet.archive import Member
+from utils.radimagenet.masks import MAX_BYTES, correct, read_mask
 
 THREADS = 16  # a file system on the network answers each call late, and many calls at once
 TOLERANCE = 2.0  # seconds to which every file system keeps the time of change

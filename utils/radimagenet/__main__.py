@@ -11,9 +11,9 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from utils.errors import UserError, run_script
 from utils.files import write_atomically
-from utils.radimagenet_archive import Member, is_archive, read_archive
-from utils.radimagenet_lists import ROOT, SPLITS, ImageLists, list_name
-from utils.radimagenet_routes import KINDS, Masks, Tree, place_archive, place_folder
+from utils.radimagenet.archive import Member, is_archive, read_archive
+from utils.radimagenet.lists import ROOT, SPLITS, ImageLists, list_name
+from utils.radimagenet.routes import KINDS, Masks, Tree, place_archive, place_folder
 
 DESCRIPTION = """\
 Make OUTPUT/{train,val,test}/<class>/<image> of RadImageNet as it is handed out: radiology_ai/{CT,MR}/<anatomy>/<label>

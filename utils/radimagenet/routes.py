@@ -9,8 +9,8 @@ from pathlib import Path
 from tqdm import tqdm
 
 from utils.errors import UserError
-from utils.radimagenet_archive import Member, is_archive, read_archive
-from utils.radimagenet_images import (
+from utils.radimagenet.archive import Member, is_archive, read_archive
+from utils.radimagenet.images import (
     Batch,
     Put,
     copy,
@@ -24,7 +24,7 @@ from utils.radimagenet_images import (
     put_one,
     symlink,
 )
-from utils.radimagenet_lists import ROOT, SPLITS, ImageLists
+from utils.radimagenet.lists import ROOT, SPLITS, ImageLists
 
 KINDS = {"symlink": symlink, "hardlink": hardlink, "copy": copy}
 BATCH = 500  # images that a thread links at once
