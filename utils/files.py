@@ -7,7 +7,7 @@ from pathlib import Path
 from utils.errors import UserError
 
 TEMPORARY = ".tmp"
-OURS = re.compile(r"\.(checkpoint\w*\.pth|model_\w+\.pth|\w+\.jsonl?|per_class\w*\.csv|probe)\.\d+\.tmp")
+OURS = re.compile(r"\.(checkpoint\w*\.pth|model_\w+\.pth|\w+\.jsonl?|per_class\w*\.csv|\w+\.png|probe)\.\d+\.tmp")
 
 
 def write_atomically(path: Path, data: bytes | memoryview) -> None:
