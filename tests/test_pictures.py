@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from _policy_gradient import examples
 from tests.events import as_scalars, images, number_files_from_zero, scalars
 from tests.test_resume import SCRIPTS, assert_same_run
 from utils import checkpoint, class_plots, figures, plots
@@ -27,6 +28,7 @@ def coarse(monkeypatch):
     monkeypatch.setattr(figures, "DOTS_PER_INCH", 30)
     monkeypatch.setattr(plots, "CURVES", plots.CURVES[:1])
     monkeypatch.setattr(plots, "HEALTH", plots.HEALTH[:1])
+    monkeypatch.setattr(examples, "MOST_CLASSES", 1)
 
 
 @pytest.fixture
@@ -76,32 +78,33 @@ def test_pictures_and_events_change_no_bit_of_the_run(name, image_folder, tmp_pa
 
 def test_pictures_come_every_so_many_epochs_and_at_the_end(image_folder, tmp_path, monkeypatch):
     drawn = []
-    for module, function in ((plots, "learning_curves"), (plots, "confusion_matrix"), (plots, "policy_health")):
-        draw = getattr(module, function)
-        monkeypatch.setattr(module, function, lambda *args, draw=draw: drawn.append(args) or draw(*args))
-    flags = ["--epochs", "3", "--plot-every", "2", "--mask-policy", "uniform", "--max-bad-images", "0"]
-    run_script("_policy_gradient", image_folder, tmp_path / "run", *flags)
-    masks = {"masks_before.png", "masks_1.png", "masks_2.png"}
-    assert names_in(tmp_path / "run" / "plots") == OF_POLICY | masks
+    for function in ("learning_curves", "confusion_matrix", "per_class_recall"):
+        draw = getattr(plots, function)
+        monkeypatch.setattr(plots, function, lambda *args, draw=draw: drawn.append(args) or draw(*args))
+    run_script("_normal", image_folder, tmp_path / "run", "--epochs", "3", "--plot-every", "2")
     for path in (tmp_path / "run" / "plots").iterdir():
         with Image.open(path) as picture:
             picture.load()
             assert min(picture.size) > 30
     log = read_log(tmp_path / "run")
-    curves, confusion, _ = drawn[-3:]
+    assert [len(args[0]["run"]) for args in drawn[::3]] == [2, 3]  # epochs in the log
+    curves, confusion, recall = drawn[3:]
     assert curves == ({"run": log},)
     targets, predictions, classes = confusion
+    assert recall == confusion
     assert classes == ["bright", "dark", "striped"]
     assert np.array_equal(targets, np.arange(3).repeat(7))
     assert (targets == predictions).mean() == pytest.approx(log[-1]["val_top1"])
-    assert len(drawn) == 2 * 3
 
 
-def test_without_a_policy_there_are_no_masks(image_folder, tmp_path):
+def test_without_a_policy_there_are_no_masks_and_what_a_kill_left_is_removed(image_folder, tmp_path):
+    (tmp_path / "plots").mkdir()
+    (tmp_path / "plots" / ".curves.png.123.tmp").write_bytes(b"half")
+    (tmp_path / "plots" / "mine.txt").write_text("kept")
     run_script(
         "_policy_gradient", image_folder, tmp_path, "--epochs", "1", "--plot-every", "9", "--mask-policy", "none"
     )
-    assert names_in(tmp_path / "plots") == PICTURES
+    assert names_in(tmp_path / "plots") == PICTURES | {"mine.txt"}
 
 
 def test_a_picture_that_fails_is_named_and_ends_nothing(image_folder, tmp_path, monkeypatch, capsys):
@@ -129,14 +132,6 @@ def test_a_folder_that_cannot_be_made_ends_nothing(image_folder, tmp_path, capsy
     assert said.count("warning: plots/") == 3
     assert said.count("warning: tensorboard could not be written") == 1
     assert (tmp_path / "checkpoint.pth").exists()
-
-
-def test_what_a_kill_left_in_the_folder_is_removed(image_folder, tmp_path):
-    (tmp_path / "plots").mkdir()
-    (tmp_path / "plots" / ".curves.png.123.tmp").write_bytes(b"half")
-    (tmp_path / "plots" / "mine.txt").write_text("kept")
-    run_script("_normal", image_folder, tmp_path, "--epochs", "1", "--plot-every", "1")
-    assert names_in(tmp_path / "plots") == PICTURES | {"mine.txt"}
 
 
 def test_no_worker_outlives_a_run_with_pictures(image_folder, tmp_path, monkeypatch):
