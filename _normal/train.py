@@ -154,12 +154,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         del state, weights  # as large as a checkpoint
         if start.epoch < args.epochs:
             wiring.rehearse(args, train, evaluate, training, splits, saver, device)
+        pictures = wiring.pictures(args, splits, start)
         for epoch in range(start.epoch, args.epochs):
             line = {"epoch": epoch, "lr_classifier": optimizer.param_groups[0]["lr"]}
             line |= train(loader, saver=saver)
             scheduler.step()
             predictions = evaluate(loader=evaluation_loader, stop_if_asked=saver.stop_if_asked)
-            saver.finish_epoch(evaluated, measure(predictions, auroc=epoch == args.epochs - 1), line)
+            metrics = measure(predictions, auroc=epoch == args.epochs - 1)
+            saver.finish_epoch(evaluated, metrics, line, partial(pictures.show, predictions))
     bad_images.say_count()
     wiring.say_done(args, saver)
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader
 
+from _policy_gradient.examples import build_gallery
 from _policy_gradient.mask import SmoothMask, check_mask_size
 from _policy_gradient.objective import BASELINES, OBJECTIVES, POLICY_SIGNS, Objective
 from _policy_gradient.policy import (
@@ -288,6 +289,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         del state, weights  # as large as a checkpoint
         if start.epoch < args.epochs:
             wiring.rehearse(args, train, evaluate, training, splits, saver, device)
+        pictures = wiring.pictures(args, splits, start, build_gallery(args, policy, splits.evaluation))
         for epoch in range(start.epoch, args.epochs):
             line = {"epoch": epoch} | {f"lr_{name}": of.param_groups[0]["lr"] for name, of in optimizers.items()}
             line |= train(loader, saver=saver)
@@ -295,7 +297,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             for scheduler in schedulers:
                 scheduler.step()
             predictions = evaluate(loader=evaluation_loader, stop_if_asked=saver.stop_if_asked)
-            saver.finish_epoch(evaluated, measure(predictions, auroc=epoch == args.epochs - 1), line)
+            metrics = measure(predictions, auroc=epoch == args.epochs - 1)
+            saver.finish_epoch(evaluated, metrics, line, partial(pictures.show, predictions))
     bad_images.say_count()
     wiring.say_done(args, saver)
 

@@ -40,7 +40,9 @@ FLAGS = [
     *("--auto-augment", "ta_wide", "--opt", "adamw", "--lr", "0.01", "--lr-scheduler", "cosineannealinglr"),
     *("--print-freq", "1"),  # a line for each step, from which the steps are counted
 ]
-FREE_ARGUMENTS = ("output_dir", "resume", "workers", "checkpoint_steps")  # may differ between equal runs
+FREE_ARGUMENTS = (  # may differ between equal runs
+    *("output_dir", "resume", "workers", "checkpoint_steps", "plot_every", "tensorboard"),
+)
 TIMINGS = ("images_per_second",)
 STEP_LINE = re.compile(r"^epoch (\d+) \[(\d+)/(\d+)\]", re.MULTILINE)
 

@@ -342,6 +342,8 @@ RUNS = {
     "freeze_backbone": "test_scripts.py::test_freeze_backbone_trains_the_head_only",
     "resume": "test_resume.py",
     "checkpoint_steps": "test_resume.py::test_checkpoints_within_an_epoch_and_their_copies_resume_exactly",
+    "plot_every": "test_pictures.py::test_pictures_come_every_so_many_epochs_and_at_the_end",
+    "tensorboard": "test_tensorboard.py::test_resumed_with_the_flag_for_the_first_time_the_log_so_far_is_told_too",
     "timeout": "test_faults.py",
     "test_only": "test_scripts.py::test_test_only_repeats_the_last_validation",
     "output_dir": "test_scripts.py",

@@ -14,7 +14,8 @@ from utils.flag_types import fraction, natural, non_negative_float, positive_flo
 # What a resumed run may be given anew, since the trajectory does not depend on it (`epochs` rebuilds the schedule).
 FREE_ON_RESUME = {
     "bad_images", "cache_dir", "checkpoint_steps", "data_path", "device", "epochs", "finetune", "max_bad_images",
-    "num_classes", "output_dir", "print_freq", "resume", "split", "test_only", "timeout", "workers",
+    "num_classes", "output_dir", "plot_every", "print_freq", "resume", "split", "tensorboard", "test_only", "timeout",
+    "workers",
 }  # fmt: skip
 # What weights were made for: taken from their file when it says so.
 MODEL_FLAGS = (
@@ -153,6 +154,8 @@ def _add_run_flags(group: argparse._ArgumentGroup) -> None:
     add("--resume", metavar="FILE", help="go on from this checkpoint.pth, or the newest of --output-dir if there is "
         "one: auto; with --test-only any weights")  # fmt: skip
     add("--checkpoint-steps", type=positive_int, help="steps between checkpoints within an epoch; None: none within")
+    add("--plot-every", type=positive_int, help="epochs between pictures in --output-dir/plots; None: no pictures")
+    add("--tensorboard", action=Switch, default=False, help="write the log to --output-dir/tensorboard too")
     add("--timeout", type=positive_float, default=600.0, help="seconds that a process waits for the others")
     add("--test-only", action="store_true", help="evaluate the weights of --resume (or --finetune) on --split")
 

@@ -1,6 +1,7 @@
 """What all pictures share: colours, names as labels, and figures as bytes; matplotlib without pyplot's global state."""
 
 import io
+import re
 from pathlib import Path
 
 import matplotlib
@@ -13,7 +14,7 @@ from utils.files import write_atomically
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
 INK, FAINT = "0.15", "0.85"
 DOTS_PER_INCH = 150
-LONGEST_NAME = 48  # characters of a label
+LONGEST_NAME, MOST_LINES = 48, 4  # characters of a label; lines of one in several
 
 
 def as_text(name: str) -> str:
@@ -23,9 +24,21 @@ def as_text(name: str) -> str:
 
 
 def shorten(name: str) -> str:
-    """A class's name as a label: the middle of a very long one is left out."""
+    """A name as a label: the middle of a very long one is left out."""
     half = LONGEST_NAME // 2 - 1
     return as_text(name if len(name) <= LONGEST_NAME else f"{name[:half]}…{name[-half:]}")
+
+
+def in_lines(name: str, width: int) -> str:
+    """A name as a label of lines of at most `width`, broken after - _ / and spaces; a long one cut in the middle."""
+    pieces = re.findall(rf"[^-_/ ]{{1,{width}}}[-_/ ]?|[-_/ ]", name)
+    lines = [""]
+    for piece in pieces:
+        if lines[-1] and len(lines[-1]) + len(piece.rstrip()) > width:
+            lines.append("")
+        lines[-1] += piece
+    kept = lines if len(lines) <= MOST_LINES else [*lines[: MOST_LINES - 2], "…", lines[-1]]
+    return "\n".join(as_text(line) for line in kept)
 
 
 def as_png(figure: Figure) -> bytes:

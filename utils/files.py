@@ -10,7 +10,9 @@ from typing import TextIO
 from utils.errors import UserError
 
 TEMPORARY = ".tmp"
-OURS = re.compile(r"\.(checkpoint\w*\.pth|model_\w+\.pth|\w+\.jsonl?|(per_class|predictions)\w*\.csv|probe)\.\d+\.tmp")
+OURS = re.compile(
+    r"\.(checkpoint\w*\.pth|model_\w+\.pth|\w+\.jsonl?|(per_class|predictions)\w*\.csv|\w+\.png|probe)\.\d+\.tmp"
+)
 
 
 def write_atomically(path: Path, data: bytes | memoryview) -> None:

@@ -24,6 +24,7 @@ from utils.run_folder import read_evaluation
 Runs = dict[str, list[dict]]  # the lines of log.jsonl, by the run's name
 STYLES, MARKERS = ("-", "--", "-.", ":"), ("o", "s", "^", "D", "v")
 MARKS_A_LINE = 12
+WIDTH, HEIGHT, ASIDE, BELOW = 3.0, 2.0, 1.0, 0.9  # inches: a panel, and what is between two
 
 
 class Panel(NamedTuple):
@@ -73,17 +74,18 @@ def policy_health(runs: Runs, columns: int = 4) -> Figure:
 def _over_epochs(runs: Runs, panels: Sequence[Panel], title: str, columns: int) -> Figure:
     shown = [panel for panel in panels if any(_points(lines, panel.key)[0] for lines in runs.values())]
     if not shown:
-        raise UserError(f"{title}: the log of {', '.join(map(as_text, runs))} holds none of these quantities.")
-    rows, one_run = math.ceil(len(shown) / columns), len(runs) == 1
-    figure = Figure(figsize=(3.9 * columns, 2.9 * rows + (0.5 if one_run else 0.6 + 0.22 * len(runs))))
-    figure.set_layout_engine("constrained", h_pad=0.08, w_pad=0.08)
-    figure.suptitle(f"{title}: {as_text(next(iter(runs)))}" if one_run else title, color=INK)
-    grid = figure.subplots(rows, columns, squeeze=False).flatten()
-    for axes in grid[len(shown) :]:
-        axes.remove()
-    for axes, panel in zip(grid, shown, strict=False):
-        _draw_panel(axes, panel, runs)
-    if not one_run:
+        raise UserError(f"{title}: the log of {', '.join(runs)} holds none of these quantities.")
+    rows, columns = math.ceil(len(shown) / columns), min(columns, len(shown))
+    width, height = columns * (WIDTH + ASIDE) - ASIDE, rows * (HEIGHT + BELOW) - BELOW
+    figure = Figure(figsize=(width, height))  # of the panels: what stands round them widens the picture
+    grid = figure.add_gridspec(
+        rows, columns, left=0, right=1, bottom=0, top=1, wspace=ASIDE / WIDTH, hspace=BELOW / HEIGHT
+    )
+    for place, panel in zip(grid, shown, strict=False):
+        _draw_panel(figure.add_subplot(place), panel, runs)
+    heading = title if len(runs) > 1 else f"{title}: {as_text(next(iter(runs)))}"
+    figure.suptitle(heading, y=1 + 0.45 / height, color=INK)
+    if len(runs) > 1:
         drawn = {  # without runs that have none of these quantities
             name: Line2D([], [], **_style(number))
             for number, (name, lines) in enumerate(runs.items())
@@ -91,7 +93,14 @@ def _over_epochs(runs: Runs, panels: Sequence[Panel], title: str, columns: int) 
         }
         # matplotlib 3.9 leaves out labels that begin with an underscore.
         names = [f" {name}" if name.startswith("_") else name for name in map(as_text, drawn)]
-        figure.legend(drawn.values(), names, loc="outside lower center", frameon=False, handlelength=4)
+        figure.legend(
+            drawn.values(),
+            names,
+            loc="upper center",
+            bbox_to_anchor=(0.5, -0.5 / height),
+            frameon=False,
+            handlelength=4,
+        )
     return figure
 
 

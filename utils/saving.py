@@ -2,6 +2,7 @@
 
 import copy
 import json
+from collections.abc import Callable
 from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
@@ -90,11 +91,18 @@ class Saver:
         if any(distributed.all_gather_object(self.stop.asked is not None)):
             self._save(stop=True)
 
-    def finish_epoch(self, evaluated: nn.Module, metrics: Metrics, line: dict[str, Any]) -> None:
+    def finish_epoch(
+        self,
+        evaluated: nn.Module,
+        metrics: Metrics,
+        line: dict[str, Any],
+        show: Callable[[dict[str, Any]], None] | None = None,
+    ) -> None:
         """Say how the epoch went; write model_<epoch>.pth, model_best.pth if it is, the log line and the checkpoint.
 
-        A kill in between leaves the last checkpoint; resumed from it, the same files are written again. Raises
-        UserError, before anything is written, for a val loss or a weight that is not finite.
+        show: called on rank 0 with the log line, once that is written. A kill in between leaves the last checkpoint;
+        resumed from it, the same files are written again. Raises UserError, before anything is written, for a val loss
+        or a weight that is not finite.
         """
         epoch = self.position.epoch
         if metrics["loss"] is None:
@@ -115,7 +123,10 @@ class Saver:
                 checkpoint.save(self.output_dir / f"model_{epoch}.pth", weights)
                 if is_best:
                     checkpoint.save(self.output_dir / checkpoint.BEST, weights)
-                progress.append_log(self.output_dir, line | {f"val_{name}": value for name, value in metrics.items()})
+                line = line | {f"val_{name}": value for name, value in metrics.items()}
+                progress.append_log(self.output_dir, line)
+                if show is not None:
+                    show(line)
                 self._save_checkpoint(state, "running", "")
 
     def _state(self) -> dict[str, Any]:

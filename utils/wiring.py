@@ -15,6 +15,7 @@ from utils import distributed, models, optim, progress, provenance, rehearsal
 from utils.bad_images import BadImages
 from utils.checkpoint import Weights
 from utils.errors import UserError
+from utils.pictures import Pictures
 from utils.progress import Position
 from utils.saving import Saver
 from utils.state import TrainingState
@@ -133,6 +134,24 @@ def saver(
         best_f1=state["best_f1"] if state else -1.0,
         checkpoint_steps=args.checkpoint_steps,
     )
+
+
+def pictures(
+    args: argparse.Namespace, splits: Splits, start: Position, draw_gallery: Callable[..., Any] | None = None
+) -> Pictures:
+    """What shows the epochs; draw_gallery: of the masks of a policy, after `epochs_done`. Rank 0 begins at once."""
+    shown = Pictures(
+        Path(args.output_dir),
+        splits.classes,
+        first_epoch=start.epoch,
+        epochs=args.epochs,
+        plot_every=args.plot_every,
+        tensorboard=args.tensorboard,
+        draw_gallery=draw_gallery,
+    )
+    if distributed.is_main_process():
+        shown.begin(fresh=start == Position())
+    return shown
 
 
 def rehearse(

@@ -1,0 +1,154 @@
+"""--plot-every: what is written when, that the training does not move, and that no picture can end it."""
+
+import gc
+import multiprocessing
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from _policy_gradient import examples
+from tests.events import as_scalars, images, number_files_from_zero, scalars
+from tests.test_resume import SCRIPTS, assert_same_run
+from utils import checkpoint, class_plots, figures, plots
+from utils.progress import read_log
+
+PICTURES = {"curves.png", "confusion.png", "recall.png"}
+OF_POLICY = PICTURES | {"health.png"}
+
+
+class Killed(Exception):
+    """In the place of a SIGKILL."""
+
+
+@pytest.fixture(autouse=True)
+def coarse(monkeypatch):
+    """Small pictures, which take less time."""
+    number_files_from_zero(monkeypatch)
+    monkeypatch.setattr(figures, "DOTS_PER_INCH", 30)
+    monkeypatch.setattr(plots, "CURVES", plots.CURVES[:1])
+    monkeypatch.setattr(plots, "HEALTH", plots.HEALTH[:1])
+    monkeypatch.setattr(examples, "MOST_CLASSES", 1)
+
+
+@pytest.fixture
+def kill_at(monkeypatch):
+    """kill_at(epoch, step): let the run end where it would save its checkpoint of there, once."""
+    places, save = set(), checkpoint.save_checkpoint
+
+    def save_or_die(output_dir, state):
+        if (state["epoch"], state["step"]) in places:
+            places.clear()
+            raise Killed
+        save(output_dir, state)
+
+    monkeypatch.setattr(checkpoint, "save_checkpoint", save_or_die)
+    return lambda *place: places.add(place)
+
+
+def run_script(name, data, folder, *flags):
+    script, small = SCRIPTS[name]
+    script.main([*small, "--data-path", str(data), "--output-dir", str(folder), "--lr", "0.01", *flags])
+
+
+def names_in(folder):
+    return {path.name for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_pictures_and_events_change_no_bit_of_the_run(name, image_folder, tmp_path, kill_at):
+    """Killed within an epoch and between an epoch's log line and its checkpoint, and resumed."""
+    whole, part = tmp_path / "whole", tmp_path / "part"
+    run_script(name, image_folder, whole, "--epochs", "2")
+    flags = ["--epochs", "2", "--plot-every", "2", "--tensorboard", "--checkpoint-steps", "2", "--resume", "auto"]
+    kills = {(1, 2): [0], (2, 0): [0, 1]} if name == "_policy_gradient" else {(2, 0): [0, 1]}
+    for place, told in kills.items():
+        kill_at(*place)
+        with pytest.raises(Killed):
+            run_script(name, image_folder, part, *flags)
+        assert [step for step, _ in scalars(part)["val/f1"]] == told
+    run_script(name, image_folder, part, *flags)
+    assert_same_run(whole, part)
+    assert not (whole / "plots").exists() and not (whole / "tensorboard").exists()
+    masks = {"masks_before.png", "masks_1.png"}
+    assert names_in(part / "plots") == (PICTURES if name == "_normal" else OF_POLICY | masks)
+    assert scalars(part) == as_scalars(read_log(part))  # each epoch once
+    assert images(part) == ([] if name == "_normal" else [1])
+
+
+def test_pictures_come_every_so_many_epochs_and_at_the_end(image_folder, tmp_path, monkeypatch):
+    drawn = []
+    for function in ("learning_curves", "confusion_matrix", "per_class_recall"):
+        draw = getattr(plots, function)
+        monkeypatch.setattr(plots, function, lambda *args, draw=draw: drawn.append(args) or draw(*args))
+    run_script("_normal", image_folder, tmp_path / "run", "--epochs", "3", "--plot-every", "2")
+    for path in (tmp_path / "run" / "plots").iterdir():
+        with Image.open(path) as picture:
+            picture.load()
+            assert min(picture.size) > 30
+    log = read_log(tmp_path / "run")
+    assert [len(args[0]["run"]) for args in drawn[::3]] == [2, 3]  # epochs in the log
+    curves, confusion, recall = drawn[3:]
+    assert curves == ({"run": log},)
+    targets, predictions, classes = confusion
+    assert recall == confusion
+    assert classes == ["bright", "dark", "striped"]
+    assert np.array_equal(targets, np.arange(3).repeat(7))
+    assert (targets == predictions).mean() == pytest.approx(log[-1]["val_top1"])
+
+
+def test_without_a_policy_there_are_no_masks_and_what_a_kill_left_is_removed(image_folder, tmp_path):
+    (tmp_path / "plots").mkdir()
+    (tmp_path / "plots" / ".curves.png.123.tmp").write_bytes(b"half")
+    (tmp_path / "plots" / "mine.txt").write_text("kept")
+    run_script(
+        "_policy_gradient", image_folder, tmp_path, "--epochs", "1", "--plot-every", "9", "--mask-policy", "none"
+    )
+    assert names_in(tmp_path / "plots") == PICTURES | {"mine.txt"}
+
+
+def test_a_picture_that_fails_is_named_and_ends_nothing(image_folder, tmp_path, monkeypatch, capsys):
+    def fail(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(plots, "learning_curves", fail)
+    monkeypatch.setattr(class_plots, "shorten", lambda _: 1 / 0)
+    run_script("_normal", image_folder, tmp_path, "--epochs", "1", "--plot-every", "1")
+    said = capsys.readouterr().out
+    assert (
+        "warning: plots/curves.png could not be written ([Errno 28] No space left on device); the training goes on."
+        in said
+    )
+    assert "warning: plots/recall.png could not be written (division by zero); the training goes on." in said
+    assert said.count("warning:") == 3
+    assert (tmp_path / "model_0.pth").exists() and len(read_log(tmp_path)) == 1
+
+
+def test_a_folder_that_cannot_be_made_ends_nothing(image_folder, tmp_path, capsys):
+    for name in ("plots", "tensorboard"):
+        (tmp_path / name).write_text("in the way")
+    run_script("_normal", image_folder, tmp_path, "--epochs", "1", "--plot-every", "1", "--tensorboard")
+    said = capsys.readouterr().out
+    assert said.count("warning: plots/") == 3
+    assert said.count("warning: tensorboard could not be written") == 1
+    assert (tmp_path / "checkpoint.pth").exists()
+
+
+def test_no_worker_outlives_a_run_with_pictures(image_folder, tmp_path, monkeypatch):
+    """What matplotlib calls leaves exceptions in cycles; they must not hold main's frame, and with it the loaders."""
+    draw = plots.learning_curves
+
+    def leave_frames(runs):
+        try:
+            raise ValueError
+        except ValueError as error:
+            error.itself = error
+        return draw(runs)
+
+    monkeypatch.setattr(plots, "learning_curves", leave_frames)
+    gc.disable()  # nor does the interpreter's exit collect cycles before it waits for the workers
+    try:
+        run_script("_normal", image_folder, tmp_path, "--epochs", "1", "--plot-every", "1", "--workers", "1")
+        assert multiprocessing.active_children() == []
+    finally:
+        gc.enable()

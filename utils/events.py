@@ -1,0 +1,66 @@
+"""The log of a run for TensorBoard: --tensorboard."""
+
+import io
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from PIL import Image
+
+from utils.progress import read_log
+
+if TYPE_CHECKING:  # imported where it is used: it costs a process's start seconds
+    from torch.utils.tensorboard import SummaryWriter
+
+FOLDER = "tensorboard"
+POLICY = ("mask_", "policy_", "advantage_", "prior_", "concentrations_")  # how the log's names of policies begin
+
+
+class Events:
+    """OUTPUT/tensorboard: each number of log.jsonl as a scalar, its step the epoch.
+
+    The log is what counts: an epoch that is run again, after a kill or from an earlier checkpoint, replaces the events
+    of itself and of all later ones. Where there are no events yet, all epochs of the log are written.
+    """
+
+    def __init__(self, output_dir: Path, first_epoch: int) -> None:
+        """first_epoch: the one to come."""
+        self.output_dir, self.folder = output_dir, output_dir / FOLDER
+        self.next_epoch = first_epoch if any(self.folder.glob("*tfevents*")) else 0  # the first not yet written
+        self.writer: SummaryWriter | None = None
+
+    def write(self, epoch: int, masks: bytes | None = None) -> None:
+        """Write all lines of the log up to this epoch's that are not yet there; masks: a PNG of the mask gallery.
+
+        Raises what the file system or TensorBoard raise; what was not written is written by the next call.
+        """
+        try:
+            if self.writer is None:  # only now, since its thread should not be there when loaders fork their workers
+                from torch.utils.tensorboard import SummaryWriter
+
+                self.writer = SummaryWriter(str(self.folder), purge_step=self.next_epoch)
+            for line in read_log(self.output_dir):
+                for name, value in line.items() if line["epoch"] >= self.next_epoch else ():
+                    if name != "epoch" and value is not None:
+                        self.writer.add_scalar(tag(name), value, line["epoch"])
+            if masks is not None:
+                pixels = np.asarray(Image.open(io.BytesIO(masks)).convert("RGB"))
+                self.writer.add_image("masks", pixels, epoch, dataformats="HWC")
+            self.writer.flush()
+        except Exception:
+            self.writer = None  # it goes on failing; a new one writes a new file
+            raise
+        self.next_epoch = epoch + 1
+
+    def close(self) -> None:
+        """At the end of the run."""
+        if self.writer is not None:
+            self.writer.close()
+
+
+def tag(name: str) -> str:
+    """Where TensorBoard shows a quantity of the log: such as train/loss, val/f1, policy/mask_std, run/skipped_steps."""
+    group, _, rest = name.partition("_")
+    if group in ("train", "val", "lr", "policy"):
+        return f"{group}/{rest}"
+    return f"policy/{name}" if name.startswith(POLICY) else f"run/{name}"
