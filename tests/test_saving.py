@@ -65,7 +65,7 @@ def test_too_little_room_is_told_of_before_the_first_epoch(image_folder, tmp_pat
     message = r"has 0.01 GB free, and the run will write 0.0\d GB \(checkpoints of 0.00 GB, 20 files of weights\)"
     with pytest.raises(UserError, match=message):
         normal.main([*command, "20"])
-    assert {path.name for path in tmp_path.iterdir()} == {"log.jsonl", "status.json"}
+    assert {path.name for path in tmp_path.iterdir()} == {"log.jsonl", "run.json", "status.json"}
     normal.main([*command, "1"])  # which needs less than that
 
 

@@ -62,16 +62,16 @@ KINDS = {".png": as_png, ".svg": as_svg}
 
 
 def output_path(given: str | None, default: Path, overwrite: bool) -> Path:
-    """Where a command is to write its picture; the folder of the default is made when it is written.
+    """Where a command is to write its picture: the default, drawn anew each time in a folder of its own, or a given path.
 
-    Raises UserError for what is neither .png nor .svg, for a missing folder, and for a file that is there already.
+    Raises UserError for what is neither .png nor .svg and, if given, for a missing folder or a file that is there.
     """
     path = default if given is None else Path(given)
     if path.suffix.lower() not in KINDS:
         raise UserError(f"--output {path}: expected a name that ends in {' or '.join(KINDS)}.")
     if given is not None and not path.parent.is_dir():
         raise UserError(f"--output {path}: {path.parent} is no folder; make it first.")
-    if path.exists() and not overwrite:
+    if given is not None and path.exists() and not overwrite:
         raise UserError(f"{path}: is there already; give another --output, or --overwrite.")
     return path
 
