@@ -62,7 +62,7 @@ KINDS = {".png": as_png, ".svg": as_svg}
 
 
 def output_path(given: str | None, default: Path, overwrite: bool) -> Path:
-    """Where a command is to write its picture: the default, drawn anew each time in a folder of its own, or a given path.
+    """Where a command is to write its picture: where it is told to, or the default, which is drawn anew each time.
 
     Raises UserError for what is neither .png nor .svg and, if given, for a missing folder or a file that is there.
     """
