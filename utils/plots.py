@@ -1,8 +1,8 @@
 """Pictures of a run: learning curves, the policy's health, confusion matrix and recall of each class.
 
-`python -m utils.plots curves RUN [RUN ...]`, `health RUN [RUN ...]`, `confusion RUN` and `recall RUN`; for the masks see
-`python -m _policy_gradient.gallery RUN`. Lines differ in colour (Okabe and Ito's, told apart by the colour-blind),
-style and marker, so that grey print shows them too.
+`python -m utils.plots curves RUN [RUN ...]`, `health RUN [RUN ...]`, `confusion RUN` and `recall RUN`; the masks are
+shown by `python -m _policy_gradient.gallery RUN`. Lines differ in colour (Okabe and Ito's, told apart by the
+colour-blind), style and marker, so that grey print shows them too.
 """
 
 import argparse
