@@ -13,17 +13,21 @@ run() { echo "> $*"; "$@"; }
 small="--device cpu --workers 1 --train-crop-size 64 --val-resize-size 72 --val-crop-size 64"
 
 run python -m utils.phantoms "$output/data"
+# A slip as real sets have them: a test image in the training set, under another label.
+run cp "$output/data/test/ct-head-infarct/00000.png" "$output/data/train/ct-head-normal/slip.png"
 run python -m utils.audit "$output/data" -o "$output/audit" --exclude-list "$output/exclude.txt"
 run torchrun --nproc_per_node=2 --standalone _policy_gradient/train.py --data-path "$output/data" $small \
     --model resnet10t --batch-size 16 --lr 0.01 --epochs 6 --grid 16 --kernel 5 --sigma 2 \
-    --gray --mean 0.2753 --std 0.2898 \
-    --plot-every 3 --output-dir "$output/pretrained"
+    --exclude "$output/exclude.txt" --gray --mean 0.2753 --std 0.2898 --plot-every 3 --output-dir "$output/pretrained"
+run python -m _policy_gradient.gallery "$output/pretrained" --classes ct-head-haemorrhage,mr-brain-tumour,us-breast-cyst
 run python -m utils.weight_averaging "$output"/pretrained/model_{3,4,5}.pth -o "$output/heated.pth"
 run torchrun --nproc_per_node=2 --standalone _normal/train.py --data-path "$output/data" $small \
-    --finetune "$output/heated.pth" --batch-size 16 --opt adamw --lr 0.001 --epochs 6 \
+    --finetune "$output/heated.pth" --exclude "$output/exclude.txt" --batch-size 16 --opt adamw --lr 0.001 --epochs 6 \
     --lr-scheduler cosineannealinglr --plot-every 3 --output-dir "$output/finetuned"
 run torchrun --nproc_per_node=2 --standalone _normal/train.py --data-path "$output/data" --device cpu --workers 1 \
     --resume "$output/finetuned/model_best.pth" --test-only --split test
+run python -m utils.plots curves "$output/pretrained" "$output/finetuned" -o "$output/curves.png"
+run python -m utils.plots confusion "$output/finetuned"
 run python -m utils.report "$output/pretrained" "$output/finetuned" -o "$output/report.html"
 run python -m utils.export "$output/finetuned/model_best.pth" -o "$output" --data-name phantoms
 run python -m utils.predict "$output/resnet10t_finetuned_phantoms/resnet10t_finetuned_phantoms.safetensors" \

@@ -222,6 +222,25 @@ def test_every_command_of_the_pages_is_one_that_is_understood(name, capsys):
     assert found
 
 
+def test_the_demo_runs_the_commands_of_the_example(tmp_path):
+    """demo.sh, with commands in the place of the real ones that only write down how they were called."""
+    for name in ("python", "torchrun", "cp"):
+        (tmp_path / name).write_text(f'#!/bin/bash\necho "{name} $*" >> "$TOLD"\n')
+        (tmp_path / name).chmod(0o755)
+    told, output = tmp_path / "told", tmp_path / "demo"
+    environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "TOLD": str(told)}
+    subprocess.run(["bash", ROOT / "demo.sh", output], env=environment, check=True, capture_output=True)
+    expected = re.findall(r"```bash\n(.*?)```", (ROOT / "EXAMPLE.md").read_text(), re.DOTALL)
+    lines = "".join(expected).replace("\\\n", " ").splitlines()
+    assert [line.split() for line in told.read_text().replace(str(output), "demo").splitlines()] == [
+        line.split() for line in lines
+    ]
+    output.mkdir()
+    again = subprocess.run(["bash", ROOT / "demo.sh", output], env=environment, capture_output=True, text=True)
+    assert again.returncode == 2
+    assert "is there already; remove it" in again.stderr
+
+
 def test_each_promise_names_a_test_that_is_there():
     table = README.split("## What it promises")[1].split("\n## ")[0]
     named = re.findall(r"`(test_\w+\.py)(?:::(test_\w+))?`", table)
