@@ -105,9 +105,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     evaluation_loader = wiring_data.evaluation_loader(args, splits.evaluation, device)
     if args.test_only:
+        origin = provenance.describe(SCRIPT, argv, device)
         wiring_data.use_cache(args, splits, device)
         results = {"clean": evaluate(model, evaluation_loader)}
-        origin = provenance.describe(SCRIPT, argv, device)
         report_test(output_dir, results, splits.evaluation.files, split=args.split, weights=weights.path, origin=origin)
         bad_images.say_count()
         return

@@ -223,10 +223,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     evaluation_loader = wiring_data.evaluation_loader(args, splits.evaluation, device)
     if args.test_only:
+        origin = provenance.describe(SCRIPT, argv, device)
         wiring_data.use_cache(args, splits, device)
         mask = build_mask(args, args.val_crop_size, device) if masks else None
         results = test(partial(evaluate, loader=evaluation_loader), classifier, policy, mask, normalize)
-        origin = provenance.describe(SCRIPT, argv, device)
         report_test(output_dir, results, splits.evaluation.files, split=args.split, weights=weights.path, origin=origin)
         bad_images.say_count()
         return

@@ -13,7 +13,7 @@ from utils.metrics import classification_metrics
 
 def outcome_of(logits: torch.Tensor, targets: torch.Tensor) -> Outcome:
     order = logits.argsort(dim=1, descending=True, stable=True)
-    ranks = (order == targets[:, None]).int().argmax(1) + 1
+    ranks = (order == targets[:, None]).int().argmax(1) + 1  # as metrics.true_ranks, by another way
     losses = torch.nn.functional.cross_entropy(logits.double(), targets, reduction="none")
     return Outcome(*(one.numpy() for one in (targets, order[:, 0], ranks, losses)), logits.shape[1])
 
@@ -22,7 +22,7 @@ def outcome_of(logits: torch.Tensor, targets: torch.Tensor) -> Outcome:
 @given(st.integers(1, 60), st.integers(2, 9), st.integers(0, 999))
 def test_metrics_are_those_of_scikit_learn(images, classes, seed):
     generator = torch.Generator().manual_seed(seed)
-    logits = torch.randn(images, classes, generator=generator)
+    logits = torch.randn(images, classes, generator=generator).bfloat16().float()  # in which some are equal
     targets = torch.randint(classes, (images,), generator=generator)
     outcome = outcome_of(logits, targets)
     assert metrics_of(outcome) == pytest.approx(classification_metrics(logits, targets), rel=1e-6, abs=1e-9)

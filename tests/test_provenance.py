@@ -1,14 +1,16 @@
 """run.json: each start of a run, with what it was started, and the data it saw."""
 
 import json
+import subprocess
 
 import pytest
 import timm
 import torch
 
 from _normal import train as normal
-from tests.conftest import SMALL
+from tests.conftest import ROOT, SMALL
 from utils import provenance
+from utils.errors import UserError
 
 
 @pytest.fixture
@@ -29,7 +31,7 @@ def test_each_start_is_noted(command, image_folder, tmp_path):
     assert start["command"].endswith("--epochs 1")
     assert (start["epoch"], start["step"], start["processes"], start["device"]) == (0, 0, 1, "CPU")
     assert (start["versions"]["torch"], start["versions"]["timm"]) == (
-        torch.__version__.split("+")[0],
+        torch.__version__,
         timm.__version__,
     )
 
@@ -41,6 +43,23 @@ def test_each_start_is_noted(command, image_folder, tmp_path):
     # Taken along into another folder; a new run in its place would begin anew.
     normal.main([*again, "--resume", str(run / "checkpoint_prev.pth"), "--output-dir", str(tmp_path / "other")])
     assert [one["epoch"] for one in json.loads((tmp_path / "other" / "run.json").read_text())["starts"]] == [0, 1, 1]
+
+
+def test_a_run_goes_on_with_the_very_images_it_began_with(image_folder, tmp_path):
+    """Another list of as many images is refused; the same one under another name is as good."""
+    listed, run = tmp_path / "list.txt", tmp_path / "run"
+    listed.write_text("train/dark/1.png\nval/dark/2.png\n")
+    command = [*SMALL, "--data-path", str(image_folder), "--exclude", str(listed), "--output-dir", str(run), "--epochs"]
+    normal.main([*command, "1"])
+    assert json.loads((run / "run.json").read_text())["data"]["val"]["images"]["dark"] == 6
+    for line, split in (("train/dark/3.png\nval/dark/2.png", "train"), ("train/dark/1.png\nval/bright/2.png", "val")):
+        listed.write_text(line)
+        with pytest.raises(UserError, match=f"the run began with other images in {split} than the data has now"):
+            normal.main([*command, "2", "--resume", "auto"])
+    moved = tmp_path / "moved.txt"
+    moved.write_text("# the same\nval/dark/2.png\ntrain/dark/1.png\n")
+    normal.main([*command, "2", "--resume", "auto", "--exclude", str(moved)])
+    assert len((run / "log.jsonl").read_text().splitlines()) == 2
 
 
 @pytest.mark.parametrize("content", [b"{", b"[]", b'{"starts": 1}', b"\xff", b"[" * 100_000])
@@ -55,7 +74,28 @@ def test_nothing_is_said_where_there_is_none(tmp_path, capsys):
     assert capsys.readouterr().out == ""
 
 
-def test_the_commit_is_none_outside_of_a_repository(tmp_path, monkeypatch):
+def test_the_commit_is_that_of_this_code_and_of_no_repository_around_it(tmp_path, monkeypatch):
+    def git(*command):
+        identity = ("-c", "user.name=A", "-c", "user.email=a@b.c")
+        done = subprocess.run(["git", "-C", tmp_path, *identity, *command], capture_output=True, text=True, check=True)
+        return done.stdout.strip()
+
+    code = tmp_path / "utils" / "provenance.py"
+    code.parent.mkdir()
+    code.write_text("")
     monkeypatch.setattr(provenance, "ROOT", tmp_path)
-    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
-    assert provenance._commit() is None
+    monkeypatch.setattr(provenance, "__file__", str(code))
+    monkeypatch.setenv("GIT_DIR", str(ROOT / ".git"))  # as a hook of another repository has it
+    with monkeypatch.context() as without:
+        without.delenv("GIT_DIR")
+        git("init", "-q")
+        (tmp_path / "other").write_text("")
+        git("add", "other")
+        git("commit", "-qm", "another project's")
+        assert provenance._commit() is None
+        git("add", code)
+        git("commit", "-qm", "this code")
+        commit = git("rev-parse", "--short=12", "HEAD")
+    assert provenance._commit() == commit
+    code.write_text("changed")
+    assert provenance._commit() == f"{commit}+changes"

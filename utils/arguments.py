@@ -11,11 +11,12 @@ from utils import optim, transforms
 from utils.errors import UserError
 from utils.flag_types import fraction, natural, non_negative_float, positive_float, positive_int
 
-# What a resumed run may be given anew, since the trajectory does not depend on it (`epochs` rebuilds the schedule).
+# What a resumed run may be given anew, since the trajectory does not depend on it (`epochs` rebuilds the schedule; of
+# `exclude` and `data_path` the images left are compared).
 FREE_ON_RESUME = {
-    "bad_images", "cache_dir", "checkpoint_steps", "data_path", "device", "epochs", "finetune", "max_bad_images",
-    "num_classes", "output_dir", "plot_every", "print_freq", "resume", "split", "tensorboard", "test_only", "timeout",
-    "workers",
+    "bad_images", "cache_dir", "checkpoint_steps", "data_path", "device", "epochs", "exclude", "finetune",
+    "max_bad_images", "num_classes", "output_dir", "plot_every", "print_freq", "resume", "split", "tensorboard",
+    "test_only", "timeout", "workers",
 }  # fmt: skip
 # What weights were made for: taken from their file when it says so.
 MODEL_FLAGS = (

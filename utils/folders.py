@@ -1,6 +1,8 @@
 """One folder a class: the classes and images of a split, without opening an image."""
 
+import hashlib
 import itertools
+import json
 import os
 from collections.abc import Set
 from pathlib import Path
@@ -123,6 +125,13 @@ class ImageFiles:
 
     def __len__(self) -> int:
         return len(self.targets)
+
+    def digest(self) -> str:
+        """SHA-256 of all classes and names in their order: whether two splits hold the same images, as names tell."""
+        digest = hashlib.sha256(json.dumps(self.classes).encode())
+        for array in (self.targets, self._ends, self._text):
+            digest.update(array.tobytes())
+        return digest.hexdigest()
 
     def path(self, index: int) -> Path:
         return self.root / self.path_as_text(index)

@@ -81,7 +81,7 @@ def classification_metrics(logits: Tensor, targets: Tensor, auroc: bool = False)
     metrics: Metrics = {
         "loss": _finite(float(-log_probabilities[np.arange(len(truth)), truth].mean())),
         "top1": float(accuracy_score(truth, predictions)),
-        "top5": _top_k(truth, logits, min(5, logits.shape[1])),
+        "top5": float((true_ranks(logits, targets) <= 5).double().mean()),
         "precision": float(precision),
         "recall": float(recall),
         "f1": float(f1),
@@ -98,9 +98,14 @@ def _finite(value: float) -> float | None:
     return value if np.isfinite(value) else None
 
 
-def _top_k(truth: np.ndarray, logits: Tensor, k: int) -> float:
-    top = logits.topk(k, dim=1).indices.numpy()  # (N, k)
-    return float((top == truth[:, None]).any(1).mean())
+def true_ranks(logits: Tensor, targets: Tensor) -> Tensor:
+    """1 where the target has the largest logit, 2 where it has the next, and so on, (N,) int64; of equal logits, which
+    are frequent in bfloat16, the first class comes first, as argmax has it.
+    """
+    true = logits.gather(1, targets[:, None])  # (N, 1)
+    classes = torch.arange(logits.shape[1])
+    before = (logits > true) | ((logits == true) & (classes < targets[:, None]))  # (N, C)
+    return before.sum(1) + 1
 
 
 def _auroc(truth: np.ndarray, probabilities: np.ndarray) -> float | None:
@@ -138,8 +143,7 @@ def prediction_table(
     cross-entropy, nats.
     """
     log_probabilities = logits.double().log_softmax(1)  # (N, C)
-    order = logits.argsort(dim=1, descending=True, stable=True)  # (N, C)
-    rows = torch.arange(len(logits))
+    predictions, rows = logits.argmax(1), torch.arange(len(logits))
     return [
         {
             "image": name,
@@ -152,9 +156,9 @@ def prediction_table(
         for name, target, prediction, probability, rank, loss in zip(
             names,
             targets.tolist(),
-            order[:, 0].tolist(),
-            log_probabilities[rows, order[:, 0]].exp().tolist(),
-            ((order == targets[:, None]).int().argmax(1) + 1).tolist(),
+            predictions.tolist(),
+            log_probabilities[rows, predictions].exp().tolist(),
+            true_ranks(logits, targets).tolist(),
             (-log_probabilities[rows, targets]).tolist(),
             strict=True,
         )

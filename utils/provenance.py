@@ -9,12 +9,13 @@ import sys
 from collections.abc import Sequence
 from contextlib import suppress
 from datetime import datetime
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import timm
 import torch
+import torchvision
 
 from utils import distributed
 from utils.files import write_atomically
@@ -38,21 +39,33 @@ def describe(script: str, argv: Sequence[str] | None, device: torch.device) -> d
         "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} CPU cores",
         "versions": {
             "python": platform.python_version(),
-            **{name: version(name) for name in ("torch", "torchvision", "timm", "numpy")},
+            **{module.__name__: module.__version__ for module in (torch, torchvision, timm, np)},
         },
         "commit": _commit(),
     }
 
 
 def _commit() -> str | None:
-    """Such as "1a2b3c4d5e6f", with "+changes" where files differ from it; None where git does not know this folder."""
+    """Such as "1a2b3c4d5e6f", with "+changes" where files differ from it; None where git does not know this code."""
     with suppress(OSError, subprocess.SubprocessError):
-        told = [
-            subprocess.run(["git", "-C", ROOT, *command], capture_output=True, text=True, timeout=10, check=True).stdout
-            for command in (["rev-parse", "--short=12", "HEAD"], ["status", "--porcelain", "--untracked-files=no"])
-        ]
-        return told[0].strip() + ("+changes" if told[1].strip() else "")
+        _git("ls-files", "--error-unmatch", __file__)  # a repository around this one may not hold this code
+        return _git("rev-parse", "--short=12", "HEAD") + ("+changes" if _git("status", "--porcelain", "-uno") else "")
     return None
+
+
+def _git(*command: str) -> str:
+    """What git says, without waiting for its locks or taking any."""
+    # Of no other repository than the code's own, whatever a hook or a script has set.
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
+    done = subprocess.run(
+        ["git", "-C", ROOT, *command],
+        env={**environment, "GIT_OPTIONAL_LOCKS": "0"},
+        capture_output=True,
+        text=True,
+        timeout=10,
+        check=True,
+    )
+    return done.stdout.strip()
 
 
 def image_counts(files: ImageFiles) -> dict[str, int]:
@@ -64,12 +77,10 @@ def image_counts(files: ImageFiles) -> dict[str, int]:
 def write_run(
     output_dir: Path, start: dict[str, Any], position: Position, resume: str | None, splits: dict[str, ImageFiles]
 ) -> None:
-    """Write run.json, on rank 0: this start behind those of the run so far, and the images of each split and class.
+    """Write run.json: this start behind those of the run so far, and the images of each split and class.
 
     start: of `describe`; resume: the checkpoint that the run goes on from, whose folder tells of the earlier starts.
     """
-    if not distributed.is_main_process():
-        return
     before = read_run(Path(resume).parent).get("starts", []) if position != Position() and resume else []
     start = {**start, "epoch": position.epoch, "step": position.step}
     content = {

@@ -42,7 +42,7 @@ class Saver:
         best_f1: float,
         checkpoint_steps: int | None,
     ) -> None:
-        """origin: what the run began with (script, classes, train_images, args), which goes into the files as it is."""
+        """origin: what the run began with (script, classes, images, args), which goes into the files as it is."""
         self.output_dir, self.training, self.meters = output_dir, training, training.meters
         self.origin = origin
         self.position, self.best_f1, self.checkpoint_steps = start, best_f1, checkpoint_steps

@@ -108,6 +108,9 @@ def check_classes(path: str | Path, state: dict[str, Any]) -> None:
 def check_full_state(path: str | Path, state: dict[str, Any]) -> None:
     """Raise UserError for an entry of a full state that is missing or that no run could have saved."""
     check_types(path, state, seconds=float, best_f1=float, args=dict)
+    if "image_files" in state:
+        check_types(path, state, image_files=dict)
+        _require(path, "image_files", state["image_files"].keys() == {"train", "val"}, "digests of train and val")
     check_types(path, state, rng=list, meters=dict, optimizers=dict, scaler=dict)
     check_classes(path, state)
     args = state["args"]

@@ -20,7 +20,7 @@ from utils.progress import Position
 from utils.saving import Saver
 from utils.state import TrainingState
 from utils.transforms import BatchMixing, Normalize
-from utils.wiring_data import Splits
+from utils.wiring_data import Splits, digests
 
 
 def bad_images(args: argparse.Namespace) -> BadImages:
@@ -128,6 +128,7 @@ def saver(
             "script": script,
             "classes": splits.classes,
             "train_images": len(splits.training),
+            "image_files": digests(splits),
             "args": vars(args),
         },
         start=Position.of(state),
@@ -186,7 +187,9 @@ def write_provenance(
     start: Position,
     device: torch.device,
 ) -> None:
-    """Note this start in run.json."""
+    """Note this start in run.json, on rank 0."""
+    if not distributed.is_main_process():
+        return
     data = {"train": splits.training.files, "val": splits.evaluation.files}
     about = provenance.describe(script, argv, device)
     provenance.write_run(Path(args.output_dir), about, start, args.resume, data)

@@ -95,6 +95,17 @@ def check_same_data(splits: Splits, state: dict[str, Any] | None, source: str) -
             f"{len(splits.training)} now; restore them, or start a new run from its weights with _normal/train.py "
             "--finetune."
         )
+    differing = [name for name, digest in state.get("image_files", {}).items() if digests(splits)[name] != digest]
+    if differing:  # checkpoints from before this was noted have none
+        raise UserError(
+            f"{source}: the run began with other images in {differing[0]} than the data has now, as their names and "
+            "--exclude tell; restore them, or start a new run from its weights with _normal/train.py --finetune."
+        )
+
+
+def digests(splits: Splits) -> dict[str, str]:
+    """What a checkpoint keeps of the images that are trained and validated on."""
+    return {"train": splits.training.files.digest(), "val": splits.evaluation.files.digest()}
 
 
 def _data_root(data_path: str | None) -> Path:
