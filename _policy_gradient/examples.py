@@ -1,9 +1,7 @@
 """What a policy makes of a few images, for the mask gallery; the training that it watches does not move by a bit."""
 
-import argparse
 import copy
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -142,16 +140,6 @@ def draw_stages(
         pictures += stage
     rows = [Row(name, of_image) for name, of_image in zip(examples.names, zip(*pictures, strict=True), strict=True)]
     return draw_gallery(columns, rows, title)
-
-
-def build_gallery(
-    args: argparse.Namespace, policy: Policy | None, split: ImageFolder
-) -> "Callable[..., Figure] | None":
-    """What draws the masks of a run's policy as it is then, by `epochs_done`; None without a policy."""
-    if policy is None:
-        return None
-    mask = SmoothMask(args.val_crop_size, args.grid, args.kernel, args.sigma)
-    return partial(draw_policy, policy, split, mask, Normalize(args.mean, args.std), args.seed)
 
 
 def draw_policy(

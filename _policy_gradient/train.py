@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader
 
-from _policy_gradient.examples import build_gallery
-from _policy_gradient.mask import SmoothMask, check_mask_size
-from _policy_gradient.objective import BASELINES, OBJECTIVES, POLICY_SIGNS, Objective
+from _policy_gradient.examples import draw_policy
+from _policy_gradient.flags import build_parser, check_flags
+from _policy_gradient.mask import SmoothMask
+from _policy_gradient.objective import Objective
 from _policy_gradient.policy import (
-    MASK_POLICIES,
     MaskedImages,
     Policy,
     create_policy,
@@ -30,7 +30,7 @@ from _policy_gradient.policy import (
 from utils import arguments, distributed, models, optim, provenance, run, wiring, wiring_data
 from utils.bad_images import BadImages
 from utils.checkpoint import Weights
-from utils.data import batches
+from utils.data import ImageFolder, batches
 from utils.errors import agreed, join_processes, run_script
 from utils.evaluation import Predictions, measure, predict, report_test
 from utils.guard import StepGuard
@@ -41,32 +41,6 @@ from utils.state import TrainingState
 from utils.transforms import BatchMixing, Normalize
 
 SCRIPT = "_policy_gradient"
-IGNORED_FLAGS = {
-    "prior": ("policy_model",),
-    "uniform": ("policy_model", "policy_lr", "policy_sign", "baseline", "entropy_weight"),
-    "none": (
-        *("policy_model", "policy_lr", "policy_sign", "baseline", "entropy_weight"),
-        *("objective", "masks_per_image", "grid", "kernel", "sigma"),
-    ),
-}
-
-
-def build_parser() -> arguments.Parser:
-    parser = arguments.shared_parser(__doc__)
-    add = parser.add_argument_group("policy and mask").add_argument
-    add("--mask-policy", default="learned", choices=MASK_POLICIES, help="the method, or one of its controls")
-    add("--policy-model", default="resnet10t", help="any timm backbone, for the policy network")
-    add("--policy-lr", type=arguments.positive_float, help="with a cosine over all epochs; None: --lr / 10")
-    add("--grid", type=arguments.positive_int, default=64, help="cells a side")
-    add("--kernel", type=arguments.positive_int, default=13, help="size of the Gaussian blur, pixels, odd")
-    add("--sigma", type=arguments.positive_float, default=6.0, help="standard deviation of the blur, pixels")
-    add = parser.add_argument_group("objective").add_argument
-    add("--objective", default="published", choices=OBJECTIVES, help="objective.py says what each implies")
-    add("--policy-sign", default="cooperative", choices=POLICY_SIGNS, help="the policy lowers the loss, or raises it")
-    add("--baseline", choices=BASELINES, help="of reinforce; None: ema, a moving average; loo: leave-one-out")
-    add("--masks-per-image", type=arguments.positive_int, default=1, help="masks sampled for each image of a batch")
-    add("--entropy-weight", type=arguments.non_negative_float, default=0.0, help="of reinforce: reward for entropy")
-    return parser
 
 
 def train_one_epoch(
@@ -161,14 +135,12 @@ def build_mask(args: argparse.Namespace, size: int, device: torch.device) -> Smo
     return SmoothMask(size, args.grid, args.kernel, args.sigma).to(device)
 
 
-def check_flags(args: argparse.Namespace, given: dict[str, Any], masks: bool) -> None:
-    """Say which flags the chosen --mask-policy ignores; raise UserError for a mask that does not fit the images."""
-    ignored = [arguments.flag(name) for name in IGNORED_FLAGS.get(args.mask_policy, ()) if name in given]
-    if ignored:
-        say(f"--mask-policy {args.mask_policy}: {' '.join(ignored)} without effect.")
-    if masks:
-        for size in (args.val_crop_size,) if args.test_only else (args.train_crop_size, args.val_crop_size):
-            check_mask_size(size, args.grid, args.kernel, args.sigma)
+def build_gallery(args: argparse.Namespace, policy: Policy | None, split: ImageFolder) -> Callable[..., Any] | None:
+    """What draws the masks of the policy as it is then, by `epochs_done`, on the CPU; None without a policy."""
+    if policy is None:
+        return None
+    mask = build_mask(args, args.val_crop_size, torch.device("cpu"))
+    return partial(draw_policy, policy, split, mask, Normalize(args.mean, args.std), args.seed)
 
 
 def test(

@@ -1,0 +1,48 @@
+"""The command line of the joint training, beyond what both scripts share."""
+
+import argparse
+from typing import Any
+
+from _policy_gradient.mask import check_mask_size
+from _policy_gradient.objective import BASELINES, OBJECTIVES, POLICY_SIGNS
+from _policy_gradient.policy import MASK_POLICIES
+from utils import arguments
+from utils.flag_types import non_negative_float, positive_float, positive_int
+from utils.progress import say
+
+IGNORED_FLAGS = {
+    "prior": ("policy_model",),
+    "uniform": ("policy_model", "policy_lr", "policy_sign", "baseline", "entropy_weight"),
+    "none": (
+        *("policy_model", "policy_lr", "policy_sign", "baseline", "entropy_weight"),
+        *("objective", "masks_per_image", "grid", "kernel", "sigma"),
+    ),
+}
+
+
+def build_parser() -> arguments.Parser:
+    parser = arguments.shared_parser("Joint training of a policy network, which masks each image, and a classifier.")
+    add = parser.add_argument_group("policy and mask").add_argument
+    add("--mask-policy", default="learned", choices=MASK_POLICIES, help="the method, or one of its controls")
+    add("--policy-model", default="resnet10t", help="any timm backbone, for the policy network")
+    add("--policy-lr", type=positive_float, help="with a cosine over all epochs; None: --lr / 10")
+    add("--grid", type=positive_int, default=64, help="cells a side")
+    add("--kernel", type=positive_int, default=13, help="size of the Gaussian blur, pixels, odd")
+    add("--sigma", type=positive_float, default=6.0, help="standard deviation of the blur, pixels")
+    add = parser.add_argument_group("objective").add_argument
+    add("--objective", default="published", choices=OBJECTIVES, help="objective.py says what each implies")
+    add("--policy-sign", default="cooperative", choices=POLICY_SIGNS, help="the policy lowers the loss, or raises it")
+    add("--baseline", choices=BASELINES, help="of reinforce; None: ema, a moving average; loo: leave-one-out")
+    add("--masks-per-image", type=positive_int, default=1, help="masks sampled for each image of a batch")
+    add("--entropy-weight", type=non_negative_float, default=0.0, help="of reinforce: reward for entropy")
+    return parser
+
+
+def check_flags(args: argparse.Namespace, given: dict[str, Any], masks: bool) -> None:
+    """Say which flags the chosen --mask-policy ignores; raise UserError for a mask that does not fit the images."""
+    ignored = [arguments.flag(name) for name in IGNORED_FLAGS.get(args.mask_policy, ()) if name in given]
+    if ignored:
+        say(f"--mask-policy {args.mask_policy}: {' '.join(ignored)} without effect.")
+    if masks:
+        for size in (args.val_crop_size,) if args.test_only else (args.train_crop_size, args.val_crop_size):
+            check_mask_size(size, args.grid, args.kernel, args.sigma)
