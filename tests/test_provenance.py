@@ -11,6 +11,7 @@ from _normal import train as normal
 from tests.conftest import ROOT, SMALL
 from utils import provenance
 from utils.errors import UserError
+from utils.saving import Saver
 
 
 @pytest.fixture
@@ -40,6 +41,11 @@ def test_each_start_is_noted(command, image_folder, tmp_path):
     both = json.loads((run / "run.json").read_text())
     assert both["starts"][0] == start
     assert [one["epoch"] for one in both["starts"]] == [0, 1]
+    with pytest.raises(ZeroDivisionError), pytest.MonkeyPatch.context() as patch:  # before its first checkpoint
+        patch.setattr(Saver, "after_step", lambda *_: 1 / 0)
+        normal.main([*command, "1", "--output-dir", str(tmp_path / "fails"), "--resume", "auto"])
+    normal.main([*command, "1", "--output-dir", str(tmp_path / "fails"), "--resume", "auto"])
+    assert len(json.loads((tmp_path / "fails" / "run.json").read_text())["starts"]) == 2
     # Taken along into another folder; a new run in its place would begin anew.
     normal.main([*again, "--resume", str(run / "checkpoint_prev.pth"), "--output-dir", str(tmp_path / "other")])
     assert [one["epoch"] for one in json.loads((tmp_path / "other" / "run.json").read_text())["starts"]] == [0, 1, 1]

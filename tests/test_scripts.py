@@ -35,7 +35,7 @@ def evaluate_only(script, *flags, data):
 
 def test_a_pretraining_leaves_the_files_it_promises(train):
     folder = train(policy_gradient, "--epochs", 2)
-    expected = {"checkpoint.pth", "checkpoint_prev.pth", "log.jsonl", "status.json"}
+    expected = {"checkpoint.pth", "checkpoint_prev.pth", "log.jsonl", "run.json", "status.json"}
     expected |= {"model_0.pth", "model_1.pth", "model_best.pth"}
     assert {path.name for path in folder.iterdir()} == expected
     state = torch.load(folder / "checkpoint.pth", weights_only=True)

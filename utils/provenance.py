@@ -21,6 +21,7 @@ from utils import distributed
 from utils.files import write_atomically
 from utils.folders import ImageFiles
 from utils.progress import Position, say
+from utils.run import AUTO
 
 RUN = "run.json"
 ROOT = Path(__file__).resolve().parents[1]
@@ -79,9 +80,11 @@ def write_run(
 ) -> None:
     """Write run.json: this start behind those of the run so far, and the images of each split and class.
 
-    start: of `describe`; resume: the checkpoint that the run goes on from, whose folder tells of the earlier starts.
+    start: of `describe`; resume: --resume, which tells where the earlier starts are noted; `auto` where there is no
+    checkpoint yet.
     """
-    before = read_run(Path(resume).parent).get("starts", []) if position != Position() and resume else []
+    earlier = output_dir if resume == AUTO else Path(resume).parent if resume else None
+    before = read_run(earlier).get("starts", []) if earlier else []
     start = {**start, "epoch": position.epoch, "step": position.step}
     content = {
         "starts": [*before, start],
