@@ -16,9 +16,10 @@ from tests.conftest import SMALL
 from utils import arguments, wiring_data
 from utils.audit import __main__ as audit
 from utils.audit import outputs
-from utils.audit.duplicates import find_groups
+from utils.audit.duplicates import find_groups, near_pairs
 from utils.audit.images import RECORD, difference_hash, measure, measure_all
-from utils.audit.report import normalisation, printable
+from utils.audit.report import normalisation, printable, sections
+from utils.audit.rule import REASONS, Census, take_census
 from utils.errors import UserError
 from utils.folders import ImageFiles, read_excluded
 from utils.images import read_image
@@ -53,7 +54,7 @@ def planted(tmp_path_factory) -> Path:
     put(train / "a" / "of_test.bmp", Image.open(test / "a" / "0.png").convert("RGB"))  # the same pixels, grey as colour
     put(val / "a" / "of_test.jpg", Image.open(test / "a" / "0.png"), quality=90)
     put(train / "b" / "of_val.png", ImageEnhance.Brightness(Image.open(val / "b" / "1.png")).enhance(1.1))
-    put(train / "a" / "other_label.png", one_pixel_changed(Image.open(train / "b" / "2.png")))
+    put(train / "a" / "other_label.png", Image.open(train / "b" / "2.png"))
     put(train / "a" / "larger.png", Image.open(train / "a" / "1.png").resize((96, 80), Image.Resampling.BICUBIC))
     put(test / "b" / "twin.png", Image.open(test / "b" / "2.png"))
     put(train / "a" / "black.png", Image.new("L", (48, 40)))
@@ -67,13 +68,13 @@ def planted(tmp_path_factory) -> Path:
 GROUPS = {  # by their images: across splits, across classes
     ("test/a/0.png", "val/a/of_test.jpg", "train/a/of_test.bmp"): (True, False),
     ("val/b/1.png", "train/b/of_val.png"): (True, False),
-    ("train/b/2.png", "train/a/other_label.png"): (False, True),
+    ("train/a/other_label.png", "train/b/2.png"): (False, True),
     ("train/a/larger.png", "train/a/1.png"): (False, False),
     ("test/b/2.png", "test/b/twin.png"): (False, False),
 }
 LEFT_OUT = {
     *("train/a/of_test.bmp", "val/a/of_test.jpg", "train/b/of_val.png", "train/b/2.png", "train/a/other_label.png"),
-    *("train/a/1.png", "train/a/black.png", "train/b/black.png", "val/b/broken.png", "test/a/broken.png"),
+    *("train/a/black.png", "train/b/black.png", "val/b/broken.png", "test/a/broken.png"),
 }
 
 
@@ -123,7 +124,16 @@ def test_planted_duplicates_are_found_and_nothing_else(audited):
 def test_exact_finds_the_same_pixels_only(planted, tmp_path):
     run(planted, tmp_path, "--exact")
     paths = [row["path"] for row in table(tmp_path / "out" / "duplicates.csv")]
-    assert paths == ["test/a/0.png", "train/a/of_test.bmp", "test/b/2.png", "test/b/twin.png"]
+    assert paths == [
+        *("test/a/0.png", "train/a/of_test.bmp", "train/a/other_label.png", "train/b/2.png"),
+        *("test/b/2.png", "test/b/twin.png"),
+    ]
+    assert read_excluded(tmp_path / "list") == {
+        "train": {"a/of_test.bmp", "a/other_label.png", "b/2.png", "a/black.png", "b/black.png"},
+        "val": {"b/broken.png"},
+        "test": {"a/broken.png"},
+        "": set(),
+    }
 
 
 def components(hashes: np.ndarray, distance: int) -> set[frozenset[int]]:
@@ -139,18 +149,37 @@ def components(hashes: np.ndarray, distance: int) -> set[frozenset[int]]:
     return {frozenset(each) for each in sets if len(each) > 1}
 
 
-@settings(max_examples=60, deadline=None)
-@given(st.integers(0, 2**32 - 1), st.integers(0, 9), st.integers(1, 4), st.integers(0, 40))
-def test_banded_search_finds_what_comparing_all_pairs_finds(seed, distance, words, count):
+@settings(max_examples=80, deadline=None)
+@given(
+    st.integers(0, 2**32 - 1), st.integers(0, 9), st.integers(1, 4), st.integers(0, 40), st.booleans(), st.booleans()
+)
+def test_banded_search_finds_what_comparing_all_pairs_finds(seed, distance, words, count, sparse, blocks):
+    """Of hashes around three, and of sparse ones, which share bands that are all 0; with blocks from two hashes on."""
     rng = np.random.default_rng(seed)
-    bases = rng.integers(2**63, size=(3, words), dtype=np.uint64)
+    bases = rng.integers(2**63, size=(3, words), dtype=np.uint64) * np.uint64(not sparse)
     bits = np.unpackbits(bases[rng.integers(3, size=count)].view(np.uint8), axis=1)
     for row in bits:
         row[rng.choice(bits.shape[1], rng.integers(12), replace=False)] ^= 1
     hashes = np.packbits(bits, axis=1).view(np.uint64).reshape(count, words)
-    groups = find_groups(hashes, distance)
+    with pytest.MonkeyPatch.context() as patch:
+        if blocks:
+            patch.setattr("utils.audit.duplicates.LARGE", 2)
+            patch.setattr("utils.audit.duplicates.BLOCK", 32)
+        groups = find_groups(hashes, distance)
     assert {frozenset(group.tolist()) for group in groups} == components(hashes, distance)
     assert [group[0] for group in groups] == sorted(group.min() for group in groups)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 2**32 - 1), st.integers(0, 9), st.integers(0, 20), st.integers(0, 20), st.integers(1, 100))
+def test_near_pairs_are_those_of_all_pairs(seed, distance, some, others, block):
+    rng = np.random.default_rng(seed)
+    one, other = (np.packbits(rng.random((count, 128)) < 0.03, axis=1).view(np.uint64) for count in (some, others))
+    bits = np.unpackbits((one[:, None] ^ other).view(np.uint8).reshape(some, others, 16), axis=2)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("utils.audit.duplicates.BLOCK", block)
+        found = [pair for pairs in near_pairs(one, other, distance) for pair in zip(*pairs, strict=True)]
+    assert found == list(map(tuple, np.argwhere(bits.sum(axis=2) <= distance).tolist()))
 
 
 def test_edges_are_merged_as_they_come(monkeypatch):
@@ -166,6 +195,89 @@ def test_a_hundred_thousand_alike_are_one_group_at_once():
     hashes[7] = 2**64 - 1
     (group,) = find_groups(hashes, 3)
     assert np.array_equal(group, np.delete(np.arange(100_000), 7))
+
+
+# --- What the list leaves out
+
+LEAK, CONTRADICTS, REPEATS = REASONS[3:]
+
+
+def census_of(root: Path, images: dict[str, tuple[int, int]], distance: int | None = 3) -> Census:
+    """Of images by <split>/<class>/<image>, of such pixels and such a number of bits set in their hashes."""
+    for name in images:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).touch()
+    files = [ImageFiles.find(root / split) for split in ("train", "val", "test") if (root / split).is_dir()]
+    names = [f"{split.root.name}/{split.path_as_text(index)}" for split in files for index in range(len(split))]
+    records = np.zeros(len(names), RECORD)
+    records["width"] = records["height"] = 10
+    records["square"] = 100
+    records["pixels"][:, 0] = [images[name][0] for name in names]
+    hashes = np.arange(256) < np.array([images[name][1] for name in names])[:, None]
+    records["likeness"] = np.packbits(hashes, axis=1).view(np.uint64)
+    return take_census(files, records, {}, 2.0, distance)
+
+
+def left_out(census: Census) -> dict[str, str]:
+    return {census.name(index): REASONS[census.reason[index]] for index in np.flatnonzero(census.reason)}
+
+
+def test_neighbouring_slices_of_one_split_stay_whatever_their_labels(tmp_path):
+    slices = {f"train/{'ab'[n % 2]}/{n:02}.png": (n, 2 * n) for n in range(20)}
+    census = census_of(tmp_path, {**slices, "val/a/0.png": (100, 200), "test/a/0.png": (101, 240)})
+    assert left_out(census) == {}
+    assert [len(group) for group in census.groups] == [20]
+    duplicates = next(section for section in sections(census, "") if section.title == "Duplicates")
+    assert "20 images are in groups; the largest has 20, up to 38 bits from its first image." in duplicates.sentences
+
+
+def test_the_same_pixels_of_different_labels_all_go_unless_one_is_evaluated(tmp_path):
+    images = {"train/a/0.png": (1, 0), "train/b/0.png": (1, 0), "val/b/0.png": (1, 0)}
+    images |= {"train/a/1.png": (2, 50), "train/b/1.png": (2, 50), "test/a/1.png": (2, 50)}
+    images |= {"train/a/2.png": (3, 100), "train/b/2.png": (4, 101)}  # near only
+    assert left_out(census_of(tmp_path, images)) == {
+        **dict.fromkeys(("train/a/0.png", "train/b/0.png", "val/b/0.png"), CONTRADICTS),
+        **dict.fromkeys(("train/a/1.png", "train/b/1.png"), LEAK),
+    }
+
+
+CHAIN = {"test/a/0.png": (0, 0), "val/a/0.png": (1, 3), "val/b/1.png": (2, 6), "train/a/0.png": (3, 9)}
+CHAIN |= {"train/b/1.png": (4, 5), "train/b/2.png": (5, 12), "train/a/3.png": (6, 2), "train/a/4.png": (7, 4)}
+
+
+def test_leaks_are_direct_copies_of_what_stays(tmp_path):
+    """Of hashes in a chain of 13 bits: val/a/0 is near test, so that train/a/4, near it and val/b/1, goes by that."""
+    census = census_of(tmp_path, CHAIN)
+    assert [len(group) for group in census.groups] == [8]
+    assert left_out(census) == dict.fromkeys(
+        ("val/a/0.png", "train/a/0.png", "train/b/1.png", "train/a/3.png", "train/a/4.png"), LEAK
+    )
+
+
+def test_what_is_near_only_to_a_copy_that_goes_stays(tmp_path):
+    images = {"test/a/0.png": (0, 0), "val/a/0.png": (1, 3), "train/a/0.png": (2, 6), "val/a/1.png": (3, 90)}
+    assert left_out(census_of(tmp_path, images)) == {"val/a/0.png": LEAK}
+
+
+def test_with_exact_only_the_same_pixels_leak(tmp_path):
+    images = {**CHAIN, "train/a/5.png": (0, 0), "train/b/6.png": (2, 6)}
+    expected = {"train/a/5.png": LEAK, "train/b/6.png": LEAK}
+    assert left_out(census_of(tmp_path, images, distance=None)) == expected
+
+
+def test_of_the_same_pixels_in_one_split_one_stays(tmp_path):
+    images = {
+        f"{split}/a/{n}.png": (place, 50 * place) for place, split in enumerate(("train", "val", "test")) for n in "012"
+    }
+    images |= {"train/a/near.png": (9, 1), "train/b/0.png": (10, 200)}
+    assert left_out(census_of(tmp_path, images)) == dict.fromkeys(
+        ("train/a/1.png", "train/a/2.png", "val/a/1.png", "val/a/2.png"), REPEATS
+    )
+
+
+def test_without_test_train_gives_way_to_val(tmp_path):
+    images = {"val/a/0.png": (0, 0), "val/b/1.png": (0, 0), "train/a/0.png": (1, 3), "train/a/1.png": (2, 6)}
+    assert left_out(census_of(tmp_path, images)) == {"train/a/0.png": LEAK}
 
 
 # --- What is measured of an image
@@ -272,12 +384,13 @@ def test_the_report_counts_by_hand(audited, planted):
         f"{planted}: 35 images in 2 classes",
         *("train 18 2 0 2", "val 8 2 1 0", "test 9 2 1 1"),
         *("a 10 4 4", "b 8 4 5"),
-        "2 images of val (25.00%) have a copy in train.",
-        *("1 images of test (11.11%) have a copy in train.", "1 images of test (11.11%) have a copy in val."),
-        *("across splits 2 0 2 5", "across classes 1 0 1 2", "within one class of one split 2 1 1 4", "all 5 1 4 11"),
-        *("stays 11 6 8", "cannot be read 0 1 1", "blank, or nearly 2 0 0"),
-        *("copy of an image of the evaluated split 1 1 0", "copies that bear different labels 2 0 0"),
-        "copy of an image that stays 2 0 0",
+        "2 images of val (25.00%) share a group with one of train.",
+        "1 images of test (11.11%) share a group with one of train.",
+        "1 images of test (11.11%) share a group with one of val.",
+        *("across splits 2 0 2 5", "across classes 1 1 0 2", "within one class of one split 2 1 1 4", "all 5 2 3 11"),
+        *("stays 12 6 8", "cannot be read 0 1 1", "blank, or nearly 2 0 0"),
+        *("copy, exact or near, of an image of test or val 2 1 0", "same pixels, different labels 2 0 0"),
+        "same pixels as an image that stays 0 0 0",
         *("train/a/black.png", "train/b/black.png", "test/b/white.png"),
     }
     assert f"{planted}/val/b/broken.png: cannot be read as an image" in text
@@ -309,21 +422,23 @@ def test_the_list_leaves_what_training_is_to_see(audited, planted):
     parser = normal.build_parser()
     flags = [*SMALL, "--data-path", str(planted), "--exclude", str(audited / "exclude.txt")]
     splits = wiring_data.open_splits(arguments.for_fresh_start(parser, arguments.parse_given(parser, flags)))
-    assert (len(splits.training), len(splits.evaluation)) == (11, 6)
+    assert (len(splits.training), len(splits.evaluation)) == (12, 6)
     flags += ["--test-only", "--resume", "unread.pth", "--split", "test"]
     splits = wiring_data.open_splits(arguments.for_fresh_start(parser, arguments.parse_given(parser, flags)))
     assert len(splits.evaluation) == 8
 
 
 def test_what_the_list_leaves_has_nothing_more_to_leave_out(audited, planted, tmp_path):
-    """But for the evaluated split, which stays as it is."""
+    """Near copies within a split and what the evaluated split holds are still found, and stay."""
     for path in planted.rglob("*.*"):
         name = path.relative_to(planted)
         if str(name) not in LEFT_OUT:
             put(tmp_path / "data" / name, Image.open(path))
     run(tmp_path / "data", tmp_path)
     assert not any(read_excluded(tmp_path / "list").values())
-    assert [row["path"] for row in table(tmp_path / "out" / "duplicates.csv")] == ["test/b/2.png", "test/b/twin.png"]
+    assert [row["path"] for row in table(tmp_path / "out" / "duplicates.csv")] == [
+        *("train/a/larger.png", "train/a/1.png", "test/b/2.png", "test/b/twin.png")
+    ]
 
 
 def test_without_test_val_stays_as_it_is(planted, tmp_path):
@@ -339,7 +454,7 @@ def test_without_test_val_stays_as_it_is(planted, tmp_path):
 def test_a_single_split_may_be_audited(planted, tmp_path):
     run(planted / "train", tmp_path)
     assert read_excluded(tmp_path / "list")["train"] == {
-        *("a/1.png", "a/black.png", "a/other_label.png", "b/2.png", "b/black.png")
+        *("a/black.png", "a/other_label.png", "b/2.png", "b/black.png")
     }
 
 

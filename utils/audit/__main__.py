@@ -1,7 +1,8 @@
 """What is wrong with a set of images: duplicates and leaks, blank and unreadable ones, uneven classes.
 
 `python -m utils.audit DATA` writes audit/report.txt, report.html, images.csv and duplicates.csv; DATA holds
-{train,val,test}/<class>/<image>, or is one split, <class>/<image>.
+{train,val,test}/<class>/<image>, or is one split, <class>/<image>. --exclude-list names what training is to leave out;
+its rule stands in its head.
 """
 
 import argparse
@@ -64,7 +65,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--overwrite", action="store_true", help="write over reports and lists that are there already")
     add("--exclude-list", metavar="FILE", help="also write which images to leave out, for --exclude of the training")
     add("--distance", type=natural, default=DISTANCE, help="bits of the 242 of two difference hashes in which near "
-        "duplicates may differ; more find more, and more that are none")  # fmt: skip
+        "copies may differ; more find more, and more that are none. The report's groups are chains of such steps, the "
+        "list goes by direct copies only, and by near ones only across splits")  # fmt: skip
     add("--exact", action="store_true", help="only images of the very same pixels are duplicates")
     add("--blank", type=non_negative_float, default=2.0, metavar="LEVELS", help="an image is blank whose standard "
         "deviation, of levels 0 to 255, is below this in every channel")  # fmt: skip
@@ -116,7 +118,7 @@ def _searched(options: argparse.Namespace) -> str:
         return "Copies are images of the same decoded pixels (--exact)."
     return (
         "Copies are images of the same decoded pixels, and those whose difference hashes of 242 bits differ in at most "
-        f"{options.distance} (--distance), directly or by a chain of such steps; blank images are not compared."
+        f"{options.distance} (--distance); blank images are not compared."
     )
 
 

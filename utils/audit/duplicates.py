@@ -7,6 +7,8 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
 EDGES = 4_000_000  # that are held before they are merged into labels
+LARGE = 256  # hashes that share a band, from which on they are compared in blocks
+BLOCK = 1 << 16  # pairs that are compared at once, within a processor's cache
 
 
 def find_groups(hashes: np.ndarray, distance: int) -> list[np.ndarray]:
@@ -38,11 +40,29 @@ def _near_labels(hashes: np.ndarray, distance: int) -> np.ndarray:
     return _merge(labels, first, second)
 
 
+def near_pairs(some: np.ndarray, others: np.ndarray, distance: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Positions in some (M, W) and in others (N, W) of all pairs of hashes that differ in at most `distance` bits.
+
+    All M x N pairs are compared, in blocks.
+    """
+    rows = max(1, BLOCK // max(1, len(others)))
+    words = np.ascontiguousarray(others.T)
+    for start in range(0, len(some), rows):
+        block = some[start : start + rows]
+        bits = np.zeros((len(block), len(others)), np.uint16)
+        for word, of_others in zip(block.T, words, strict=True):
+            bits += np.bitwise_count(word[:, None] ^ of_others)
+        one, other = np.nonzero(bits <= distance)
+        yield start + one, other
+
+
 def _candidates(hashes: np.ndarray, distance: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Pairs of rows among which are all that differ in at most `distance` bits.
 
     The bits are dealt out to distance + 1 bands; of two hashes that near, one band at least is equal (the pigeonhole
-    principle). For each band the rows are sorted by it, and each is paired with those that follow it and share it.
+    principle). For each band the rows are sorted by it, and each is paired with those that follow it and share it;
+    where LARGE and more share it, as hashes of few set bits do one that is all 0, only near pairs are given. Those
+    are found by comparing all, so that the time grows as the square of the hashes that share a band.
     """
     width, bands = hashes.shape[1], distance + 1
     dealt = np.arange(64 * width) % bands  # neighbouring bits, which are alike, to different bands
@@ -53,6 +73,14 @@ def _candidates(hashes: np.ndarray, distance: int) -> Iterator[tuple[np.ndarray,
         keys = ((hashes & mask) * factors).sum(axis=1, dtype=np.uint64)
         order = np.argsort(keys, kind="stable")
         keys = keys[order]
+        starts = np.flatnonzero(np.r_[True, keys[1:] != keys[:-1]])
+        sizes = np.diff(np.r_[starts, len(keys)])
+        for start, size in zip(starts[sizes >= LARGE], sizes[sizes >= LARGE], strict=True):
+            rows = order[start : start + size]
+            for one, other in near_pairs(hashes[rows], hashes[rows], distance):
+                yield rows[one[one < other]], rows[other[one < other]]
+        few = np.repeat(sizes < LARGE, sizes)
+        order, keys = order[few], keys[few]
         here, step = np.arange(len(keys) - 1), 1
         while len(here):
             here = here[keys[here] == keys[here + step]]

@@ -20,12 +20,14 @@ SIDE = 120  # pixels of a thumbnail
 
 RULE = """\
 # Images to leave out: give this file to the training scripts as --exclude. A line is an image, relative to --data-path.
-# What cannot be read goes, and what is blank. Of copies that bear different labels all go, since nobody can tell which
-# is right; of others one stays: one of val before those of train, then the one of most pixels, then the first by name.
+# What cannot be read goes, and what is blank. Images of the very same pixels that bear different labels all go, since
+# nobody can tell which is right; of those of one label in one split the first by name stays. An image of val goes that
+# is a copy of one of test, and one of train that is a copy of one of test or of val that stays: directly, not by a
+# chain of copies. Near copies within a split all stay, whatever their labels: neighbouring slices may be such.
 """
 RULE_OF_EVALUATION = """\
-# But of {fixed}, the evaluated split, all that can be read stays, so that figures compare with those of others; what is
-# a copy of an image of {fixed} goes from the other splits.
+# But of {fixed}, the evaluated split, all that can be read stays, so that figures compare with those of others; images
+# of the other splits that have the very same pixels as one of {fixed} go, whatever their labels.
 """
 
 

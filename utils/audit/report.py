@@ -133,20 +133,36 @@ def _duplicates(census: Census, searched: str) -> Section:
         images = sum(len(census.groups[number]) for number in of_kind)
         same = sum(exact[number] for number in of_kind)
         rows.append([name, len(of_kind), same, len(of_kind) - same, images])
-    sentences = [searched, "Groups that cross both splits and classes count in both lines."]
-    sentences += _leaks(census)
+    sentences = [
+        searched,
+        "A group is what copies connect, directly or by a chain; the list of --exclude-list goes by direct ones only.",
+        *_largest(census),
+        "Groups that cross both splits and classes count in both lines.",
+        *_leaks(census),
+    ]
     return Section("Duplicates", sentences, ["groups", "number", "same pixels", "near", "images"], rows)
 
 
+def _largest(census: Census) -> list[str]:
+    if not census.groups:
+        return []
+    largest = max(census.groups, key=len)
+    return [
+        f"{sum(map(len, census.groups))} images are in groups; the largest has {len(largest)}, "
+        f"up to {census.distances(largest).max()} bits from its first image."
+    ]
+
+
 def _leaks(census: Census) -> list[str]:
-    """For each two splits, how many images of the later have a copy in the earlier."""
+    """For each two splits, how many images of the later share a group with one of the earlier."""
     sentences = []
     for later, name in enumerate(census.splits):
         for earlier in range(later):
             met = np.unique(census.group[census.split == earlier])
             leaked = (census.split == later) & np.isin(census.group, met[met >= 0])
             share = leaked.sum() / (census.split == later).sum()
-            sentences.append(f"{leaked.sum()} images of {name} ({share:.2%}) have a copy in {census.splits[earlier]}.")
+            other = census.splits[earlier]
+            sentences.append(f"{leaked.sum()} images of {name} ({share:.2%}) share a group with one of {other}.")
     return sentences
 
 

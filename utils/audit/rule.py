@@ -5,17 +5,17 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from utils.audit.duplicates import find_groups
+from utils.audit.duplicates import find_groups, near_pairs
 from utils.folders import SPLITS, ImageFiles
 
-STAYS, UNREADABLE, BLANK, OF_EVALUATION, CONTRADICTING, REPEATED = range(6)
+STAYS, UNREADABLE, BLANK, LEAKING, CONTRADICTING, REPEATED = range(6)
 REASONS = (
     "stays",
     "cannot be read",
     "blank, or nearly",
-    "copy of an image of the evaluated split",
-    "copies that bear different labels",
-    "copy of an image that stays",
+    "copy, exact or near, of an image of test or val",
+    "same pixels, different labels",
+    "same pixels as an image that stays",
 )
 
 
@@ -93,13 +93,12 @@ def take_census(
     )
     compared = np.flatnonzero(readable & ~blank)
     field = "pixels" if distance is None else "likeness"
-    found = find_groups(records[field][compared], distance or 0) if len(compared) else []
-    census.groups = sorted(
-        (_in_order(census, compared[group]) for group in found), key=lambda group: _rank(census, group)
-    )
+    found = [compared[group] for group in find_groups(records[field][compared], distance or 0)]
+    census.groups = sorted((_in_order(census, group) for group in found), key=lambda group: _rank(census, group))
     for number, group in enumerate(census.groups):
         census.group[group] = number
-    _apply_rule(census)
+    alike = [compared[group] for group in find_groups(records["pixels"][compared], 0)]
+    _apply_rule(census, alike, records[field], distance or 0)
     return census
 
 
@@ -108,33 +107,54 @@ def evaluated_split(splits: list[str]) -> str | None:
     return next((split for split in reversed(SPLITS[1:]) if split in splits), None)
 
 
-def _apply_rule(census: Census) -> None:
-    """Fill in `reason`.
+def _apply_rule(census: Census, alike: list[np.ndarray], hashes: np.ndarray, distance: int) -> None:
+    """Fill in `reason`; alike: the groups of images of the very same pixels; hashes: (N, W) uint64.
 
     Images of the evaluated split stay, whatever they hold, so that figures compare with those of others; only what
-    cannot be read goes. Of the other splits goes what is blank, and each copy of an evaluated image. Of copies that
-    bear different labels all go, since nobody can tell which is right; of others the first one stays, one of val before
-    those of train, then one of the most pixels.
+    cannot be read goes. Of the other splits goes what is blank. Images of the very same pixels that bear different
+    labels all go, unless one is of the evaluated split, since nobody can tell which is right. Copies leak: one of val
+    goes whose hash differs in at most `distance` bits from that of an image of test, and one of train so near to an
+    image of test or of val that stays; directly, whatever chains a group consists of. Of images of the very same
+    pixels that are left in one split, the first stays. Near copies within a split all stay: neighbouring slices are.
     """
     fixed = evaluated_split(census.splits)
-    stays = census.split == (census.splits.index(fixed) if fixed else -1)
-    census.reason[census.blank & ~stays] = BLANK
+    evaluated = census.split == (census.splits.index(fixed) if fixed else -1)
+    census.reason[census.blank & ~evaluated] = BLANK
     census.reason[~census.readable()] = UNREADABLE
-    for group in census.groups:
-        free = group[~stays[group]]
-        if len(free) < len(group):
-            census.reason[free] = OF_EVALUATION
-        elif census.crosses(group)[1]:
+    for group in alike:
+        if not evaluated[group].any() and census.crosses(group)[1]:
             census.reason[group] = CONTRADICTING
-        else:
-            census.reason[group[1:]] = REPEATED
+    for group in census.groups:
+        _leave_out_leaks(census, group, hashes, distance)
+    for group in alike:
+        left = group[(census.reason[group] == STAYS) & ~evaluated[group]]
+        census.reason[left[1:]] = REPEATED
+
+
+def _leave_out_leaks(census: Census, group: np.ndarray, hashes: np.ndarray, distance: int) -> None:
+    """Of a group's images, those of val first: only what stays of it counts as evaluated against train."""
+    places = _places(census, group)
+    for place in range(places.max() - 1, -1, -1):
+        stays = census.reason[group] == STAYS
+        mine, kept = group[stays & (places == place)], group[stays & (places > place)]
+        # Each hash once, since a thousand copies of one image would be compared a million times.
+        unique, inverse = np.unique(hashes[mine], axis=0, return_inverse=True)
+        leaks = np.zeros(len(unique), np.bool_)
+        for _, found in near_pairs(np.unique(hashes[kept], axis=0), unique, distance):
+            leaks[found] = True
+        census.reason[mine[leaks[inverse.ravel()]]] = LEAKING
+
+
+def _places(census: Census, group: np.ndarray) -> np.ndarray:
+    """Of each of its images: 0 for train (or a folder of another name), 1 for val, 2 for test."""
+    place = np.array([SPLITS.index(split) if split in SPLITS else 0 for split in census.splits])
+    return place[census.split[group]]
 
 
 def _in_order(census: Census, group: np.ndarray) -> np.ndarray:
     """The group's images: those of test first, then of val, of many pixels, of a name that comes first."""
     size = census.records["width"][group].astype(np.int64) * census.records["height"][group]
-    place = np.array([SPLITS.index(split) if split in SPLITS else 0 for split in census.splits])
-    return group[np.lexsort((group, -size, -place[census.split[group]]))]
+    return group[np.lexsort((group, -size, -_places(census, group)))]
 
 
 def _rank(census: Census, group: np.ndarray) -> tuple:
