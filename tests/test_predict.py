@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from tests.conftest import write_image
+from tests.exports import CLASSES, random_model, write_checkpoint
 from tests.test_arguments import parse
-from tests.test_export import CLASSES, random_model, write_checkpoint
 from utils import checkpoint, evaluation, wiring, wiring_data
 from utils import predict as command
 from utils.errors import UserError, run_script

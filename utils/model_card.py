@@ -3,6 +3,7 @@
 import argparse
 import json
 import math
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -76,15 +77,8 @@ def model_card(
     with_onnx: bool,
 ) -> bytes:
     """The card as UTF-8. img_size: for models that are built for one size of image, pixels."""
-    environment = Environment(  # Markdown, so without escaping for HTML; foreign text stands in code spans
-        loader=FileSystemLoader(TEMPLATES),
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
-    environment.filters["code"] = code_span
-    text = environment.get_template("model_card.md").render(
+    template = _environment().get_template("model_card.md")
+    text = template.render(
         front_matter=_front_matter(license_name),
         name=name,
         data_name=data_name,
@@ -99,6 +93,19 @@ def model_card(
         with_onnx=with_onnx,
     )
     return text.encode(errors="backslashreplace")
+
+
+@cache
+def _environment() -> Environment:
+    environment = Environment(  # Markdown, so without escaping for HTML; foreign text stands in code spans
+        loader=FileSystemLoader(TEMPLATES),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters["code"] = code_span
+    return environment
 
 
 def code_span(text: str) -> str:

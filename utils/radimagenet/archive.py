@@ -13,7 +13,13 @@ from tqdm import tqdm
 from utils.errors import UserError
 
 GZIP_MAGIC = b"\x1f\x8b"
-MAX_BYTES = 2**30  # of a member that is read: RadImageNet's longest list takes 80 million
+MAX_BYTES = 2**26  # of a member that is read, of which some 33 are held at once
+MAX_LIST_BYTES = 2**30  # the same of a .csv, of which one is: RadImageNet's longest takes 80 million
+MAX_HEADER_BYTES = 2**20  # of what stands before a member: a long name, or POSIX's extended headers
+HEADERS = (
+    *(tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK),
+    *(tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE),
+)
 LATEST = 2**32  # seconds since 1970 that a file system surely knows
 
 
@@ -21,6 +27,21 @@ class Member(NamedTuple):
     name: str  # without "./"
     data: bytes
     changed: float  # time of last change, seconds since 1970
+
+
+class BoundedTarInfo(tarfile.TarInfo):
+    """Raises ReadError for what tarfile would read whole, however long it is, before anybody sees the member."""
+
+    def _proc_member(self, tar: tarfile.TarFile) -> tarfile.TarInfo:  # tarfile says that it may be overridden
+        held = sum(map(len, (*tar.pax_headers, *tar.pax_headers.values()))) if self.type == tarfile.XGLTYPE else 0
+        if self.type in HEADERS and self.size + held > MAX_HEADER_BYTES:
+            raise tarfile.ReadError(f"an extended header has {self.size} bytes")
+        return super()._proc_member(tar)
+
+    def _refuse_sparse(self, *_: object) -> None:
+        raise tarfile.ReadError("a file in it is sparse")
+
+    _proc_sparse = _proc_gnusparse_10 = _refuse_sparse  # whose maps have no limit either
 
 
 def read_archive(archive: Path, endings: tuple[str, ...], label: str) -> Iterator[Member]:
@@ -35,13 +56,13 @@ def read_archive(archive: Path, endings: tuple[str, ...], label: str) -> Iterato
             open(archive, "rb") as raw,
             tqdm(total=os.path.getsize(archive), desc=label, unit="B", unit_scale=True, disable=None) as bar,
             _decompressed(raw) as stream,
-            tarfile.open(fileobj=stream, mode="r|") as tar,
+            tarfile.open(fileobj=stream, mode="r|", tarinfo=BoundedTarInfo) as tar,
         ):
             while (member := tar.next()) is not None:
                 tar.members.clear()  # which would grow to gigabytes
                 _check(archive, member)
                 if member.isreg() and member.name.lower().endswith(endings):
-                    if member.size > MAX_BYTES:
+                    if member.size > (MAX_LIST_BYTES if member.name.lower().endswith(".csv") else MAX_BYTES):
                         raise UserError(f"{archive}: its member {member.name!r} has {member.size} bytes; remove it.")
                     data = tar.extractfile(member).read()
                     changed = member.mtime if 0 <= member.mtime <= LATEST else 0  # a NaN is neither
@@ -49,7 +70,7 @@ def read_archive(archive: Path, endings: tuple[str, ...], label: str) -> Iterato
                 bar.update(raw.tell() - bar.n)
             _check_end(archive, tar)
             bar.update(raw.tell() - bar.n)
-    except (tarfile.TarError, EOFError, zlib.error, gzip.BadGzipFile) as error:
+    except (tarfile.TarError, EOFError, zlib.error, gzip.BadGzipFile, RecursionError) as error:  # header after header
         raise UserError(f"{archive}: is no tar archive, damaged or cut short ({error}); get it again.") from None
     except OSError as error:
         raise UserError(f"{archive}: cannot be read ({error.strerror or error}).") from None
