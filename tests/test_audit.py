@@ -149,7 +149,7 @@ def components(hashes: np.ndarray, distance: int) -> set[frozenset[int]]:
     return {frozenset(each) for each in sets if len(each) > 1}
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(
     st.integers(0, 2**32 - 1), st.integers(0, 9), st.integers(1, 4), st.integers(0, 40), st.booleans(), st.booleans()
 )
@@ -170,7 +170,7 @@ def test_banded_search_finds_what_comparing_all_pairs_finds(seed, distance, word
     assert [group[0] for group in groups] == sorted(group.min() for group in groups)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(st.integers(0, 2**32 - 1), st.integers(0, 9), st.integers(0, 20), st.integers(0, 20), st.integers(1, 100))
 def test_near_pairs_are_those_of_all_pairs(seed, distance, some, others, block):
     rng = np.random.default_rng(seed)
