@@ -5,13 +5,18 @@ import multiprocessing
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from _policy_gradient import examples
+from tests.conftest import SMALL_POLICY
 from tests.events import as_scalars, images, number_files_from_zero, scalars
+from tests.ranks import run_ranks
 from tests.test_resume import SCRIPTS, assert_same_run
 from utils import checkpoint, class_plots, figures, plots
-from utils.progress import read_log
+from utils.evaluation import Predictions
+from utils.pictures import Pictures
+from utils.progress import read_log, write_log
 
 PICTURES = {"curves.png", "confusion.png", "recall.png"}
 OF_POLICY = PICTURES | {"health.png"}
@@ -31,24 +36,23 @@ def coarse(monkeypatch):
     monkeypatch.setattr(examples, "MOST_CLASSES", 1)
 
 
-@pytest.fixture
-def kill_at(monkeypatch):
-    """kill_at(epoch, step): let the run end where it would save its checkpoint of there, once."""
-    places, save = set(), checkpoint.save_checkpoint
-
-    def save_or_die(output_dir, state):
-        if (state["epoch"], state["step"]) in places:
-            places.clear()
-            raise Killed
-        save(output_dir, state)
-
-    monkeypatch.setattr(checkpoint, "save_checkpoint", save_or_die)
-    return lambda *place: places.add(place)
-
-
 def run_script(name, data, folder, *flags):
     script, small = SCRIPTS[name]
     script.main([*small, "--data-path", str(data), "--output-dir", str(folder), "--lr", "0.01", *flags])
+
+
+def pictures(folder, first_epoch=0, epochs=1, tensorboard=True):
+    return Pictures(folder, ["a", "b"], first_epoch=first_epoch, epochs=epochs, plot_every=1, tensorboard=tensorboard)
+
+
+def show_one_epoch(folder):
+    line = {"epoch": 0, "train_loss": 1.0, "val_f1": 0.5}
+    write_log(folder, [line])
+    pictures(folder).show(Predictions(torch.eye(2), torch.tensor([0, 1]), torch.arange(2)), line)
+
+
+def kill(*_):
+    raise Killed
 
 
 def names_in(folder):
@@ -56,17 +60,15 @@ def names_in(folder):
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
-def test_pictures_and_events_change_no_bit_of_the_run(name, image_folder, tmp_path, kill_at):
-    """Killed within an epoch and between an epoch's log line and its checkpoint, and resumed."""
+def test_pictures_and_events_change_no_bit_of_the_run(name, image_folder, tmp_path, monkeypatch):
+    """Whole against killed while the first epoch is shown, and resumed: that epoch is done, and told once."""
     whole, part = tmp_path / "whole", tmp_path / "part"
     run_script(name, image_folder, whole, "--epochs", "2")
-    flags = ["--epochs", "2", "--plot-every", "2", "--tensorboard", "--checkpoint-steps", "2", "--resume", "auto"]
-    kills = {(1, 2): [0], (2, 0): [0, 1]} if name == "_policy_gradient" else {(2, 0): [0, 1]}
-    for place, told in kills.items():
-        kill_at(*place)
-        with pytest.raises(Killed):
-            run_script(name, image_folder, part, *flags)
-        assert [step for step, _ in scalars(part)["val/f1"]] == told
+    flags = ["--epochs", "2", "--plot-every", "2", "--tensorboard", "--resume", "auto"]
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(Pictures, "show", kill)
+        run_script(name, image_folder, part, *flags)
+    assert checkpoint.read(part / "checkpoint.pth")["epoch"] == 1
     run_script(name, image_folder, part, *flags)
     assert_same_run(whole, part)
     assert not (whole / "plots").exists() and not (whole / "tensorboard").exists()
@@ -74,6 +76,38 @@ def test_pictures_and_events_change_no_bit_of_the_run(name, image_folder, tmp_pa
     assert names_in(part / "plots") == (PICTURES if name == "_normal" else OF_POLICY | masks)
     assert scalars(part) == as_scalars(read_log(part))  # each epoch once
     assert images(part) == ([] if name == "_normal" else [1])
+
+
+@pytest.mark.slow
+def test_two_ranks_do_not_notice_that_one_draws(image_folder, tmp_path):
+    flags = [*SMALL_POLICY, "--batch-size", "4", "--epochs", "1", "--data-path", image_folder, "--model-ema"]
+    for name, more in (("plain", []), ("shown", ["--plot-every", "1", "--tensorboard"])):
+        run_ranks("_policy_gradient/train.py", *flags, *more, "--output-dir", tmp_path / name, processes=2)
+    assert_same_run(tmp_path / "plain", tmp_path / "shown")
+    assert names_in(tmp_path / "shown" / "plots") == OF_POLICY | {"masks_before.png", "masks_0.png"}
+    assert scalars(tmp_path / "shown") == as_scalars(read_log(tmp_path / "shown"))
+
+
+def test_a_last_epoch_that_a_kill_cut_off_is_told_when_the_run_is_started_again(tmp_path):
+    write_log(tmp_path, [{"epoch": 0, "val_f1": 0.5}])
+    first = pictures(tmp_path, epochs=2)
+    first.events.write(0)
+    first.events.close()
+    (tmp_path / "plots").mkdir()
+    Image.new("L", (4, 4)).save(tmp_path / "plots" / "masks_1.png")
+    write_log(tmp_path, [{"epoch": 0, "val_f1": 0.5}, {"epoch": 1, "val_f1": 0.75}])
+    for _ in range(2):
+        pictures(tmp_path, first_epoch=2, epochs=2).begin(fresh=False)
+        assert scalars(tmp_path) == {"val/f1": [(0, 0.5), (1, 0.75)]}
+        assert images(tmp_path) == [1]
+
+
+def test_going_back_to_an_earlier_checkpoint_takes_later_galleries_away(tmp_path):
+    (tmp_path / "plots").mkdir()
+    for name in ("masks_before.png", "masks_0.png", "masks_1.png", "masks_2.png", ".curves.png.12.tmp", "mine.txt"):
+        (tmp_path / "plots" / name).write_bytes(b"")
+    pictures(tmp_path, first_epoch=1, epochs=3, tensorboard=False).begin(fresh=False)
+    assert names_in(tmp_path / "plots") == {"masks_before.png", "masks_0.png", "mine.txt"}
 
 
 def test_pictures_come_every_so_many_epochs_and_at_the_end(image_folder, tmp_path, monkeypatch):
@@ -97,23 +131,13 @@ def test_pictures_come_every_so_many_epochs_and_at_the_end(image_folder, tmp_pat
     assert (targets == predictions).mean() == pytest.approx(log[-1]["val_top1"])
 
 
-def test_without_a_policy_there_are_no_masks_and_what_a_kill_left_is_removed(image_folder, tmp_path):
-    (tmp_path / "plots").mkdir()
-    (tmp_path / "plots" / ".curves.png.123.tmp").write_bytes(b"half")
-    (tmp_path / "plots" / "mine.txt").write_text("kept")
-    run_script(
-        "_policy_gradient", image_folder, tmp_path, "--epochs", "1", "--plot-every", "9", "--mask-policy", "none"
-    )
-    assert names_in(tmp_path / "plots") == PICTURES | {"mine.txt"}
-
-
-def test_a_picture_that_fails_is_named_and_ends_nothing(image_folder, tmp_path, monkeypatch, capsys):
+def test_a_picture_that_fails_is_named_and_ends_nothing(tmp_path, monkeypatch, capsys):
     def fail(*_):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(plots, "learning_curves", fail)
     monkeypatch.setattr(class_plots, "shorten", lambda _: 1 / 0)
-    run_script("_normal", image_folder, tmp_path, "--epochs", "1", "--plot-every", "1")
+    show_one_epoch(tmp_path)
     said = capsys.readouterr().out
     assert (
         "warning: plots/curves.png could not be written ([Errno 28] No space left on device); the training goes on."
@@ -121,17 +145,15 @@ def test_a_picture_that_fails_is_named_and_ends_nothing(image_folder, tmp_path, 
     )
     assert "warning: plots/recall.png could not be written (division by zero); the training goes on." in said
     assert said.count("warning:") == 3
-    assert (tmp_path / "model_0.pth").exists() and len(read_log(tmp_path)) == 1
 
 
-def test_a_folder_that_cannot_be_made_ends_nothing(image_folder, tmp_path, capsys):
+def test_a_folder_that_cannot_be_made_ends_nothing(tmp_path, capsys):
     for name in ("plots", "tensorboard"):
         (tmp_path / name).write_text("in the way")
-    run_script("_normal", image_folder, tmp_path, "--epochs", "1", "--plot-every", "1", "--tensorboard")
+    show_one_epoch(tmp_path)
     said = capsys.readouterr().out
     assert said.count("warning: plots/") == 3
     assert said.count("warning: tensorboard could not be written") == 1
-    assert (tmp_path / "checkpoint.pth").exists()
 
 
 def test_no_worker_outlives_a_run_with_pictures(image_folder, tmp_path, monkeypatch):

@@ -1,6 +1,5 @@
 """The log of a run for TensorBoard: --tensorboard."""
 
-import io
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,24 +12,26 @@ if TYPE_CHECKING:  # imported where it is used: it costs a process's start secon
     from torch.utils.tensorboard import SummaryWriter
 
 FOLDER = "tensorboard"
+PLOTS = "plots"  # where the mask galleries lie
 POLICY = ("mask_", "policy_", "advantage_", "prior_", "concentrations_")  # how the log's names of policies begin
 
 
 class Events:
     """OUTPUT/tensorboard: each number of log.jsonl as a scalar, its step the epoch.
 
-    The log is what counts: an epoch that is run again, after a kill or from an earlier checkpoint, replaces the events
-    of itself and of all later ones. Where there are no events yet, all epochs of the log are written.
+    The log is what counts: a resumed run replaces the events of its last epoch, which a kill may have cut off, and of
+    all later ones. Where there are no events yet, all epochs of the log are written.
     """
 
     def __init__(self, output_dir: Path, first_epoch: int) -> None:
         """first_epoch: the one to come."""
         self.output_dir, self.folder = output_dir, output_dir / FOLDER
-        self.next_epoch = first_epoch if any(self.folder.glob("*tfevents*")) else 0  # the first not yet written
+        there = any(self.folder.glob("*tfevents*"))
+        self.next_epoch = max(first_epoch - 1, 0) if there else 0  # the first that is not written, or not for sure
         self.writer: SummaryWriter | None = None
 
-    def write(self, epoch: int, masks: bytes | None = None) -> None:
-        """Write all lines of the log up to this epoch's that are not yet there; masks: a PNG of the mask gallery.
+    def write(self, epoch: int) -> None:
+        """Write the lines of the log up to this epoch's that are not yet there, with the mask galleries that are.
 
         Raises what the file system or TensorBoard raise; what was not written is written by the next call.
         """
@@ -39,13 +40,14 @@ class Events:
                 from torch.utils.tensorboard import SummaryWriter
 
                 self.writer = SummaryWriter(str(self.folder), purge_step=self.next_epoch)
-            for line in read_log(self.output_dir):
-                for name, value in line.items() if line["epoch"] >= self.next_epoch else ():
+            for line in read_log(self.output_dir)[self.next_epoch :]:
+                for name, value in line.items():
                     if name != "epoch" and value is not None:
                         self.writer.add_scalar(tag(name), value, line["epoch"])
-            if masks is not None:
-                pixels = np.asarray(Image.open(io.BytesIO(masks)).convert("RGB"))
-                self.writer.add_image("masks", pixels, epoch, dataformats="HWC")
+                masks = self.output_dir / PLOTS / f"masks_{line['epoch']}.png"
+                if masks.exists():
+                    pixels = np.asarray(Image.open(masks).convert("RGB"))
+                    self.writer.add_image("masks", pixels, line["epoch"], dataformats="HWC")
             self.writer.flush()
         except Exception:
             self.writer = None  # it goes on failing; a new one writes a new file

@@ -8,13 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 from utils import progress
 from utils.evaluation import Predictions
-from utils.events import Events
+from utils.events import PLOTS, Events
 from utils.files import remove_temporaries, write_atomically
 
 if TYPE_CHECKING:  # matplotlib is imported where it is used: it costs a process's start a second
     from matplotlib.figure import Figure
-
-PLOTS = "plots"
 
 
 class Pictures:
@@ -32,43 +30,48 @@ class Pictures:
         draw_gallery: Callable[..., "Figure"] | None = None,
     ) -> None:
         """first_epoch: the one to come; plot_every: None: no pictures; draw_gallery: by `epochs_done`, of a policy."""
-        self.output_dir, self.classes, self.epochs = output_dir, classes, epochs
+        self.output_dir, self.classes, self.first_epoch, self.epochs = output_dir, classes, first_epoch, epochs
         self.plot_every, self.draw_gallery = plot_every, draw_gallery
         self.events = Events(output_dir, first_epoch) if tensorboard else None
 
     def begin(self, fresh: bool) -> None:
-        """Before the first epoch: remove what a kill has left; of a fresh run show what the policy does untrained."""
-        if self.plot_every is None:
-            return
+        """Before the first epoch: remove what a kill has left, or a later epoch that is to be done anew; of a fresh run
+        show what the policy does untrained; tell the events of a last epoch that a kill cut off.
+        """
         with warning_of(PLOTS):
             remove_temporaries(self.output_dir / PLOTS)
+            for epoch in range(self.first_epoch, self.epochs):
+                (self.output_dir / PLOTS / f"masks_{epoch}.png").unlink(missing_ok=True)
+        if self.events is not None and self.first_epoch == self.epochs:
+            self._tell(self.epochs - 1)
+        if self.plot_every is None:
+            return
         if fresh and self.draw_gallery is not None:
             self._draw("masks_before.png", self.draw_gallery, epochs_done=0)
             gc.collect()  # see `show`
 
     def show(self, predictions: Predictions, line: dict[str, Any]) -> None:
-        """Once an epoch's line is in the log, and before its checkpoint: what a kill cuts off is shown on resuming.
-
-        predictions: of val after this epoch.
+        """Once an epoch's checkpoint is saved. What a kill cuts off here the events catch up with when the run resumes;
+        pictures come with the next epoch that has some, or by the commands. predictions: of val after this epoch.
         """
         if self.plot_every is None and self.events is None:
             return
         done = line["epoch"] + 1
-        is_last = done == self.epochs
-        masks = None
-        if self.plot_every is not None and (done % self.plot_every == 0 or is_last):
-            masks = self._draw_all(predictions, done)
+        if self.plot_every is not None and (done % self.plot_every == 0 or done == self.epochs):
+            self._draw_all(predictions, done)
         if self.events is not None:
-            with warning_of("tensorboard"):
-                self.events.write(line["epoch"], masks)
-                if is_last:
-                    self.events.close()
+            self._tell(line["epoch"])
         # matplotlib's parser leaves exceptions in cycles, whose frames hold main's: the loaders would outlive it, and
         # their workers be ended by the interpreter's exit, which waits for them for 20 s.
         gc.collect()
 
-    def _draw_all(self, predictions: Predictions, epochs_done: int) -> bytes | None:
-        """Returns the gallery's bytes, if there is one."""
+    def _tell(self, epoch: int) -> None:
+        with warning_of("tensorboard"):
+            self.events.write(epoch)
+            if epoch + 1 == self.epochs:
+                self.events.close()
+
+    def _draw_all(self, predictions: Predictions, epochs_done: int) -> None:
         with warning_of(PLOTS):
             from utils import plots
 
@@ -79,19 +82,15 @@ class Pictures:
             self._draw("recall.png", plots.per_class_recall, *found)
             if self.draw_gallery is not None:
                 self._draw("health.png", plots.policy_health, runs)
-                return self._draw(f"masks_{epochs_done - 1}.png", self.draw_gallery, epochs_done=epochs_done)
-        return None
+                self._draw(f"masks_{epochs_done - 1}.png", self.draw_gallery, epochs_done=epochs_done)
 
-    def _draw(self, name: str, draw: Callable[..., "Figure"], *args: Any, **kwargs: Any) -> bytes | None:
-        """Write a picture, and return it; None if that failed."""
+    def _draw(self, name: str, draw: Callable[..., "Figure"], *args: Any, **kwargs: Any) -> None:
         with warning_of(f"{PLOTS}/{name}"):
             from utils.figures import as_png
 
             content = as_png(draw(*args, **kwargs))
             (self.output_dir / PLOTS).mkdir(exist_ok=True)
             write_atomically(self.output_dir / PLOTS / name, content)
-            return content
-        return None
 
 
 @contextmanager

@@ -100,9 +100,9 @@ class Saver:
     ) -> None:
         """Say how the epoch went; write model_<epoch>.pth, model_best.pth if it is, the log line and the checkpoint.
 
-        show: called on rank 0 with the log line, once that is written. A kill in between leaves the last checkpoint;
-        resumed from it, the same files are written again. Raises UserError, before anything is written, for a val loss
-        or a weight that is not finite.
+        A kill in between leaves the last checkpoint; resumed from it, the same files are written again. show: called
+        last, on rank 0 with the log line: were it to kill the process, the epoch would be done all the same. Raises
+        UserError, before anything is written, for a val loss or a weight that is not finite.
         """
         epoch = self.position.epoch
         if metrics["loss"] is None:
@@ -125,9 +125,9 @@ class Saver:
                     checkpoint.save(self.output_dir / checkpoint.BEST, weights)
                 line = line | {f"val_{name}": value for name, value in metrics.items()}
                 progress.append_log(self.output_dir, line)
+                self._save_checkpoint(state, "running", "")
                 if show is not None:
                     show(line)
-                self._save_checkpoint(state, "running", "")
 
     def _state(self) -> dict[str, Any]:
         return {
