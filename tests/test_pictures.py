@@ -124,7 +124,8 @@ def test_pictures_come_every_so_many_epochs_and_at_the_end(image_folder, tmp_pat
     assert [len(args[0]["run"]) for args in drawn[::3]] == [2, 3]  # epochs in the log
     curves, confusion, recall = drawn[3:]
     assert curves == ({"run": log},)
-    targets, predictions, classes = confusion
+    targets, predictions, classes, what = confusion
+    assert what == "val, after epoch 2"
     assert recall == confusion
     assert classes == ["bright", "dark", "striped"]
     assert np.array_equal(targets, np.arange(3).repeat(7))

@@ -17,7 +17,7 @@ from utils.class_plots import confusion_matrix, count_pairs, per_class_recall
 from utils.errors import UserError
 from utils.figures import as_png, as_svg, as_text, shorten
 from utils.plots import learning_curves, policy_health
-from utils.run_folder import read_evaluation
+from utils.run_folder import read_evaluation, read_tested
 
 NORMAL = [
     {"epoch": 0, "lr_classifier": 0.1, "train_loss": 1.5, "train_top1": 0.25, "val_loss": 1.25, "val_top1": 0.5,
@@ -189,6 +189,26 @@ def test_every_command_writes_its_picture(run, capsys, monkeypatch):
         plots.main(two)
     plots.main([*two, "--overwrite"])
     assert (run / "two.svg").read_bytes().startswith(b"<?xml")
+
+
+def test_pictures_say_of_what_they_are_and_are_of_nothing_else(run):
+    metrics = {"clean": {"top1": 0.5}}
+    content = {"metrics": metrics, "split": "val", "weights": "run/model_best.pth"}
+    (run / "metrics.json").write_text(json.dumps(content))
+    (_, _, outcome), what = read_tested(run, "clean")
+    assert what == "val, without masks, weights model_best.pth (chosen on this split)"
+    figure = confusion_matrix(outcome.targets, outcome.predictions, ["b", "a"], what)
+    assert figure.axes[0].get_title() == f"Confusion, 3 images\n{what}"
+    with pytest.raises(UserError, match="holds no result with mean masks; run --test-only again"):
+        plots.main(["confusion", str(run), "--masked"])
+
+
+def test_what_cannot_be_negative_is_drawn_from_0():
+    lines = [{"epoch": epoch, "mask_mean": 0.49, "mask_std": 0.2, "advantage_std": 0.0} for epoch in range(2)]
+    figure = policy_health({"run": lines})
+    assert panel(figure, "Mean of the masks").get_ylim() == (0, 1)
+    assert panel(figure, "Spread of the advantage").get_ylim() == (0, 1)
+    assert panel(figure, "Spread of the masks").get_ylim()[0] == 0
 
 
 def test_predictions_are_read_in_the_order_of_the_classes(run):

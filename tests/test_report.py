@@ -129,6 +129,7 @@ def test_a_run_that_was_cut_off_shows_what_is_there(tmp_path):
         ("metrics.json", '{"metrics": {}}'),
         ("status.json", "[1]"),
         ("log.jsonl", "no JSON\n"),
+        ("log.jsonl", None),
         ("per_class.csv", "class,images\na,1\n"),
         ("predictions.csv", "target,prediction,true_rank,loss\nno-such-class,ct-head-normal,1,0\n"),
         ("predictions.csv", "target,prediction,true_rank,loss\nct-head-normal,ct-head-normal,1,0\n"),
@@ -137,7 +138,11 @@ def test_a_run_that_was_cut_off_shows_what_is_there(tmp_path):
 )
 def test_a_damaged_file_is_named(name, content, tmp_path):
     folder = write_run(tmp_path / "run")
-    (folder / name).write_text(content)
+    if content is None:  # a folder in its place
+        (folder / name).unlink()
+        (folder / name).mkdir()
+    else:
+        (folder / name).write_text(content)
     (note,) = report.read_run_folder(folder).notes
     assert str(folder / name) in note
 
@@ -162,6 +167,36 @@ def test_bad_input_is_one_sentence(tmp_path):
     with pytest.raises(UserError, match="a folder is named twice"):
         report.main([str(folder), f"{folder}/"])
     assert not list(tmp_path.rglob("*.html"))
+
+
+def test_untested_runs_and_other_classes_are_said(tmp_path):
+    one, other = write_run(tmp_path / "one"), write_run(tmp_path / "other", tested=False)
+    page = " ".join(page_of(one, other).split())
+    assert "<td>other</td><td>not tested</td>" in page
+    assert "<td>test, without masks, weights w.pth</td>" in page
+    assert "do not compare" not in page
+    write_result(other, json.loads((one / "metrics.json").read_text())["origin"])
+    for name in ("per_class.csv", "predictions.csv"):
+        (other / name).write_text((other / name).read_text().replace("ct-head-normal", "ct-head-fine"))
+    assert "tell other classes apart: their numbers do not compare" in page_of(one, other)
+
+
+def test_weights_chosen_on_the_split_are_called_so(tmp_path):
+    folder = write_run(tmp_path / "run")
+    content = json.loads((folder / "metrics.json").read_text())
+    (folder / "metrics.json").write_text(json.dumps(content | {"split": "val", "weights": "a/model_best.pth"}))
+    assert "val, without masks, weights model_best.pth (chosen on this split)" in page_of(folder)
+
+
+def test_a_page_of_another_kind_is_not_written_over(tmp_path):
+    folder, page = write_run(tmp_path / "run", tested=False), tmp_path / "page.html"
+    page.write_text("mine")
+    with pytest.raises(UserError, match="is there and is no report of this command"):
+        report.main([str(folder), "-o", str(page)])
+    assert page.read_text() == "mine"
+    page.unlink()
+    for _ in range(2):
+        report.main([str(folder), "-o", str(page)])
 
 
 def test_the_command_writes_into_the_runs_folder(tmp_path, capsys):

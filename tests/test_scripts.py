@@ -168,6 +168,7 @@ def test_test_only_repeats_the_last_validation(train, image_folder, capsys):
     assert again["metrics"]["clean"] == pytest.approx(found["metrics"]["clean"], rel=1e-6, abs=1e-6)
     evaluate_only(policy_gradient, "--resume", folder / "model_0.pth", "--split", "test", data=image_folder)
     assert "holds no policy" in capsys.readouterr().out
+    assert not (folder / "predictions_masked.csv").exists() and not (folder / "per_class_masked.csv").exists()
     assert json.loads((folder / "metrics.json").read_text())["images"] == 9
 
 

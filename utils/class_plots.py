@@ -8,7 +8,7 @@ import numpy as np
 from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
 
-from utils.figures import COLOURS, shorten
+from utils.figures import COLOURS, as_text, shorten
 
 CELLS_WITH_NUMBERS = 16  # classes up to which the share stands in each cell
 BAR_ROOM = 0.4  # inches: from the matrix to the right edge of its colour bar
@@ -16,10 +16,13 @@ BEHIND = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}  # a number, wh
 SHARES = (0, 0.01, 0.05, 0.1, 0.2, 0.4, 0.6, 0.8, 1)  # told on the colour bar
 
 
-def confusion_matrix(targets: Sequence[int], predictions: Sequence[int], classes: Sequence[str]) -> Figure:
+def confusion_matrix(
+    targets: Sequence[int], predictions: Sequence[int], classes: Sequence[str], what: str = ""
+) -> Figure:
     """What share of each class's images was taken for which class: rows sum to 1, grey where there is no image.
 
-    targets, predictions: (N,) class indices. Colours go by the square root, so that small shares are seen too.
+    targets, predictions: (N,) class indices; what: split and weights, for the title. Colours go by the square root, so
+    that small shares are seen too.
     """
     counts = count_pairs(targets, predictions, len(classes))
     images = counts.sum(axis=1)
@@ -36,7 +39,7 @@ def confusion_matrix(targets: Sequence[int], predictions: Sequence[int], classes
     axes.set_yticks(range(len(classes)), rows, fontsize=size)
     axes.set_xlabel("predicted class")
     axes.set_ylabel("true class (images)")
-    axes.set_title(f"Confusion of {images.sum()} images")
+    axes.set_title(_title("Confusion", images.sum(), what))
     if not many:
         for row, column in np.argwhere(counts > 0):
             share = shares[row, column]
@@ -57,10 +60,12 @@ def count_pairs(targets: Sequence[int], predictions: Sequence[int], classes: int
     return np.bincount(pairs, minlength=classes * classes).reshape(classes, classes)
 
 
-def per_class_recall(targets: Sequence[int], predictions: Sequence[int], classes: Sequence[str]) -> Figure:
+def per_class_recall(
+    targets: Sequence[int], predictions: Sequence[int], classes: Sequence[str], what: str = ""
+) -> Figure:
     """The recall of each class as a bar, the best on top, with its number of images; classes without images last.
 
-    targets, predictions: (N,) class indices.
+    targets, predictions: (N,) class indices; what: split and weights, for the title.
     """
     counts = count_pairs(targets, predictions, len(classes))
     images, right = counts.sum(axis=1), counts.diagonal()
@@ -83,10 +88,15 @@ def per_class_recall(targets: Sequence[int], predictions: Sequence[int], classes
     axes.set_xticks(np.linspace(0, 1, 6))
     axes.set_xlabel("recall: share of the class's images that were recognised")
     axes.set_ylabel("class (images)")
-    axes.set_title(f"Recall of each class, {images.sum()} images", pad=26)
+    axes.set_title(_title("Recall of each class", images.sum(), what), pad=26)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(loc="lower left", bbox_to_anchor=(0, 1), frameon=False)
     return figure
+
+
+def _title(quantity: str, images: int, what: str) -> str:
+    """what: of what split and weights, as the second line."""
+    return f"{quantity}, {images} images" + (f"\n{as_text(what)}" if what else "")
 
 
 def _label_size(classes: int) -> float:

@@ -101,6 +101,7 @@ def report_test(
     if not distributed.is_main_process():
         return metrics
     images = len(results["clean"].targets)
+    _remove_tables(output_dir, {"masked"} - results.keys())
     for name, predictions in results.items():
         suffix = "" if name == "clean" else f"_{name}"
         rows = per_class_table(predictions.logits, predictions.targets, files.classes)
@@ -116,6 +117,15 @@ def report_test(
     summary = {"split": split, "images": images, "weights": weights, "metrics": metrics, "origin": origin}
     write_atomically(output_dir / "metrics.json", (json.dumps(summary, indent=2) + "\n").encode())
     return metrics
+
+
+def _remove_tables(output_dir: Path, names: set[str]) -> None:
+    """Remove what an earlier evaluation left of results that this one has not: nothing would tell them apart."""
+    for path in (output_dir / f"{table}_{name}.csv" for table in ("per_class", "predictions") for name in names):
+        try:
+            path.unlink(missing_ok=True)
+        except OSError as error:
+            raise UserError(f"{path}: of an earlier evaluation, cannot be removed ({error.strerror}).") from None
 
 
 def format_metrics(metrics: Metrics) -> str:

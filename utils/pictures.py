@@ -76,7 +76,8 @@ class Pictures:
             from utils import plots
 
             runs = {self.output_dir.resolve().name: progress.read_log(self.output_dir)}
-            found = predictions.targets.numpy(), predictions.logits.argmax(1).numpy(), self.classes
+            what = f"val, after epoch {epochs_done - 1}"
+            found = predictions.targets.numpy(), predictions.logits.argmax(1).numpy(), self.classes, what
             self._draw("curves.png", plots.learning_curves, runs)
             self._draw("confusion.png", plots.confusion_matrix, *found)
             self._draw("recall.png", plots.per_class_recall, *found)

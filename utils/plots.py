@@ -20,7 +20,7 @@ from utils.class_plots import confusion_matrix, per_class_recall
 from utils.errors import UserError, run_script
 from utils.figures import COLOURS, FAINT, INK, as_text, output_path, write_figure
 from utils.progress import LOG, read_log
-from utils.run_folder import read_evaluation
+from utils.run_folder import read_tested
 
 Runs = dict[str, list[dict]]  # the lines of log.jsonl, by the run's name
 STYLES, MARKERS = ("-", "--", "-.", ":"), ("o", "s", "^", "D", "v")
@@ -57,6 +57,8 @@ HEALTH = (
     Panel("prior_drift", "Drift of the prior", "RMS change of log-concentrations"),
     Panel("concentrations_at_bounds", "Log-concentrations at their bounds", "share; there they cannot learn"),
 )
+
+FROM_ZERO = ("mask_std", "mask_std_between_images", "advantage_std", "prior_drift", "concentrations_at_bounds")
 
 
 def learning_curves(runs: Runs, columns: int = 3) -> Figure:
@@ -116,12 +118,21 @@ def _draw_panel(axes: Axes, panel: Panel, runs: Runs) -> None:
         axes.set_yscale("log")
     else:
         axes.ticklabel_format(axis="y", useOffset=False)
+    _set_limits(axes, panel.key, found)
     axes.set_title(panel.title, fontsize=10)
     axes.set_xlabel("epoch, from 0")
     axes.set_ylabel(panel.unit)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     axes.grid(color=FAINT)
     axes.spines[["top", "right"]].set_visible(False)
+
+
+def _set_limits(axes: Axes, key: str, values: list[float]) -> None:
+    """Quantities that cannot be negative start at 0, so that their noise does not look like a course."""
+    if key == "mask_mean":
+        axes.set_ylim(0, 1)
+    elif key in FROM_ZERO and min(values) >= 0:
+        axes.set_ylim(0, None if max(values) > 0 else 1)
 
 
 def _points(lines: list[dict], key: str) -> tuple[list[int], list[float]]:
@@ -183,9 +194,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     if of_log:
         figure = LOG_PICTURES[options.picture](read_runs(options.runs))
     else:
-        evaluation = read_evaluation(folder, "masked" if options.masked else "clean")
-        classes = [row["class"] for row in evaluation.table]
-        figure = CLASS_PICTURES[options.picture](evaluation.outcome.targets, evaluation.outcome.predictions, classes)
+        (_, table, outcome), what = read_tested(folder, "masked" if options.masked else "clean")
+        classes = [row["class"] for row in table]
+        figure = CLASS_PICTURES[options.picture](outcome.targets, outcome.predictions, classes, what)
     write_figure(output, figure)
     print(output)
 

@@ -134,6 +134,8 @@ def read_log(folder: Path) -> list[dict]:
         if not all(isinstance(line["epoch"], int) for line in lines):
             raise ValueError
         return lines
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); expected the log of a run.") from None
     except (ValueError, KeyError, TypeError):
         raise UserError(f"{path}: holds a line that is no epoch's JSON; mend or remove the file.") from None
 

@@ -15,10 +15,11 @@ from utils import class_plots, figures, html, plots
 from utils.errors import UserError, run_script
 from utils.files import write_atomically
 from utils.intervals import LEVEL, Outcome, bootstrap_intervals
-from utils.run_folder import Evaluation, RunFolder, read_run_folder
+from utils.run_folder import TITLES, Evaluation, RunFolder, describe_tested, read_run_folder
 
 TEMPLATE = "report.html"
 RESAMPLES = 1000
+MARK = b'<meta name="generator" content="utils.report">'  # of a page that may be written anew
 METRICS = {
     "top1": "Top-1 accuracy",
     "top5": "Top-5 accuracy",
@@ -29,15 +30,16 @@ METRICS = {
     "auroc": "AUROC",
     "loss": "Cross-entropy",
 }
-EVALUATIONS = {"clean": "without masks", "masked": "with mean masks"}
 
 
 def page(runs: list[RunFolder]) -> bytes:
     """The report of one or several runs, as HTML."""
     names = names_of([run.folder for run in runs])
     logs = {name: run.log for name, run in zip(names, runs, strict=True) if run.log}
+    class_lists = {tuple(row["class"] for row in found.table) for run in runs for found in run.evaluations.values()}
     return html.render(
         TEMPLATE,
+        alike=len(class_lists) < 2,
         title=f"Report of {names[0]}" if len(runs) == 1 else f"Report of {len(runs)} runs",
         runs=[describe_run(name, run) for name, run in zip(names, runs, strict=True)],
         metric_names=METRICS,
@@ -67,7 +69,10 @@ def describe_run(name: str, run: RunFolder) -> dict[str, Any]:
         "last": run.log[-1] if run.log else {},
         "best": max(run.log, key=lambda line: line["val_f1"]) if run.log else {},
         "tested": run.tested,
-        "evaluations": [describe_evaluation(EVALUATIONS.get(of, of), found) for of, found in run.evaluations.items()],
+        "evaluations": [
+            describe_evaluation(TITLES.get(of, of), describe_tested(run.tested, of), found)
+            for of, found in run.evaluations.items()
+        ],
         "galleries": galleries(run.folder),
     }
 
@@ -118,23 +123,24 @@ def data_summary(data: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def describe_evaluation(title: str, evaluation: Evaluation) -> dict[str, Any]:
+def describe_evaluation(title: str, what: str, evaluation: Evaluation) -> dict[str, Any]:
     """Metrics with intervals, the per-class table with each class's commonest confusion, and two pictures."""
     classes = [row["class"] for row in evaluation.table]
     outcome = evaluation.outcome
     confused = commonest_confusions(outcome, classes)
     return {
         "title": title,
+        "what": what,
         "images": len(outcome.targets),
         "metrics": with_intervals(evaluation),
         "table": [row | {"confused": text} for row, text in zip(evaluation.table, confused, strict=True)],
         "pictures": [
             picture(
-                class_plots.confusion_matrix(outcome.targets, outcome.predictions, classes),
+                class_plots.confusion_matrix(outcome.targets, outcome.predictions, classes, what),
                 f"Confusion matrix, {title}",
             ),
             picture(
-                class_plots.per_class_recall(outcome.targets, outcome.predictions, classes),
+                class_plots.per_class_recall(outcome.targets, outcome.predictions, classes, what),
                 f"Recall of each class, {title}",
             ),
         ],
@@ -195,6 +201,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     output = options.output or (folders[0] if len(folders) == 1 else Path()) / "report.html"
     if output.suffix != ".html":
         raise UserError(f"{output}: expected a name that ends in .html.")
+    if output.exists() and MARK not in output.read_bytes()[:4096]:
+        raise UserError(f"{output}: is there and is no report of this command; give another --output.")
     if len({folder.resolve() for folder in folders}) < len(folders):
         raise UserError("OUTPUT: a folder is named twice; name each run once.")
     write_atomically(output, page([read_run_folder(folder) for folder in folders]))

@@ -3,11 +3,12 @@
 import csv
 import json
 from collections.abc import Callable
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from utils.checkpoint import BEST
 from utils.errors import UserError
 from utils.intervals import Outcome
 from utils.progress import LOG, read_log
@@ -15,6 +16,7 @@ from utils.provenance import RUN
 from utils.saving import STATUS
 
 METRICS = "metrics.json"
+TITLES = {"clean": "without masks", "masked": "with mean masks"}
 
 
 class Evaluation(NamedTuple):
@@ -65,6 +67,21 @@ def read_run_folder(folder: Path) -> RunFolder:
         except UserError as error:
             notes.append(str(error))
     return RunFolder(folder, log, origin, status, tested, evaluations, notes)
+
+
+def describe_tested(tested: dict[str, Any], name: str) -> str:
+    """What a result of metrics.json is of: "val, with mean masks, weights model_best.pth (chosen on this split)"."""
+    weights = PurePath(str(tested["weights"])).name
+    chosen = " (chosen on this split)" if (weights, tested["split"]) == (BEST, "val") else ""
+    return f"{tested['split']}, {TITLES.get(name, name)}, weights {weights}{chosen}"
+
+
+def read_tested(folder: Path, name: str) -> tuple[Evaluation, str]:
+    """A result of --test-only, and what it is of as far as metrics.json tells; raises UserError if there is none."""
+    tested = _read_json(folder / METRICS, _is_result, [])
+    if tested and name not in tested["metrics"]:
+        raise UserError(f"{folder / METRICS}: holds no result {TITLES.get(name, name)}; run --test-only again.")
+    return read_evaluation(folder, name), describe_tested(tested, name) if tested else ""
 
 
 def _read_json(path: Path, is_expected: Callable[[dict[str, Any]], bool], notes: list[str]) -> dict[str, Any]:
