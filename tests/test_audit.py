@@ -18,11 +18,12 @@ from utils.audit import __main__ as audit
 from utils.audit import outputs
 from utils.audit.duplicates import find_groups, near_pairs
 from utils.audit.images import RECORD, difference_hash, measure, measure_all
-from utils.audit.report import normalisation, printable, sections
+from utils.audit.report import Section, as_text, normalisation, sections
 from utils.audit.rule import REASONS, Census, take_census
 from utils.errors import UserError
 from utils.folders import ImageFiles, read_excluded
 from utils.images import read_image
+from utils.text import printable
 
 
 def picture(seed: int, width: int = 48, height: int = 40) -> Image.Image:
@@ -393,7 +394,7 @@ def test_the_report_counts_by_hand(audited, planted):
         "same pixels as an image that stays 0 0 0",
         *("train/a/black.png", "train/b/black.png", "test/b/white.png"),
     }
-    assert f"{planted}/val/b/broken.png: cannot be read as an image" in text
+    assert "\n  image              reason\n  val/b/broken.png   cannot be read as an image (" in text
     assert "All are: give --gray." in text
     levels = [np.asarray(read_image(path, gray=True)) / 255 for path in (planted / "train").rglob("*.*")]
     mean = np.mean([image.mean() for image in levels])
@@ -483,6 +484,8 @@ def test_hostile_names_reach_every_file_unharmed(tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "\x1b" not in printed
     assert r"a\x1b[31m" in printed
+    assert "list: leaves out 3 of 14 images\nwarning: 1 more would be left out, but their names hold a line" in printed
+    assert "1 of these have names that hold a line break" in printed
     page = (tmp_path / "out" / "report.html").read_text()
     assert script not in page
     assert "train/&lt;script&gt;alert(1)&lt;/script&gt;&amp;&#34;&#39;/caf\\udce9 #.png" in page
@@ -494,6 +497,18 @@ def test_hostile_names_reach_every_file_unharmed(tmp_path, capsys):
         [f"{split}/{name}/0.png" for name in (script, escape, broken) for split in ("train", "test")]
         + [f"{split}/{script}/caf\\udce9 #.png" for split in ("train", "test")]
     )
+
+
+def test_numbers_are_aligned_to_the_right_and_texts_to_the_left():
+    table = Section(
+        "Title", [], ["name", "count", "why", "share"], [["a", 7, "x", "0.25"], ["bcdef", 100, "yz", "1e+04"]]
+    )
+    assert table.numeric() == [False, True, False, True]
+    assert as_text("Head", [table]).splitlines()[3:] == [
+        "  name   count  why  share",
+        "  a          7  x     0.25",
+        "  bcdef    100  yz   1e+04",
+    ]
 
 
 def test_printable_escapes_what_a_terminal_would_obey():
@@ -516,6 +531,7 @@ def test_bad_input_is_one_sentence(planted, tmp_path):
     (tmp_path / "hollow" / "train" / "dark").mkdir(parents=True)
     refuse(tmp_path / "hollow", "-o", out, match="train/dark: holds no image")
     refuse(planted, "-o", planted / "audit", match="audit: lies within the images' folder")
+    refuse(planted, "-o", out, "--distance", 243, match="--distance 243: expected at most 242")
     refuse(planted, "-o", planted, match="lies within the images' folder")
     refuse(planted, "-o", out, "--exclude-list", tmp_path / "no" / "list", match="no: no such folder")
     (tmp_path / "list").write_text("mine")

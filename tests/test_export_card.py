@@ -197,8 +197,16 @@ def test_an_export_is_replaced_only_when_asked(tmp_path):
     run_export(source, tmp_path / "out", "--overwrite", "--license", "mit")
     assert contents(folder).keys() == before.keys()
     assert front_matter(folder)["license"] == "mit"
-    with pytest.raises(UserError, match=r"absent: no such folder"):
+    with pytest.raises(UserError, match=r"absent: no such folder; make it first"):
         export.main([str(source), "-o", str(tmp_path / "absent")])
+    with pytest.raises(UserError, match=r"model_0.pth: is a file; give the folder"):
+        export.main([str(source), "-o", str(source)])
+
+
+@pytest.mark.parametrize("name", ["", "mit\ntags: x", "cc by", "mit: x", "-mit"])
+def test_a_license_is_a_plain_word(tmp_path, name):
+    with pytest.raises(UserError, match=r"(?s)^--license .*expected letters and digits, with \. _ - between them\.$"):
+        export.main([str(tmp_path / "unread.pth"), f"--license={name}"])
 
 
 @pytest.mark.parametrize("function", ["write", "fsync", "rename"])

@@ -171,6 +171,32 @@ def test_names_that_are_no_text(tmp_path, image_folder, capsys):
     assert r"bad\udcff.png: cannot be read" in found.err
 
 
+def test_a_table_has_an_aligned_line_for_each_image_whatever_its_name(run, tmp_path, image_folder):
+    names = ["a\nb.png", os.fsdecode(b"c\xff.png"), "d.png", "longer name.png"]
+    for name in names:
+        shutil.copy(image_folder / "test" / "dark" / "0.png", tmp_path / name)
+    lines = run(tmp_path).splitlines()
+    shown = [f"{tmp_path}/{name}" for name in (r"a\nb.png", r"c\udcff.png", "d.png", "longer name.png")]
+    width = max(map(len, shown))
+    assert [line[:width] for line in lines] == [name.ljust(width) for name in shown]
+    assert len({line[width:] for line in lines}) == 1  # they are one image
+
+
+def test_no_bar_is_drawn_among_the_rows(tmp_path, image_folder, capsys, monkeypatch):
+    words = [tmp_path / "weights.pth", image_folder / "test", "--workers", "0", "--device", "cpu"]
+    write_checkpoint(words[0])
+    for in_terminal in (True, False):
+        monkeypatch.setattr("sys.stdout.isatty", lambda in_terminal=in_terminal: in_terminal)
+        command.main(list(map(str, words)))
+        assert ("images" in capsys.readouterr().err) != in_terminal
+
+
+def test_where_no_image_can_be_read_none_is_predicted(run, tmp_path):
+    (tmp_path / "bad.png").write_text("no image")
+    with pytest.raises(UserError, match=r"^1 of 1 images cannot be read, see above; none is predicted\.$"):
+        run(tmp_path)
+
+
 # Files that do not say all
 
 

@@ -53,8 +53,9 @@ def test_the_tree_has_the_images_and_is_read_by_the_scripts(source, output, link
     assert rows_of(output / "missing.csv") == rows_of(output / "repeated.csv") == []
     printed = capsys.readouterr().out.splitlines()
     assert printed[0] == "The lists name 17 images of 3 classes: train 9, val 4, test 4."
-    assert printed[2].split() == ["CT__abd__normal", "4", "1", "2", "7"]
-    assert printed[5].split() == ["all", "9", "4", "4", "17"]
+    assert printed[1] == "Images found:"
+    assert printed[3].split() == ["CT__abd__normal", "4", "1", "2", "7"]
+    assert printed[6].split() == ["all", "9", "4", "4", "17"]
     assert not any("warning" in line for line in printed)
     check_same_classes(output, {split: find_classes(output / split) for split in COUNTS})
     images = ImageFolder(output / "train", lambda image: np.asarray(image))
@@ -234,7 +235,7 @@ def test_missing_images_are_listed_and_may_come_later(source, output, tmp_path, 
     with pytest.raises(UserError) as caught:
         prepare(output, source)
     assert str(caught.value).startswith(
-        f"{output}/missing.csv: 7 images that the lists name are missing, or their masks"
+        f"{output}/missing.csv: 7 images that the lists name are missing, of 17; get them"
     )
     printed = capsys.readouterr().out
     assert "warning: 2 classes lack images in a split, where training refuses the set: MR__knee__acl, US__l" in printed
@@ -264,6 +265,15 @@ def test_images_named_twice_are_reported(source, output, capsys):
     assert "warning: 1 images are named more than once in one list" in printed
     assert all((output / split / "MR__knee__acl" / "val0.png").exists() for split in COUNTS)
     assert rows_of(output / "summary.csv")[1] == ["MR__knee__acl", "4", "2", "2", "8"]
+
+
+@pytest.mark.parametrize("name", ["summary.csv", "missing.csv", "repeated.csv"])
+def test_a_table_of_another_hand_is_kept(source, output, name):
+    output.mkdir()
+    (output / name).write_text("split,class,mine\n")
+    assert f"{output / name}: is there and was not made by this command; move it" in fails("--source", source, output)
+    assert contents(output) == {}
+    assert (output / name).read_text() == "split,class,mine\n"
 
 
 # Bad input
@@ -311,7 +321,7 @@ def test_folders_that_do_not_fit_are_refused(source, output, tmp_path):
     )
     assert not output.exists()
     output.write_text("precious")
-    assert f"{output}/train: " in fails("--source", source, output)
+    assert f"{output}: is a file; give a folder to make, or to go on with." in fails("--source", source, output)
     assert output.read_text() == "precious"
     (source / "RadiologyAI_test.csv").unlink()
     assert "RadiologyAI_test.csv: cannot be read" in fails("--source", source, tmp_path / "new")

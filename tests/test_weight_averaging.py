@@ -119,3 +119,14 @@ def test_an_average_needs_its_folder_and_its_files(tmp_path, monkeypatch):
         average_files(monkeypatch, source, "-o", tmp_path / "absent" / "average.pth")
     with pytest.raises(UserError, match=r"model_1\.pth: no such file"):
         average_files(monkeypatch, source, tmp_path / "model_1.pth", "-o", tmp_path / "average.pth")
+
+
+def test_a_file_given_twice_does_not_count_twice(tmp_path, monkeypatch):
+    source = write_weights(tmp_path / "model_0.pth", weight=torch.ones(2))
+    link = tmp_path / "latest.pth"
+    link.symlink_to("model_0.pth")
+    for again in (source, link):
+        with pytest.raises(UserError) as caught:
+            average_files(monkeypatch, source, again, "-o", tmp_path / "average.pth")
+        assert str(caught.value) == f"{again}: is given twice; give each file once."
+    assert not (tmp_path / "average.pth").exists()

@@ -28,6 +28,7 @@ from utils.inference import Classifier, add_mask_flags, add_weights_flags, is_he
 from utils.model_card import model_card, read_measured, recipe_flags
 
 CPU = torch.device("cpu")
+NAME = r"[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?"
 METHODS = {"learned": "gradientp", "prior": "prior", "uniform": "uniform"}
 
 
@@ -59,7 +60,7 @@ def export_name(args: argparse.Namespace, weights: Weights, data_name: str) -> s
 def choose_data_name(given: str | None, weights: Weights) -> str:
     """Letters, digits, and ._- between them; raises UserError where no name can be made."""
     if given is not None:
-        if not re.fullmatch(r"[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?", given):
+        if not re.fullmatch(NAME, given):
             raise UserError(f"--data-name {given}: expected letters and digits, with . _ - between them.")
         return given
     path = weights.args.get("data_path", "")
@@ -139,8 +140,10 @@ def checksums(folder: Path) -> bytes:
 
 def check_target(target: Path, overwrite: bool) -> None:
     """Raise UserError for a folder that is there and is not to be replaced, or holds what no export has written."""
+    if not target.parent.exists():
+        raise UserError(f"--output {target.parent}: no such folder; make it first.")
     if not target.parent.is_dir():
-        raise UserError(f"--output {target.parent}: no such folder.")
+        raise UserError(f"--output {target.parent}: is a file; give the folder to make the new folder in.")
     if not os.path.lexists(target):
         return
     if not overwrite:
@@ -196,6 +199,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = build_parser()
     given = arguments.parse_given(parser, argv)
     options = arguments.defaults(parser) | given
+    if not re.fullmatch(NAME, options["license"]):
+        raise UserError(f"--license {options['license']}: expected letters and digits, with . _ - between them.")
     if options["onnx"]:
         onnx_file.check_packages()
     masks = [name for name in ("grid", "kernel", "sigma") if name in given]

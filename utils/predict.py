@@ -28,6 +28,7 @@ from utils.flag_types import natural, positive_int
 from utils.folders import ImageFiles, find_images
 from utils.inference import Classifier, add_weights_flags, is_heated, open_classifier
 from utils.samplers import EvaluationSampler
+from utils.text import printable
 
 TABLE_TOP = 3
 Row = tuple[str, list[str], list[float]]  # an image's path, the classes from likely to unlikely, their probabilities
@@ -104,11 +105,11 @@ def ranked(path: str, logits: Tensor, classes: list[str], top: int) -> Row:
 
 
 def as_table(rows: Iterator[Row], classes: list[str], top: int, width: int) -> Iterator[str]:
-    """Aligned columns; width: of the longest path."""
-    widest = max(map(len, classes))
+    """Aligned columns, a line an image whatever its name holds; width: of the longest path, printable."""
+    widest = max(len(printable(name)) for name in classes)
     for path, names, probabilities in rows:
-        columns = (f"{name:<{widest}} {p:.4f}" for name, p in zip(names, probabilities, strict=True))
-        yield f"{path:<{width}}  {'  '.join(columns)}\n"
+        columns = (f"{printable(name):<{widest}} {p:.4f}" for name, p in zip(names, probabilities, strict=True))
+        yield f"{printable(path):<{width}}  {'  '.join(columns)}\n"
 
 
 def as_csv(rows: Iterator[Row], classes: list[str], top: int, width: int) -> Iterator[str]:
@@ -166,11 +167,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     all_classes = len(classifier.classes)
     top = min(options["top"] or (TABLE_TOP if options["format"] == "table" else all_classes), all_classes)
     rows = predicted_rows(classifier, loader, paths, top, device, bad, show_bar=output or not sys.stdout.isatty())
-    lines = FORMATS[options["format"]](rows, classifier.classes, top, max(map(len, paths)))
+    lines = FORMATS[options["format"]](rows, classifier.classes, top, max(len(printable(path)) for path in paths))
     write_lines(lines, output)
     if bad and options["bad_images"] == "report":
         rest = len(paths) - len(bad)
-        raise UserError(f"{len(bad)} of {len(paths)} images cannot be read, see above; the other {rest} are predicted.")
+        others = f"the other {rest} are predicted" if rest else "none is predicted"
+        raise UserError(f"{len(bad)} of {len(paths)} images cannot be read, see above; {others}.")
 
 
 def predicted_rows(

@@ -1,6 +1,7 @@
 """Average the weights of several files: `python -m utils.weight_averaging A.pth B.pth C.pth -o OUT.pth`."""
 
 import argparse
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -34,6 +35,16 @@ def average(files: list[Weights]) -> StateDict:
     return averaged
 
 
+def _check_different(paths: list[str]) -> None:
+    """Raise UserError for a file that is given twice, under another name too, and would count twice."""
+    seen = set()
+    for path in paths:
+        real = os.path.realpath(path)
+        if real in seen:
+            raise UserError(f"{path}: is given twice; give each file once.")
+        seen.add(real)
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m utils.weight_averaging", description=__doc__)
     parser.add_argument("files", nargs="+", metavar="FILE", help="weights of one model, usually of its last epochs")
@@ -45,6 +56,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise UserError(f"{output}: is there already; give another --output, or --overwrite.")
     if not output.parent.is_dir():
         raise UserError(f"{output.parent}: no such folder.")
+    _check_different(options.files)
     files = [read_weights(path) for path in options.files]
     last = files[-1]
     state = {"model": average(files), "args": last.args}

@@ -10,10 +10,11 @@ from typing import Any
 import numpy as np
 
 from utils import html
-from utils.audit.report import Section, printable
+from utils.audit.report import Section
 from utils.audit.rule import REASONS, STAYS, Census, evaluated_split
 from utils.errors import UserError
 from utils.images import read_image
+from utils.text import printable
 
 SHOWN_GROUPS, SHOWN_IMAGES, SHOWN_BLANK = 40, 8, 16  # with thumbnails
 SIDE = 120  # pixels of a thumbnail
@@ -95,7 +96,7 @@ def exclude_list(census: Census, searched: str) -> bytes:
         names = [census.name(index) for index in np.flatnonzero(census.reason == reason)] if reason != STAYS else []
         listed = [name for name in names if "\n" not in name]
         if names:
-            parts.append(f"\n# {heading}: {len(names)}\n" + "".join(f"{name}\n" for name in listed))
+            parts.append(f"\n# {heading}: {len(listed)}\n" + "".join(f"{name}\n" for name in listed))
         if len(listed) < len(names):
             parts.append(f"# and {len(names) - len(listed)} whose names hold a line break: rename them\n")
     return "".join(parts).encode(errors="surrogateescape")

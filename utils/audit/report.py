@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from utils.audit.rule import REASONS, Census
+from utils.text import printable
 
 SHOWN_NAMES = 20
 
@@ -18,6 +19,18 @@ class Section(NamedTuple):
     sentences: list[str]
     head: Sequence[str] = ()
     rows: Sequence[list[Any]] = ()
+
+    def numeric(self) -> list[bool]:
+        """Of each column, whether all of its values are numbers: these are aligned to the right."""
+        return [all(map(_is_number, column)) for column in zip(*self.rows, strict=True)]
+
+
+def _is_number(value: Any) -> bool:
+    try:
+        float(value)
+    except ValueError:
+        return False
+    return True
 
 
 def sections(census: Census, searched: str) -> list[Section]:
@@ -178,6 +191,8 @@ def _left_out(census: Census) -> Section:
     sentences = ["What a list of --exclude-list leaves out; its rule stands in its head."]
     if emptied:
         sentences.append(f"It leaves no image to {', '.join(emptied)}: the training refuses it, so shorten it there.")
+    if unlisted := len(census.unlisted()):
+        sentences.append(f"{unlisted} of these have names that hold a line break, which no list can: rename them.")
     rows = [[reason, *map(int, row)] for reason, row in zip(REASONS, counts, strict=True)]
     return Section("What to leave out", sentences, ["reason", *census.splits], rows)
 
@@ -186,7 +201,10 @@ def _named(title: str, census: Census, indices: np.ndarray, why: dict[int, str])
     if len(indices) == 0:
         return Section(title, ["None."])
     more = [f"The first {SHOWN_NAMES} of {len(indices)}; images.csv has all."] if len(indices) > SHOWN_NAMES else []
-    rows = [[census.name(index), *([why[index]] if why else [])] for index in indices[:SHOWN_NAMES].tolist()]
+    rows = [
+        [census.name(index), *([why[index].removeprefix(f"{census.path(index)}: ")] if why else [])]
+        for index in indices[:SHOWN_NAMES].tolist()
+    ]
     return Section(title, more, ["image", "reason"][: len(rows[0])], rows)
 
 
@@ -197,12 +215,10 @@ def as_text(heading: str, content: list[Section]) -> str:
         lines += ["", section.title, *(f"  {sentence}" for sentence in section.sentences)]
         table = [[printable(str(cell)) for cell in row] for row in (section.head, *section.rows) if row]
         widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+        places = list(zip(section.numeric(), widths, strict=True))
         for row in table:
-            others = (cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))
-            lines.append("  ".join(["", row[0].ljust(widths[0]), *others]).rstrip())
+            cells = [
+                f"{cell:{'>' if number else '<'}{width}}" for cell, (number, width) in zip(row, places, strict=True)
+            ]
+            lines.append("  ".join(["", *cells]).rstrip())
     return "\n".join(map(printable, lines)) + "\n"
-
-
-def printable(text: str) -> str:
-    """Control characters, and bytes of a name that is no text, as escapes."""
-    return "".join(one if one.isprintable() else one.encode("unicode_escape").decode() for one in text)

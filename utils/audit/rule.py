@@ -48,6 +48,10 @@ class Census:
     def path(self, index: int) -> str:
         return os.path.join(self.files[self.split[index]].root.parent, self.name(index))
 
+    def unlisted(self) -> list[int]:
+        """The images to leave out that a list, which has one a line, cannot name."""
+        return [index for index in np.flatnonzero(self.reason != STAYS).tolist() if "\n" in self.name(index)]
+
     def readable(self) -> np.ndarray:
         return self.records["width"] > 0
 

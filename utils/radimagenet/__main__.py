@@ -21,6 +21,11 @@ and radiology_ai/US/<label>, with the lists RadiologyAI_{train,val,test}.csv. A 
 as CT__abd__normal or US__liver. Killed and started again with the same arguments, it goes on; what is there and is not
 what this run would make is never touched, but named. Counts go to OUTPUT/summary.csv, what the lists name and the
 source lacks to OUTPUT/missing.csv, what they name more than once to OUTPUT/repeated.csv."""
+TABLES = {  # by their names in OUTPUT: their heads
+    "summary.csv": ("class", *SPLITS, "total"),
+    "missing.csv": ("split", "filename"),
+    "repeated.csv": ("filename", "lists"),
+}
 NAMES_SHOWN = 3  # in a warning
 
 
@@ -38,6 +43,7 @@ def prepare(
 
     Raises UserError for bad input and, when all the rest is done, for images that are missing.
     """
+    _check_output(output)
     if archive is not None:
         members = read_archive(archive, (".csv", *IMG_EXTENSIONS), "unpack")
         lists = _lists_for_archive(archive, members, csv_dir)
@@ -55,7 +61,25 @@ def prepare(
         found = {name: {image for image in images if masks.has(name, image)} for name, images in found.items()}
     tree.check_all_made(found)
     _summarise(output, lists, found)
-    _report_missing(output, lists, found, allow_missing)
+    what = "images that the lists name are missing" + (", or their masks" if masks else "")
+    _report_missing(output, lists, found, what, allow_missing)
+
+
+def _check_output(output: Path) -> None:
+    """Raise UserError where OUTPUT is a file, or holds a table that this command would write over and has not made."""
+    if output.exists() and not output.is_dir():
+        raise UserError(f"{output}: is a file; give a folder to make, or to go on with.")
+    for name, head in TABLES.items():
+        path = output / name
+        try:
+            with open(path, "rb") as file:
+                ours = file.readline(100) == f"{','.join(head)}\n".encode()
+        except FileNotFoundError:
+            continue
+        except OSError:  # a folder, or one that cannot be read
+            ours = False
+        if not ours:
+            raise UserError(f"{path}: is there and was not made by this command; move it, or give another OUTPUT.")
 
 
 def _find_root(source: Path) -> Path:
@@ -125,13 +149,14 @@ def _summarise(output: Path, lists: ImageLists, found: dict[str, set[str]]) -> N
         (name, *(len(lists.names[name][split] & found[name]) for split in SPLITS)) for name in sorted(lists.folders)
     ]
     table = [(*row, sum(row[1:])) for row in rows]
-    write_csv(output / "summary.csv", ("class", *SPLITS, "total"), table)
+    _write_table(output / "summary.csv", table)
     totals = [sum(column) for column in zip(*(row[1:] for row in table), strict=True)]
     width = max(len("class"), *(len(row[0]) for row in table))
-    for name, *numbers in [("class", *SPLITS, "total"), *table, ("all", *totals)]:
+    print("Images found:")
+    for name, *numbers in [TABLES["summary.csv"], *table, ("all", *totals)]:
         print(f"{name:{width}}" + "".join(f"{number:>10}" for number in numbers))
     repeated = lists.repeated()
-    write_csv(output / "repeated.csv", ("filename", "lists"), [(name, " ".join(of)) for name, of in repeated.items()])
+    _write_table(output / "repeated.csv", [(name, " ".join(of)) for name, of in repeated.items()])
     shared = sum(len(set(of)) > 1 for of in repeated.values())
     if shared:
         print(f"warning: {shared} images stand in several splits (repeated.csv): what is learned from is tested on.")
@@ -143,8 +168,10 @@ def _summarise(output: Path, lists: ImageLists, found: dict[str, set[str]]) -> N
         print(f"warning: {len(uneven)} classes lack images in a split, where training refuses the set: {names}.")
 
 
-def _report_missing(output: Path, lists: ImageLists, found: dict[str, set[str]], allow_missing: bool) -> None:
-    """Write missing.csv; raises UserError if it is not empty, and may not be so."""
+def _report_missing(
+    output: Path, lists: ImageLists, found: dict[str, set[str]], what: str, allow_missing: bool
+) -> None:
+    """Write missing.csv; raises UserError if it is not empty, and may not be so; what: such images, in words."""
     missing = [
         (split, f"{lists.folders[name]}/{image}")
         for split in SPLITS
@@ -152,19 +179,18 @@ def _report_missing(output: Path, lists: ImageLists, found: dict[str, set[str]],
         for image in sorted(lists.names[name][split] - found[name])
     ]
     path = output / "missing.csv"
-    write_csv(path, ("split", "filename"), missing)
+    _write_table(path, missing)
     if missing and not allow_missing:
         raise UserError(
-            f"{path}: {len(missing)} images that the lists name are missing, or their masks, of {len(lists)}; get them "
-            "and run this again, or --allow-missing."
+            f"{path}: {len(missing)} {what}, of {len(lists)}; get them and run this again, or --allow-missing."
         )
     print(f"{output}: {len(lists) - len(missing)} images; {len(missing)} missing.")
 
 
-def write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
-    """Write a table whole or not at all; file names that are no text keep their bytes."""
+def _write_table(path: Path, rows: Iterable[Sequence[object]]) -> None:
+    """Write one of TABLES whole or not at all; file names that are no text keep their bytes."""
     text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows([header, *rows])
+    csv.writer(text, lineterminator="\n").writerows([TABLES[path.name], *rows])
     write_atomically(path, text.getvalue().encode("utf-8", "surrogateescape"))
 
 
