@@ -22,7 +22,9 @@ from torchvision.transforms.v2 import functional as F
 from _normal import train as normal
 from _policy_gradient import train as policy_gradient
 from tests.conftest import ROOT, SMALL, SMALL_POLICY, write_image
+from tests.events import scalars
 from tests.ranks import run_ranks
+from tests.test_resume import assert_same, state_of
 from utils import arguments, cache_build, wiring_data
 from utils.cache import INDEX, PIXELS, ImageCache
 from utils.cache_build import SIZES as NOTED
@@ -518,9 +520,11 @@ def as_it_is(batch):
 def test_two_processes_build_one_cache_and_resume_exactly(name, kind, image_folder, tmp_path):
     small = SMALL if name == "_normal" else SMALL_POLICY
     flags = [*small, "--gray", "--data-path", image_folder, "--cache-dataset", kind, "--cache-dir", tmp_path / "cache"]
+    flags += ["--model-ema", "--model-ema-steps", "2"]
     whole = run_ranks(f"{name}/train.py", *flags, "--epochs", "2", "--output-dir", tmp_path / "whole", processes=2)
     assert whole.stdout.count(": whole, ") == 2  # train and val, each by one process
-    run_ranks(f"{name}/train.py", *flags, "--epochs", "1", "--output-dir", tmp_path / "part", processes=2)
+    shown = ["--plot-every", "1", "--tensorboard"] if name == "_policy_gradient" else []  # when resumed, too
+    run_ranks(f"{name}/train.py", *flags, *shown, "--epochs", "1", "--output-dir", tmp_path / "part", processes=2)
     more = ["--data-path", image_folder, "--epochs", "2", "--resume", tmp_path / "part" / "checkpoint.pth"]
     resumed = run_ranks(f"{name}/train.py", *more, "--workers", "1", "--device", "cpu", processes=2)
     assert ": whole" not in resumed.stdout
@@ -529,6 +533,11 @@ def test_two_processes_build_one_cache_and_resume_exactly(name, kind, image_fold
         del line["images_per_second"]
         line.pop("val_auroc", None)  # after the last of the epochs asked for
     assert logs[0] == logs[1]
+    for file in ("checkpoint.pth", "model_1.pth"):
+        assert_same(state_of(tmp_path / "whole", file), state_of(tmp_path / "part", file), file)
+    if shown:
+        assert (tmp_path / "part" / "plots" / "masks_1.png").exists()
+        assert [step for step, _ in scalars(tmp_path / "part")["val/f1"]] == [0, 1]
 
 
 def test_a_run_evaluates_alike_with_and_without_a_cache(image_folder, tmp_path):

@@ -33,7 +33,7 @@ def confusion_matrix(
     figure = Figure(figsize=(side + BAR_ROOM, side))  # of the matrix and its bar: names round it widen the picture
     axes = figure.add_axes((0, 0, side / (side + BAR_ROOM), 1))
     colours = matplotlib.colormaps["cividis"].with_extremes(bad="0.75")
-    picture = axes.imshow(shares, colours, PowerNorm(0.5, 0, 1), interpolation="none")
+    picture = axes.imshow(shares.astype(np.float32), colours, PowerNorm(0.5, 0, 1), interpolation="none")
     axes.set_xticks(range(len(classes)), names, rotation=90, fontsize=size)
     rows = [f"{name} ({number})" for name, number in zip(names, images, strict=True)]
     axes.set_yticks(range(len(classes)), rows, fontsize=size)

@@ -44,15 +44,24 @@ class Events:
                 for name, value in line.items():
                     if name != "epoch" and value is not None:
                         self.writer.add_scalar(tag(name), value, line["epoch"])
-                masks = self.output_dir / PLOTS / f"masks_{line['epoch']}.png"
-                if masks.exists():
-                    pixels = np.asarray(Image.open(masks).convert("RGB"))
-                    self.writer.add_image("masks", pixels, line["epoch"], dataformats="HWC")
+                self._add_masks(line["epoch"])
             self.writer.flush()
         except Exception:
             self.writer = None  # it goes on failing; a new one writes a new file
             raise
         self.next_epoch = epoch + 1
+
+    def write_masks(self, epoch: int) -> None:
+        """Write the gallery of an epoch whose line is written; nothing where there is none."""
+        if self.writer is not None:
+            self._add_masks(epoch)
+            self.writer.flush()
+
+    def _add_masks(self, epoch: int) -> None:
+        masks = self.output_dir / PLOTS / f"masks_{epoch}.png"
+        if masks.exists():
+            pixels = np.asarray(Image.open(masks).convert("RGB"))
+            self.writer.add_image("masks", pixels, epoch, dataformats="HWC")
 
     def close(self) -> None:
         """At the end of the run."""

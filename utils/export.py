@@ -26,6 +26,7 @@ from utils.errors import UserError, run_script
 from utils.files import write_atomically
 from utils.inference import Classifier, add_mask_flags, add_weights_flags, is_heated, open_classifier
 from utils.model_card import model_card, read_measured, recipe_flags
+from utils.transforms import three_values
 
 CPU = torch.device("cpu")
 NAME = r"[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?"
@@ -111,8 +112,8 @@ def timm_config(model: nn.Module, args: argparse.Namespace, classes: list[str], 
             "interpolation": args.interpolation,
             "crop_pct": crop_pct(args.val_resize_size, args.val_crop_size),
             "crop_mode": "center",
-            "mean": _three(args.mean),
-            "std": _three(args.std),
+            "mean": three_values(args.mean),
+            "std": three_values(args.std),
             "num_classes": len(classes),
             "first_conv": defaults.get("first_conv"),
             "classifier": defaults.get("classifier"),
@@ -126,10 +127,6 @@ def crop_pct(resize_size: int, crop_size: int) -> float:
     while math.floor(crop_size / share) < resize_size:
         share = math.nextafter(share, 0)
     return share
-
-
-def _three(values: list[float]) -> list[float]:
-    return values * 3 if len(values) == 1 else values
 
 
 def checksums(folder: Path) -> bytes:

@@ -9,18 +9,19 @@ from matplotlib.figure import Figure
 
 from utils.errors import UserError
 from utils.files import write_atomically
+from utils.text import printable
 
 # Okabe and Ito's colours, which the colour-blind tell apart, without yellow.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
 INK, FAINT = "0.15", "0.85"
 DOTS_PER_INCH = 150
+LARGE, DOTS_PER_INCH_OF_LARGE = 15, 100  # figures from so many inches on; 6 points are still legible
 LONGEST_NAME, MOST_LINES = 48, 4  # characters of a label; lines of one in several
 
 
 def as_text(name: str) -> str:
     """A name as matplotlib can write it: without what is not printable, and with no $ taken for mathematics."""
-    printable = (sign if sign.isprintable() else sign.encode("unicode_escape").decode() for sign in name)
-    return "".join(printable).replace("$", r"\$")
+    return printable(name).replace("$", r"\$")
 
 
 def shorten(name: str) -> str:
@@ -53,8 +54,9 @@ def as_svg(figure: Figure) -> bytes:
 
 def _saved(figure: Figure, file_format: str, metadata: dict[str, None]) -> bytes:
     content = io.BytesIO()
+    dots = DOTS_PER_INCH if max(figure.get_size_inches()) < LARGE else DOTS_PER_INCH_OF_LARGE
     with matplotlib.rc_context({"svg.hashsalt": "plots"}):
-        figure.savefig(content, format=file_format, dpi=DOTS_PER_INCH, bbox_inches="tight", metadata=metadata)
+        figure.savefig(content, format=file_format, dpi=dots, bbox_inches="tight", metadata=metadata)
     return content.getvalue()
 
 

@@ -18,7 +18,6 @@ from utils.folders import find_classes
 
 # How a file's pixels become the classifier's input; evaluation does without the other flags.
 INPUT = ("val_resize_size", "val_crop_size", "interpolation", "gray", "backend", "mean", "std")
-MASK = ("grid", "kernel", "sigma")
 
 
 class Classifier(NamedTuple):

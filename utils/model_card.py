@@ -14,6 +14,7 @@ from utils import arguments
 from utils.html import TEMPLATES
 from utils.inference import is_heated
 from utils.metrics import Metrics
+from utils.text import printable
 
 METRICS = ("loss", "top1", "top5", "precision", "recall", "f1", "balanced_accuracy", "auroc")
 
@@ -110,7 +111,7 @@ def _environment() -> Environment:
 
 def code_span(text: str) -> str:
     """Any text as a Markdown code span of one line that nothing in it can end."""
-    shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    shown = printable(text)
     return f"`` {shown.replace('``', '` `')} ``" if "`" in shown else f"`{shown}`"
 
 

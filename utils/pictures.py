@@ -40,10 +40,14 @@ class Pictures:
         """
         with warning_of(PLOTS):
             remove_temporaries(self.output_dir / PLOTS)
-            for epoch in range(self.first_epoch, self.epochs):
-                (self.output_dir / PLOTS / f"masks_{epoch}.png").unlink(missing_ok=True)
+            for path in (self.output_dir / PLOTS).glob("masks_*.png"):
+                number = path.stem.removeprefix("masks_")
+                if number.isdecimal() and int(number) >= self.first_epoch:
+                    path.unlink()
         if self.events is not None and self.first_epoch == self.epochs:
-            self._tell(self.epochs - 1)
+            with warning_of("tensorboard"):
+                self.events.write(self.epochs - 1)
+                self.events.close()
         if self.plot_every is None:
             return
         if fresh and self.draw_gallery is not None:
@@ -57,19 +61,19 @@ class Pictures:
         if self.plot_every is None and self.events is None:
             return
         done = line["epoch"] + 1
+        if self.events is not None:  # first, since drawing takes most and may fail
+            with warning_of("tensorboard"):
+                self.events.write(line["epoch"])
         if self.plot_every is not None and (done % self.plot_every == 0 or done == self.epochs):
             self._draw_all(predictions, done)
         if self.events is not None:
-            self._tell(line["epoch"])
+            with warning_of("tensorboard"):
+                self.events.write_masks(line["epoch"])
+                if done == self.epochs:
+                    self.events.close()
         # matplotlib's parser leaves exceptions in cycles, whose frames hold main's: the loaders would outlive it, and
         # their workers be ended by the interpreter's exit, which waits for them for 20 s.
         gc.collect()
-
-    def _tell(self, epoch: int) -> None:
-        with warning_of("tensorboard"):
-            self.events.write(epoch)
-            if epoch + 1 == self.epochs:
-                self.events.close()
 
     def _draw_all(self, predictions: Predictions, epochs_done: int) -> None:
         with warning_of(PLOTS):

@@ -46,7 +46,7 @@ def training_transform(
     if backend == "pil":
         steps.append(ToTensor())
     if random_erase > 0:
-        fill = [sum(mean) / len(mean)] if gray else _three(mean)
+        fill = [sum(mean) / len(mean)] if gray else three_values(mean)
         steps.append(v2.RandomErasing(p=random_erase, value=[round(255 * value) for value in fill]))
     return v2.Compose(steps)
 
@@ -134,8 +134,8 @@ class Normalize(nn.Module):
     ) -> None:
         super().__init__()
         self.memory_format = memory_format
-        std = torch.tensor(_three(std), dtype=torch.float64).view(3, 1, 1)
-        mean = torch.tensor(_three(mean), dtype=torch.float64).view(3, 1, 1)
+        std = torch.tensor(three_values(std), dtype=torch.float64).view(3, 1, 1)
+        mean = torch.tensor(three_values(mean), dtype=torch.float64).view(3, 1, 1)
         # Buffers, since torchvision's normalize copies both to the device at every call, and waits; and as one product
         # and one sum, since each pass over float images takes as long as reading them all.
         self.register_buffer("scale", (1 / (255 * std)).float(), persistent=False)
@@ -146,7 +146,7 @@ class Normalize(nn.Module):
         return (images * self.scale).sub_(self.shift)
 
 
-def _three(values: tuple[float, ...]) -> list[float]:
+def three_values(values: tuple[float, ...]) -> list[float]:
     """One value for all three channels, or three values."""
     return list(values) * 3 if len(values) == 1 else list(values)
 
