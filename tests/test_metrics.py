@@ -151,10 +151,18 @@ def test_per_class_table_by_hand():
     logits = logits_that_predict([0, 0, 1, 1, 2, 2], 4)
     rows = per_class_table(logits, torch.tensor([0, 0, 0, 1, 1, 1]), ["a", "b", "c", "d"])
     expected = [("a", 3, 1, 2 / 3, 4 / 5), ("b", 3, 1 / 2, 1 / 3, 2 / 5), ("c", 0, 0, 0, 0), ("d", 0, 0, 0, 0)]
-    assert [tuple(row) for row in rows] == [("class", "images", "precision", "recall", "f1")] * 4
+    assert [tuple(row) for row in rows] == [("class", "images", "precision", "recall", "f1", "auroc")] * 4
     for row, values in zip(rows, expected, strict=True):
         assert row["class"] == values[0]
-        assert list(row.values())[1:] == pytest.approx(list(values[1:]))
+        assert list(row.values())[1:5] == pytest.approx(list(values[1:]))
+
+
+def test_auroc_of_each_class_by_hand():
+    """Of the pairs of an image of the class and another one, the share that the class's probability puts in order."""
+    logits = torch.tensor([[3.0, 0.0, 0.0], [1.0, 0.0, 0.5], [2.0, 2.5, 0.0], [2.0, 1.0, 0.0]])
+    rows = per_class_table(logits, torch.tensor([0, 0, 1, 1]), ["a", "b", "c"])
+    assert [row["auroc"] for row in rows] == [pytest.approx(3 / 4), 1, None]
+    assert per_class_table(logits * math.nan, torch.tensor([0, 0, 1, 1]), ["a", "b", "c"])[0]["auroc"] is None
 
 
 def test_prediction_table_by_hand():

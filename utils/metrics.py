@@ -121,16 +121,30 @@ def _auroc(truth: np.ndarray, probabilities: np.ndarray) -> float | None:
     return float(roc_auc_score(truth, probabilities, multi_class="ovo", average="macro", labels=classes))
 
 
-def per_class_table(logits: Tensor, targets: Tensor, classes: Sequence[str]) -> list[dict[str, str | int | float]]:
-    """One row a class: name, images, precision, recall, f1 (0 where undefined)."""
+def _auroc_of_one(truth: np.ndarray, scores: np.ndarray) -> float | None:
+    """AUROC of one class against the rest: truth (N,) bool, scores (N,)."""
+    from sklearn.metrics import roc_auc_score
+
+    if truth.all() or not truth.any() or not np.isfinite(scores).all():
+        return None
+    return float(roc_auc_score(truth, scores))
+
+
+def per_class_table(
+    logits: Tensor, targets: Tensor, classes: Sequence[str]
+) -> list[dict[str, str | int | float | None]]:
+    """One row a class: name, images, precision, recall, f1 (0 where undefined), auroc (one-vs-rest; None likewise)."""
     from sklearn.metrics import precision_recall_fscore_support
 
+    truth = targets.numpy()
     columns = precision_recall_fscore_support(
-        targets.numpy(), logits.argmax(1).numpy(), labels=np.arange(len(classes)), zero_division=0
+        truth, logits.argmax(1).numpy(), labels=np.arange(len(classes)), zero_division=0
     )
+    probabilities = logits.double().softmax(1).numpy()  # (N, C)
+    aurocs = [_auroc_of_one(truth == number, probabilities[:, number]) for number in range(len(classes))]
     return [
-        {"class": name, "images": int(n), "precision": float(p), "recall": float(r), "f1": float(f)}
-        for name, p, r, f, n in zip(classes, *columns, strict=True)
+        {"class": name, "images": int(n), "precision": float(p), "recall": float(r), "f1": float(f), "auroc": auroc}
+        for name, p, r, f, n, auroc in zip(classes, *columns, aurocs, strict=True)
     ]
 
 
@@ -165,8 +179,8 @@ def prediction_table(
     ]
 
 
-def table_as_csv(rows: list[dict[str, str | int | float]]) -> bytes:
-    """The table as CSV with a header; fractions with six decimals, names that are no text with backslashes."""
+def table_as_csv(rows: list[dict[str, str | int | float | None]]) -> bytes:
+    """The table as CSV with a header; fractions with six decimals, None as nothing, odd names with backslashes."""
     text = io.StringIO()
     writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
     writer.writeheader()

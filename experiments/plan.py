@@ -1,0 +1,97 @@
+"""What a plan says: arms, each a chain of trainings through the two scripts, and how they are to be compared."""
+
+import runpy
+import shlex
+from dataclasses import dataclass
+from pathlib import Path
+
+from utils.errors import UserError
+
+
+@dataclass(frozen=True)
+class Subset:
+    """A part of the data: classes by shell patterns, and images of `train` by number and draw.
+
+    shots: images of each class in `train`; None: all. draw: which of them, the same for all arms and seeds.
+    """
+
+    classes: str = "*"
+    without: str = ""
+    shots: int | None = None
+    draw: int = 0
+
+    @property
+    def name(self) -> str:
+        """Such as "us-breast-*-5-draw0", a folder's name with no two subsets alike."""
+        shots = "" if self.shots is None else f"-{self.shots}-draw{self.draw}"
+        return f"{self.classes}{f'-but-{self.without}' if self.without else ''}{shots}".replace("*", "any")
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One training, in the folder `name` of its run.
+
+    script: _normal or _policy_gradient; flags: as typed; start: what it fine-tunes, relative to the run's folder;
+    average: write average.pth, the mean of so many last epochs; test: evaluate model_best.pth, chosen on `val`, on
+    `test`; subset: of the data.
+    """
+
+    name: str
+    script: str
+    flags: str
+    start: str | None = None
+    average: int = 0
+    test: bool = False
+    subset: Subset | None = None
+
+    @property
+    def epochs(self) -> int:
+        """As the flags say."""
+        words = shlex.split(self.flags)
+        return int(words[words.index("--epochs") + 1])
+
+
+@dataclass(frozen=True)
+class Arm:
+    """What is compared: stages one after the other, once for each seed."""
+
+    name: str
+    stages: tuple[Stage, ...]
+    seeds: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Arms, and how they are compared.
+
+    baseline: the arm from which differences are taken; primary: the one arm that is tested against it, whose test was
+    named before the runs; None: all is exploratory. hard: patterns of the classes that are reported apart.
+    """
+
+    name: str
+    question: str
+    arms: tuple[Arm, ...]
+    baseline: str
+    primary: str | None = None
+    hard: str = "mr-brain-*,us-breast-*"
+
+    def runs(self) -> list[tuple[Arm, int]]:
+        """Arm and seed, all arms of a seed before the next: whatever was done when time ran out is balanced."""
+        seeds = range(max(arm.seeds for arm in self.arms))
+        return [(arm, seed) for seed in seeds for arm in self.arms if seed < arm.seeds]
+
+
+def read_plan(path: Path) -> Plan:
+    """The `PLAN` of a Python file; raises UserError if there is none, or one that contradicts itself."""
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; expected a plan, such as experiments/plans/classification.py.")
+    plan = runpy.run_path(str(path)).get("PLAN")
+    if not isinstance(plan, Plan):
+        raise UserError(f"{path}: defines no PLAN; expected PLAN = Plan(...), as in experiments/plans.")
+    names = [arm.name for arm in plan.arms]
+    if len(set(names)) < len(names):
+        raise UserError(f"{path}: two arms have one name; give each its own.")
+    for name in filter(None, (plan.baseline, plan.primary)):
+        if name not in names:
+            raise UserError(f"{path}: compares {name!r}, which is none of its arms ({', '.join(names)}).")
+    return plan
