@@ -33,7 +33,8 @@ class Stage:
 
     script: _normal or _policy_gradient; flags: as typed; start: what it fine-tunes, relative to the run's folder;
     average: write average.pth, the mean of so many last epochs; test: evaluate model_best.pth, chosen on `val`, on
-    `test`; subset: of the data.
+    `test`, as part of the task of this name (stages of a run with one task, several draws of few images, say, are
+    averaged); subset: of the data.
     """
 
     name: str
@@ -41,7 +42,7 @@ class Stage:
     flags: str
     start: str | None = None
     average: int = 0
-    test: bool = False
+    test: str | None = None
     subset: Subset | None = None
 
     @property
@@ -64,8 +65,9 @@ class Arm:
 class Plan:
     """Arms, and how they are compared.
 
-    baseline: the arm from which differences are taken; primary: the one arm that is tested against it, whose test was
-    named before the runs; None: all is exploratory. hard: patterns of the classes that are reported apart.
+    baseline: the arm from which differences are taken; primary: the one arm whose test against it was named before the
+    runs: of macro F1 over the hard classes, in the first task; None: all is exploratory. hard: patterns of the classes
+    that are also reported apart.
     """
 
     name: str
@@ -79,6 +81,11 @@ class Plan:
         """Arm and seed, all arms of a seed before the next: whatever was done when time ran out is balanced."""
         seeds = range(max(arm.seeds for arm in self.arms))
         return [(arm, seed) for seed in seeds for arm in self.arms if seed < arm.seeds]
+
+
+def run_folder(output: Path, arm: str, seed: int) -> Path:
+    """Where a run's stages have their folders."""
+    return output / arm / f"seed{seed}"
 
 
 def read_plan(path: Path) -> Plan:
