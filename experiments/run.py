@@ -1,0 +1,211 @@
+"""Run a plan, all arms and seeds, through the two scripts: `python experiments/run.py PLAN --data-path DATA`."""
+
+import argparse
+import dataclasses
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+import torch
+
+from experiments.plan import Arm, Plan, Stage, read_plan, run_folder
+from experiments.subsets import link_subset
+from utils.errors import UserError, run_script
+from utils.files import write_atomically
+from utils.interruption import EXIT_CODE as INTERRUPTED
+
+FINISHED = "finished.json"
+OUTPUT = "output.txt"
+# What is left of a finished run's stages.
+KEPT = ("log.jsonl", "run.json", "metrics.json", "per_class.csv", "predictions.csv")
+
+
+class Machine:
+    """The processes that run now, and whether any may still be started.
+
+    jobs: runs at a time; on several GPUs each has one, in turn. deadline: of `time.monotonic`, or infinity.
+    """
+
+    def __init__(self, jobs: int, deadline: float) -> None:
+        self.deadline = deadline
+        self.stopping = False
+        self._running: set[subprocess.Popen] = set()
+        self._lock = threading.Lock()
+        gpus = torch.cuda.device_count()
+        self._slots = [{"CUDA_VISIBLE_DEVICES": str(job % gpus)} if gpus > 1 else {} for job in range(jobs)]
+
+    def execute(self, command: Sequence[str], output: Path) -> int:
+        """Run to its end, its output appended to a file; the exit code, INTERRUPTED if nothing may be started."""
+        with self._lock:
+            if self.stopping:
+                return INTERRUPTED
+            slot = self._slots.pop()
+            environment = {**os.environ, "PYTHONPATH": str(ROOT), **slot}  # for `-m utils...` from any folder
+            with output.open("ab") as file:
+                process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=environment)
+            self._running.add(process)
+        code = process.wait()
+        with self._lock:
+            self._running.remove(process)
+            self._slots.append(slot)
+        return code
+
+    def stop(self, *_: Any) -> None:
+        """Ask all to stop at their next step, with a checkpoint; nothing is started any more."""
+        self.stopping = True
+        for process in tuple(self._running):
+            process.send_signal(signal.SIGTERM)
+
+
+def commands(stage: Stage, seed: int, run: Path, data: Path, flags: Sequence[str]) -> list[list[str]]:
+    """What a user would type for a stage: train, average, test. Started again, it goes on from its last checkpoint.
+
+    run: the run's folder; flags: of this machine (--device, --workers and the like).
+    """
+    python, folder = sys.executable, run / stage.name
+    script = [python, str(ROOT / stage.script / "train.py"), "--data-path", str(data), *flags]
+    start = ["--finetune", str(run / stage.start)] if stage.start else []
+    train = [*script, *shlex.split(stage.flags), *start, "--seed", str(seed)]
+    typed = [[*train, "--resume", "auto", "--output-dir", str(folder)]]
+    if stage.average:
+        last = [str(folder / f"model_{epoch}.pth") for epoch in range(stage.epochs - stage.average, stage.epochs)]
+        output = str(folder / "average.pth")
+        typed.append([python, "-m", "utils.weight_averaging", *last, "-o", output, "--overwrite"])
+    if stage.test:
+        best = ["--resume", str(folder / "model_best.pth"), "--output-dir", str(folder)]
+        typed.append([*script, "--test-only", "--split", "test", *best])
+    return typed
+
+
+def is_finished(arm: Arm, run: Path) -> bool:
+    """Has this run come to its end? Raises UserError if it was another one, of the same name."""
+    try:
+        found = json.loads((run / FINISHED).read_bytes())
+    except FileNotFoundError:
+        return False
+    if found["stages"] != as_written(arm):
+        raise UserError(f"{run}: was run with other stages than the plan says now; give another --output.")
+    return True
+
+
+def as_written(arm: Arm) -> list[dict[str, Any]]:
+    """The stages as finished.json holds them."""
+    return json.loads(json.dumps([dataclasses.asdict(stage) for stage in arm.stages]))
+
+
+def run_stages(arm: Arm, seed: int, options: argparse.Namespace, machine: Machine) -> str:
+    """Bring one run to its end, and say how far it came: finished, interrupted, left, or what failed."""
+    run = run_folder(options.output, arm.name, seed)
+    if time.monotonic() + expected_seconds(options.output, arm.name) > machine.deadline:
+        return "left for another time"
+    run.mkdir(parents=True, exist_ok=True)
+    start = time.monotonic()
+    for stage in arm.stages:
+        data = subset_folder(options.output, stage) if stage.subset else options.data_path
+        flags = shlex.split(options.flags)
+        if options.exclude and not stage.subset:
+            flags += ["--exclude", str(options.exclude)]
+        for command in commands(stage, seed, run, data, flags):
+            code = machine.execute(command, run / OUTPUT)
+            if machine.stopping or code == INTERRUPTED:
+                return "interrupted; it goes on when the plan is run again"
+            if code != 0:
+                return f"failed in {stage.name} with exit code {code}: see {run / OUTPUT}"
+    seconds = round(time.monotonic() - start, 1)
+    content = {"stages": as_written(arm), "seconds": seconds}
+    write_atomically(run / FINISHED, (json.dumps(content, indent=2) + "\n").encode())
+    tidy(arm, run)
+    return f"finished in {seconds:.0f} s"
+
+
+def subset_folder(output: Path, stage: Stage) -> Path:
+    """Where the links of a stage's subset are."""
+    return output / "data" / stage.subset.name
+
+
+def expected_seconds(output: Path, arm: str) -> float:
+    """The longest that a finished run of the arm took, or of any arm if there is none; 0 where nothing is known."""
+    seconds = {path: json.loads(path.read_bytes())["seconds"] for path in output.glob(f"*/seed*/{FINISHED}")}
+    own = [value for path, value in seconds.items() if path.parents[1].name == arm]
+    return max(own or seconds.values(), default=0.0)
+
+
+def tidy(arm: Arm, run: Path) -> None:
+    """Leave of a finished run what the analysis reads: the weights are made again by running it again."""
+    (run / OUTPUT).unlink()
+    for stage in arm.stages:
+        for path in (run / stage.name).iterdir():
+            if path.name not in KEPT:
+                path.unlink()
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python experiments/run.py", description=__doc__)
+    parser.add_argument("plan", type=Path, help="a Python file that defines PLAN, such as those in experiments/plans")
+    parser.add_argument("--data-path", type=Path, required=True, help="DATA/{train,val,test}/<class>/<image>")
+    parser.add_argument("--exclude", type=Path, help="images to leave out, as the training scripts take it")
+    parser.add_argument("-o", "--output", type=Path, help="folder of the runs; None: experiments/results/<plan's name>")
+    parser.add_argument("--flags", default="", help='of this machine, for every training: "--device cpu --workers 0"')
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="after which all stop; none is begun late")
+    return parser
+
+
+def run_plan(plan: Plan, options: argparse.Namespace) -> dict[tuple[str, int], str]:
+    """How far each run came that was not finished; SIGTERM, SIGINT and the deadline stop all, with checkpoints."""
+    machine = Machine(options.jobs, time.monotonic() + 60 * options.minutes)
+    for signal_number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(signal_number, machine.stop)
+    left = [
+        (arm, seed) for arm, seed in plan.runs() if not is_finished(arm, run_folder(options.output, arm.name, seed))
+    ]
+    print(f"{plan.name}: {len(plan.runs())} runs, {len(plan.runs()) - len(left)} finished before", flush=True)
+    for arm in plan.arms:
+        for stage in arm.stages:
+            if stage.subset:
+                link_subset(options.data_path, stage.subset, subset_folder(options.output, stage), options.exclude)
+
+    def bring_to_end(run: tuple[Arm, int]) -> str:
+        arm, seed = run
+        outcome = run_stages(arm, seed, options, machine)
+        print(f"{arm.name}, seed {seed}: {outcome}", flush=True)
+        return outcome
+
+    alarm = threading.Timer(min(60 * options.minutes, threading.TIMEOUT_MAX), machine.stop)
+    alarm.daemon = True
+    alarm.start()
+    with ThreadPoolExecutor(options.jobs) as pool:
+        outcomes = list(pool.map(bring_to_end, left))
+    alarm.cancel()
+    return {(arm.name, seed): outcome for (arm, seed), outcome in zip(left, outcomes, strict=True)}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    options = build_parser().parse_args(argv)
+    plan = read_plan(options.plan)
+    options.output = options.output or ROOT / "experiments" / "results" / plan.name
+    if options.jobs < 1:
+        raise UserError(f"--jobs {options.jobs}: expected 1 or more.")
+    outcomes = run_plan(plan, options)
+    failed = [f"{arm}, seed {seed}" for (arm, seed), outcome in outcomes.items() if outcome.startswith("failed")]
+    if failed:
+        raise UserError(f"{len(failed)} runs failed ({'; '.join(failed)}); their output tells why.")
+    unfinished = sum(not outcome.startswith("finished") for outcome in outcomes.values())
+    if unfinished:
+        print(f"{unfinished} runs are not finished; the same command goes on with them.")
+
+
+if __name__ == "__main__":
+    run_script(main)
