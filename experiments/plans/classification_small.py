@@ -5,8 +5,8 @@ the published setting in relation to the image: there 224 pixels, 64 cells a sid
 which is 3.7 cells and 5.8 % of the image; here 48 pixels, 48 cells of 1 pixel and a blur of 3. The policy network
 costs a sixth of the classifier; the published one, resnet10t beside resnet50, a quarter.
 
-The learning rate is the best of .0125, .025, .05 and .1 for the conventional arm (macro F1 on `val` after six epochs, seed
-0), so that the baseline has no handicap; `published` multiplies it by ln(48 * 48) = 7.7.
+The learning rate is the best of .0125, .025, .05 and .1 for the conventional arm (macro F1 on `val` after six epochs,
+seed 0), so that the baseline has no handicap; `published` multiplies it by ln(48 * 48) = 7.7.
 """
 
 from experiments.plan import Arm, Plan, Stage
