@@ -24,6 +24,7 @@ from experiments.plan import Arm, Plan, Stage, read_plan, run_folder
 from experiments.subsets import link_subset
 from utils.errors import UserError, run_script
 from utils.files import write_atomically
+from utils.folders import LAYOUT
 from utils.interruption import EXIT_CODE as INTERRUPTED
 
 FINISHED = "finished.json"
@@ -122,12 +123,18 @@ def run_stages(arm: Arm, seed: int, options: argparse.Namespace, machine: Machin
             if machine.stopping or code == INTERRUPTED:
                 return "interrupted; it goes on when the plan is run again"
             if code != 0:
-                return f"failed in {stage.name} with exit code {code}: see {run / OUTPUT}"
+                return f"failed in {stage.name} with exit code {code}: {last_line(run / OUTPUT)} ({run / OUTPUT})"
     seconds = round(time.monotonic() - start, 1)
     content = {"stages": as_written(arm), "seconds": seconds}
     write_atomically(run / FINISHED, (json.dumps(content, indent=2) + "\n").encode())
     tidy(arm, run)
     return f"finished in {seconds:.0f} s"
+
+
+def last_line(path: Path) -> str:
+    """Of a text file; of a script that failed, its error."""
+    lines = path.read_text(errors="replace").strip().splitlines()
+    return lines[-1] if lines else "it said nothing"
 
 
 def subset_folder(output: Path, stage: Stage) -> Path:
@@ -144,7 +151,7 @@ def expected_seconds(output: Path, arm: str) -> float:
 
 def tidy(arm: Arm, run: Path) -> None:
     """Leave of a finished run what the analysis reads: the weights are made again by running it again."""
-    (run / OUTPUT).unlink()
+    (run / OUTPUT).unlink(missing_ok=True)
     for stage in arm.stages:
         for path in (run / stage.name).iterdir():
             if path.name not in KEPT:
@@ -168,9 +175,13 @@ def run_plan(plan: Plan, options: argparse.Namespace) -> dict[tuple[str, int], s
     machine = Machine(options.jobs, time.monotonic() + 60 * options.minutes)
     for signal_number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(signal_number, machine.stop)
-    left = [
-        (arm, seed) for arm, seed in plan.runs() if not is_finished(arm, run_folder(options.output, arm.name, seed))
-    ]
+    left = []
+    for arm, seed in plan.runs():
+        run = run_folder(options.output, arm.name, seed)
+        if is_finished(arm, run):
+            tidy(arm, run)  # which a kill may have kept from being done
+        else:
+            left.append((arm, seed))
     print(f"{plan.name}: {len(plan.runs())} runs, {len(plan.runs()) - len(left)} finished before", flush=True)
     for arm in plan.arms:
         for stage in arm.stages:
@@ -198,6 +209,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     options.output = options.output or ROOT / "experiments" / "results" / plan.name
     if options.jobs < 1:
         raise UserError(f"--jobs {options.jobs}: expected 1 or more.")
+    if not options.data_path.is_dir():
+        raise UserError(f"--data-path {options.data_path}: no such folder; expected {LAYOUT}.")
     outcomes = run_plan(plan, options)
     failed = [f"{arm}, seed {seed}" for (arm, seed), outcome in outcomes.items() if outcome.startswith("failed")]
     if failed:

@@ -1,0 +1,65 @@
+"""Plan A: does a heated model, fine-tuned, classify better than conventional training of equal length?
+
+For a GPU: resnet18 at 112 pixels, the published policy network, grid and objective, the blur in the published relation
+to the image. All arms see 40 epochs in batches of 32; those of `reinforce` with a leave-one-out baseline see each image
+with two masks, in as many updates.
+"""
+
+import math
+
+from experiments.plan import Arm, Plan, Stage
+
+TESTED_SEEDS, SEEDS = 8, 3
+PRETRAINING_EPOCHS, FINE_TUNING_EPOCHS = 30, 10
+LEARNING_RATE = 0.1
+COMMON = (
+    "--model resnet18 --batch-size 32 --train-crop-size 112 --val-resize-size 128 --val-crop-size 112 --gray "
+    "--cache-dataset device --lr-scheduler cosineannealinglr"
+)
+MASK = "--policy-model resnet10t --grid 64 --kernel 7 --sigma 3"
+PRETRAINING = f"{COMMON} {MASK} --epochs {PRETRAINING_EPOCHS} --lr {LEARNING_RATE}"
+FINE_TUNING = f"{COMMON} --epochs {FINE_TUNING_EPOCHS} --lr {LEARNING_RATE / 10:g}"
+CONVENTIONAL = f"{COMMON} --epochs {PRETRAINING_EPOCHS + FINE_TUNING_EPOCHS} --lr {LEARNING_RATE}"
+SCALED_RATE = f"--lr {LEARNING_RATE * math.log(64 * 64):.3f}"  # what `published` makes of the learning rate
+REINFORCE = "--objective reinforce"
+
+
+def conventional(name: str, flags: str = "", seeds: int = SEEDS) -> Arm:
+    """One training without masks, as long as the others' two."""
+    return Arm(name, (Stage("training", "_normal", f"{CONVENTIONAL} {flags}".strip(), test="mini-RIN"),), seeds)
+
+
+def heated(name: str, flags: str, seeds: int = SEEDS) -> Arm:
+    """Pretrain with masks, average the last three epochs, fine-tune without masks: the route of the README."""
+    return Arm(
+        name,
+        (
+            Stage("pretraining", "_policy_gradient", f"{PRETRAINING} {flags}", average=3),
+            Stage("fine-tuning", "_normal", FINE_TUNING, start="pretraining/average.pth", test="mini-RIN"),
+        ),
+        seeds,
+    )
+
+
+PLAN = Plan(
+    name="classification",
+    question="Does a heated model, fine-tuned, classify mini-RIN better than conventional training of equal length?",
+    arms=(
+        conventional("conventional", seeds=TESTED_SEEDS),
+        heated("published", "--objective published", TESTED_SEEDS),
+        heated("none", "--mask-policy none"),
+        heated("none-scaled-rate", f"--mask-policy none {SCALED_RATE}"),
+        heated("uniform", "--mask-policy uniform --objective published-unscaled"),
+        heated("prior", f"--mask-policy prior {REINFORCE}"),
+        heated("published-unscaled", "--objective published-unscaled"),
+        heated("reinforce", f"{REINFORCE} --baseline ema"),
+        heated("reinforce-adversarial", f"{REINFORCE} --baseline ema --policy-sign adversarial"),
+        heated("reinforce-loo", f"{REINFORCE} --baseline loo --masks-per-image 2"),
+        heated(
+            "reinforce-loo-adversarial", f"{REINFORCE} --baseline loo --masks-per-image 2 --policy-sign adversarial"
+        ),
+        conventional("random-erasing", "--random-erase 0.25 --cache-dataset host"),  # which crops on the CPU
+    ),
+    baseline="conventional",
+    primary="published",
+)

@@ -1,0 +1,30 @@
+"""Plan C: which grid, blur, policy learning rate and batch does the method want? One seed each, to choose defaults by.
+
+Each arm differs from `published` of Plan A in what its name says; nothing here is a test.
+"""
+
+from experiments.plan import Arm, Plan
+from experiments.plans.classification import LEARNING_RATE, heated
+
+
+def variant(name: str, flags: str = "") -> Arm:
+    """`published` but for these flags, one seed."""
+    return heated(name, f"--objective published {flags}".strip(), seeds=1)
+
+
+PLAN = Plan(
+    name="sensitivity",
+    question="Which grid, blur, policy learning rate and batch does the method want?",
+    arms=(
+        variant("published"),
+        variant("grid-4", "--grid 4"),
+        variant("grid-16", "--grid 16"),
+        variant("no-blur", "--kernel 1"),
+        variant("half-blur", "--kernel 3 --sigma 1.5"),
+        variant("double-blur", "--kernel 13 --sigma 6"),
+        variant("policy-rate-tenth", f"--policy-lr {LEARNING_RATE / 100:g}"),
+        variant("policy-rate-tenfold", f"--policy-lr {LEARNING_RATE:g}"),
+        variant("batch-128", f"--batch-size 128 --lr {4 * LEARNING_RATE:g}"),
+    ),
+    baseline="published",
+)
