@@ -206,7 +206,8 @@ def run_plan(plan: Plan, options: argparse.Namespace) -> dict[tuple[str, int], s
 def main(argv: Sequence[str] | None = None) -> None:
     options = build_parser().parse_args(argv)
     plan = read_plan(options.plan)
-    options.output = options.output or ROOT / "experiments" / "results" / plan.name
+    # Relative, so that what the runs note of their places means something elsewhere too.
+    options.output = options.output or Path(os.path.relpath(ROOT / "experiments" / "results" / plan.name))
     if options.jobs < 1:
         raise UserError(f"--jobs {options.jobs}: expected 1 or more.")
     if not options.data_path.is_dir():

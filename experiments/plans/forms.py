@@ -1,0 +1,41 @@
+"""Better forms: which change of the mask or of its objective makes a heated model worth its price?
+
+Each arm differs from `reinforce` or `uniform` of Plan A in what its name says. Why these: the loss hardly moves with the
+published mask, so that the policy has nothing to learn from (experiments/learning_signal.py); an image's own heads have a
+tenth of the weight; the mask halves the contrast, so that a heated model has never seen a clean image.
+"""
+
+from experiments.plan import Arm, Plan
+from experiments.plans.classification import REINFORCE, conventional, heated
+
+UNIFORM = "--mask-policy uniform --objective published-unscaled"
+LEAVE_ONE_OUT = f"{REINFORCE} --baseline loo --masks-per-image 2"
+
+
+def pair(name: str, flags: str) -> tuple[Arm, Arm]:
+    """One change, to masks that are learned and, as their control, to uniform ones."""
+    return heated(f"reinforce-{name}", f"{REINFORCE} {flags}"), heated(f"uniform-{name}", f"{UNIFORM} {flags}")
+
+
+PLAN = Plan(
+    name="forms",
+    question="Which form of the mask and of its objective helps most?",
+    arms=(
+        conventional("conventional"),
+        heated("reinforce", REINFORCE),
+        heated("uniform", UNIFORM),
+        *pair("mean-preserved", "--mask-range 0 2"),
+        *pair("bounded", "--mask-range 0.5 1.5"),
+        *pair("fading", "--mask-fade-epochs 10"),
+        *pair("grid-8", "--grid 8"),
+        heated("reinforce-own", f"{REINFORCE} --head-weight 1"),
+        heated("reinforce-entropy", f"{REINFORCE} --entropy-weight 0.01"),
+        heated("loo-own-grid-8", f"{LEAVE_ONE_OUT} --head-weight 1 --grid 8"),
+        heated("adversarial-own-grid-8", f"{LEAVE_ONE_OUT} --policy-sign adversarial --head-weight 1 --grid 8"),
+        heated(
+            "adversarial-own-grid-8-mean-preserved-fading",
+            f"{LEAVE_ONE_OUT} --policy-sign adversarial --head-weight 1 --grid 8 --mask-range 0 2 --mask-fade-epochs 10",
+        ),
+    ),
+    baseline="conventional",
+)
