@@ -1,8 +1,8 @@
 """Better forms: which change of the mask or of its objective makes a heated model worth its price?
 
-Each arm differs from `reinforce` or `uniform` of Plan A in what its name says. Why these: the loss hardly moves with the
-published mask, so that the policy has nothing to learn from (experiments/learning_signal.py); an image's own heads have a
-tenth of the weight; the mask halves the contrast, so that a heated model has never seen a clean image.
+Each arm differs from `reinforce` or `uniform` of Plan A in what its name says. Why these: the loss hardly moves with
+the published mask, so that the policy has nothing to learn from (experiments/learning_signal.py); an image's own heads
+have a tenth of the weight; the mask halves the contrast, so that a heated model has never seen a clean image.
 """
 
 from experiments.plan import Arm, Plan
@@ -10,6 +10,7 @@ from experiments.plans.classification import REINFORCE, conventional, heated
 
 UNIFORM = "--mask-policy uniform --objective published-unscaled"
 LEAVE_ONE_OUT = f"{REINFORCE} --baseline loo --masks-per-image 2"
+OWN_ADVERSARY = f"{LEAVE_ONE_OUT} --policy-sign adversarial --head-weight 1 --grid 8"
 
 
 def pair(name: str, flags: str) -> tuple[Arm, Arm]:
@@ -31,11 +32,8 @@ PLAN = Plan(
         heated("reinforce-own", f"{REINFORCE} --head-weight 1"),
         heated("reinforce-entropy", f"{REINFORCE} --entropy-weight 0.01"),
         heated("loo-own-grid-8", f"{LEAVE_ONE_OUT} --head-weight 1 --grid 8"),
-        heated("adversarial-own-grid-8", f"{LEAVE_ONE_OUT} --policy-sign adversarial --head-weight 1 --grid 8"),
-        heated(
-            "adversarial-own-grid-8-mean-preserved-fading",
-            f"{LEAVE_ONE_OUT} --policy-sign adversarial --head-weight 1 --grid 8 --mask-range 0 2 --mask-fade-epochs 10",
-        ),
+        heated("adversarial-own-grid-8", OWN_ADVERSARY),
+        heated("adversarial-own-grid-8-mean-fading", f"{OWN_ADVERSARY} --mask-range 0 2 --mask-fade-epochs 10"),
     ),
     baseline="conventional",
 )
