@@ -33,7 +33,8 @@ class Examples(NamedTuple):
 class Stage(NamedTuple):
     """What a policy makes of N images: arrays in [0, 1], (N, G, G) three times, (N, S, S) and (N, S, S, 3).
 
-    prior: the means of the running prior alone, the same for all images; masked: as pixels, not normalised.
+    prior: the means of the running prior alone, the same for all images; masks: in the range of --mask-range, not
+    faded; masked: as pixels, not normalised.
     """
 
     prior: np.ndarray
@@ -121,7 +122,11 @@ def as_pixels(normalized: Tensor, normalize: Normalize) -> np.ndarray:
 
 
 def draw_stages(
-    examples: Examples, stages: dict[str, Stage | np.ndarray], normalize: Normalize, title: str
+    examples: Examples,
+    stages: dict[str, Stage | np.ndarray],
+    normalize: Normalize,
+    title: str,
+    mask_range: Sequence[float] = (0, 1),
 ) -> "Figure":
     """The gallery: each image, and what comes of it in each stage; of a mere array (G, G) the prior's means."""
     from utils.gallery import Column, Row, draw_gallery
@@ -139,7 +144,7 @@ def draw_stages(
         columns.append(Column(name, r"image $\times$ mask", "image"))
         pictures += stage
     rows = [Row(name, of_image) for name, of_image in zip(examples.names, zip(*pictures, strict=True), strict=True)]
-    return draw_gallery(columns, rows, title)
+    return draw_gallery(columns, rows, title, mask_middle=sum(mask_range) / 2)
 
 
 def draw_policy(
@@ -151,7 +156,8 @@ def draw_policy(
     """
     examples = choose_examples(split)
     stage = run_policy(policy, mask, normalize, examples, seed, epochs_done)
-    return draw_stages(examples, {after(epochs_done): stage}, normalize, f"Masks of {split.root.name} images")
+    title, mask_range = f"Masks of {split.root.name} images", (mask.low, mask.high)
+    return draw_stages(examples, {after(epochs_done): stage}, normalize, title, mask_range)
 
 
 def after(epochs: int, steps: int = 0) -> str:

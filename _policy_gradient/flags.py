@@ -3,19 +3,20 @@
 import argparse
 from typing import Any
 
-from _policy_gradient.mask import check_mask_size
+from _policy_gradient.mask import check_mask_range, check_mask_size
 from _policy_gradient.objective import BASELINES, OBJECTIVES, POLICY_SIGNS
-from _policy_gradient.policy import MASK_POLICIES
+from _policy_gradient.policy import HEAD_WEIGHT, MASK_POLICIES
 from utils import arguments
-from utils.flag_types import non_negative_float, positive_float, positive_int
+from utils.errors import UserError
+from utils.flag_types import natural, non_negative_float, positive_float, positive_fraction, positive_int
 from utils.progress import say
 
 IGNORED_FLAGS = {
     "prior": ("policy_model",),
-    "uniform": ("policy_model", "policy_lr", "policy_sign", "baseline", "entropy_weight"),
+    "uniform": ("policy_model", "policy_lr", "head_weight", "policy_sign", "baseline", "entropy_weight"),
     "none": (
-        *("policy_model", "policy_lr", "policy_sign", "baseline", "entropy_weight"),
-        *("objective", "masks_per_image", "grid", "kernel", "sigma"),
+        *("policy_model", "policy_lr", "head_weight", "policy_sign", "baseline", "entropy_weight"),
+        *("objective", "masks_per_image", "grid", "kernel", "sigma", "mask_range", "mask_fade_epochs"),
     ),
 }
 
@@ -26,9 +27,15 @@ def build_parser() -> arguments.Parser:
     add("--mask-policy", default="learned", choices=MASK_POLICIES, help="the method, or one of its controls")
     add("--policy-model", default="resnet10t", help="any timm backbone, for the policy network")
     add("--policy-lr", type=positive_float, help="with a cosine over all epochs; None: --lr / 10")
+    add("--head-weight", type=positive_fraction, default=HEAD_WEIGHT, metavar="W", help="of the image's own heads in "
+        "the log-concentrations; the running prior has 1 - W")  # fmt: skip
     add("--grid", type=positive_int, default=64, help="cells a side")
     add("--kernel", type=positive_int, default=13, help="size of the Gaussian blur, pixels, odd")
     add("--sigma", type=positive_float, default=6.0, help="standard deviation of the blur, pixels")
+    add("--mask-range", type=non_negative_float, nargs=2, default=[0.0, 1.0], metavar=("LOW", "HIGH"), help="a mask "
+        "m in (0, 1) is applied as LOW + (HIGH - LOW) m")  # fmt: skip
+    add("--mask-fade-epochs", type=natural, default=0, metavar="N", help="in the k-th of the last N epochs a mask m is "
+        "applied as 1 + w (m - 1), w = 1 - k / (N + 1); 0: none")  # fmt: skip
     add = parser.add_argument_group("objective").add_argument
     add("--objective", default="published", choices=OBJECTIVES, help="objective.py says what each implies")
     add("--policy-sign", default="cooperative", choices=POLICY_SIGNS, help="the policy lowers the loss, or raises it")
@@ -39,10 +46,18 @@ def build_parser() -> arguments.Parser:
 
 
 def check_flags(args: argparse.Namespace, given: dict[str, Any], masks: bool) -> None:
-    """Say which flags the chosen --mask-policy ignores; raise UserError for a mask that does not fit the images."""
+    """Say which flags the chosen --mask-policy ignores; raise UserError for masks that do not fit.
+
+    masks: whether any are made, for the images of a training, or with --test-only of an evaluation.
+    """
     ignored = [arguments.flag(name) for name in IGNORED_FLAGS.get(args.mask_policy, ()) if name in given]
     if ignored:
         say(f"--mask-policy {args.mask_policy}: {' '.join(ignored)} without effect.")
     if masks:
         for size in (args.val_crop_size,) if args.test_only else (args.train_crop_size, args.val_crop_size):
             check_mask_size(size, args.grid, args.kernel, args.sigma)
+        check_mask_range(*args.mask_range)
+        if args.mask_fade_epochs > args.epochs:
+            raise UserError(
+                f"--mask-fade-epochs {args.mask_fade_epochs}: the run has --epochs {args.epochs}; give at most so many."
+            )

@@ -77,7 +77,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     examples = choose_examples(split, options.classes and options.classes.split(","), options.images_per_class)
     normalize = Normalize(args.mean, args.std)
     stages = compute_stages(args, state, examples, normalize)
-    write_figure(output, draw_stages(examples, stages, normalize, f"Masks of {options.split} images: {options.run}"))
+    title = f"Masks of {options.split} images: {options.run}"
+    write_figure(output, draw_stages(examples, stages, normalize, title, args.mask_range))
     print(output)
 
 

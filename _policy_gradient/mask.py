@@ -35,25 +35,47 @@ def smoothing_matrix(size: int, grid: int, kernel: int, sigma: float) -> Tensor:
     return blurred.view(grid, size).T.contiguous()  # (S, G)
 
 
+def check_mask_range(low: float, high: float) -> None:
+    """Raise UserError unless 0 <= low < high."""
+    if not 0 <= low < high:
+        raise UserError(f"--mask-range {low:g} {high:g}: expected two numbers of at least 0, the lower one first.")
+
+
+def fading_weight(epoch: int, epochs: int, fade_epochs: int) -> float:
+    """The weight w of the masks in an epoch, counted from 0: a mask m is applied as 1 + w (m - 1).
+
+    1 before the last `fade_epochs` of all `epochs`; in the k-th of these, k = 1, 2, ..., 1 - k / (fade_epochs + 1): the
+    masks grow weaker, and are never quite gone.
+    """
+    into_fading = max(0, epoch + 1 - (epochs - fade_epochs))
+    return 1 - into_fading / (fade_epochs + 1)
+
+
 class SmoothMask(nn.Module):
     """Cells in (0, 1) to a mask of the image's size: A M A^T (nearest upsampling, then Gaussian blur).
 
-    The published code calls `interpolate` and `gaussian_blur` on (B, 1, size, size); the result is the same.
+    The published code calls `interpolate` and `gaussian_blur` on (B, 1, size, size); the result is the same. A mask in
+    (low, high) is low + (high - low) times the published one, which is in (0, 1).
     """
 
     smoothing: Tensor
 
-    def __init__(self, size: int, grid: int, kernel: int, sigma: float) -> None:
+    def __init__(self, size: int, grid: int, kernel: int, sigma: float, low: float = 0.0, high: float = 1.0) -> None:
+        """Raises UserError for sizes that do not fit, and unless 0 <= low < high."""
         super().__init__()
+        check_mask_range(low, high)
         self.grid = grid
+        self.low, self.high = low, high
         # Derived from the arguments, hence not part of the state.
         self.register_buffer("smoothing", smoothing_matrix(size, grid, kernel, sigma), persistent=False)
 
     def forward(self, cells: Tensor) -> Tensor:
-        """Cells (B, G*G) float32 to masks (B, 1, S, S) float32, in the cells' range; float32 inside autocast too."""
+        """Cells (B, G*G) float32 to masks (B, 1, S, S) float32 in (low, high); float32 inside autocast too."""
         if torch.is_autocast_enabled(cells.device.type):  # to leave it takes a host as long as both products
             with torch.autocast(cells.device.type, enabled=False):
                 return self(cells)
+        if (self.low, self.high) != (0, 1):  # of the cells, which are fewer than pixels: the rows of A sum to 1
+            cells = self.low + (self.high - self.low) * cells
         rows = cells.view(-1, self.grid) @ self.smoothing.T  # (B*G, S)
         rows = rows.view(-1, self.grid, len(self.smoothing))  # (B, G, S)
         return torch.bmm(self.smoothing.expand(len(rows), -1, -1), rows).unsqueeze(1)  # (B, 1, S, S)

@@ -11,7 +11,7 @@ from utils.models import create_classifier, output_width
 from utils.progress import say
 
 MASK_POLICIES = ("learned", "prior", "uniform", "none")
-PRIOR_WEIGHT = 0.9  # of the running prior in an action's log-concentrations; the image's own heads have the rest
+HEAD_WEIGHT = 0.1  # of the image's own heads in an action's log-concentrations; the running prior has the rest
 PRIOR_DECAY = 0.99  # of the running prior at each training step
 LOG_CONCENTRATION_LIMIT = 6.0  # log-concentrations are kept inside [-6, 6]
 SAMPLE_MARGIN = 1e-6  # samples are kept inside (1e-6, 1 - 1e-6), where the log-density is finite
@@ -74,8 +74,9 @@ class UniformConcentrations(nn.Module):
 
 
 class Policy(nn.Module):
-    """Concentrations of an image's cells: exp(0.9 r + 0.1 h(x)), with a running prior r and the heads' output h(x).
+    """Concentrations of an image's cells: exp((1 - w) r + w h(x)) of a running prior r and the heads' output h(x).
 
+    The head weight w is 0.1 as published, at most 1: then the prior has no say.
     `forward` gives h, so that DistributedDataParallel sees all learnable arithmetic; `log_concentrations` adds the
     prior. The prior is a buffer: equal on all ranks, saved and restored with the policy's state. `initial_prior` is
     kept beside it, to log how far it has drifted.
@@ -84,10 +85,11 @@ class Policy(nn.Module):
     prior: Tensor
     initial_prior: Tensor
 
-    def __init__(self, heads: nn.Module, prior: Tensor) -> None:
+    def __init__(self, heads: nn.Module, prior: Tensor, head_weight: float = HEAD_WEIGHT) -> None:
         """`prior`: (2, 1, G*G), the first r_a and r_b."""
         super().__init__()
         self.heads = heads
+        self.head_weight = head_weight
         self.register_buffer("prior", prior.clone())
         self.register_buffer("initial_prior", prior.clone())
 
@@ -97,9 +99,9 @@ class Policy(nn.Module):
         return head_alpha.float(), head_beta.float()
 
     def log_concentrations(self, head_alpha: Tensor, head_beta: Tensor) -> Tensor:
-        """log alpha and log beta, (2, B, G*G), inside [-6, 6]; the gradient reaches the heads with weight 0.1."""
+        """log alpha and log beta, (2, B, G*G), inside [-6, 6]; the gradient reaches the heads with the weight w."""
         heads = torch.stack([head_alpha, head_beta])  # (2, B, G*G)
-        return self.prior.lerp(heads, 1 - PRIOR_WEIGHT).clamp(-LOG_CONCENTRATION_LIMIT, LOG_CONCENTRATION_LIMIT)
+        return self.prior.lerp(heads, self.head_weight).clamp(-LOG_CONCENTRATION_LIMIT, LOG_CONCENTRATION_LIMIT)
 
     @torch.no_grad()
     def update_prior(self, head_alpha: Tensor, head_beta: Tensor, hold_back: Tensor) -> None:
@@ -121,17 +123,20 @@ class Policy(nn.Module):
         return (self.prior - self.initial_prior).square().mean().sqrt()
 
 
-def create_policy(mask_policy: str, model_name: str, grid: int, image_size: int) -> Policy | None:
+def create_policy(
+    mask_policy: str, model_name: str, grid: int, image_size: int, head_weight: float = HEAD_WEIGHT
+) -> Policy | None:
     """The policy for `--mask-policy`: learned, prior, uniform, or None for none.
 
-    The running prior starts from U[0, 1); for `uniform` it is 0 and stays there, so that every cell is Beta(1, 1).
+    The running prior starts from U[0, 1); for `uniform` it is 0 and stays there, as the heads' output is, so that every
+    cell is Beta(1, 1) whatever the head weight.
     """
     if mask_policy == "none":
         return None
     if mask_policy == "uniform":
         return Policy(UniformConcentrations(grid), torch.zeros(2, 1, grid * grid))
     heads = SharedConcentrations(grid) if mask_policy == "prior" else ConcentrationNetwork(model_name, grid, image_size)
-    return Policy(heads, torch.rand(2, 1, grid * grid))
+    return Policy(heads, torch.rand(2, 1, grid * grid), head_weight)
 
 
 class Action(NamedTuple):
@@ -185,7 +190,10 @@ def _log_prob_and_entropy(concentrations: Tensor, cells: Tensor) -> tuple[Tensor
 
 
 class MaskedImages(NamedTuple):
-    """What becomes of a batch: log-concentrations (2, B, G*G), action, masks (B*K, 1, S, S), images (B*K, 3, S, S)."""
+    """What becomes of a batch: log-concentrations (2, B, G*G), action, masks (B*K, 1, S, S), images (B*K, 3, S, S).
+
+    masks: as applied to the images, in the range of --mask-range and faded.
+    """
 
     log_concentrations: Tensor
     action: Action
@@ -201,14 +209,19 @@ def draw_masks(
     images: Tensor,
     *,
     masks_per_image: int = 1,
+    mask_weight: Tensor | None = None,
 ) -> MaskedImages:
     """Sample K masks for each image (B, 3, S, S) from the heads' output (B, G*G), smooth and apply them.
 
-    Pure but for the random numbers, so that it can be replayed as a CUDA graph.
+    mask_weight: () on the device, of `fading_weight`; None: no fading, and not a bit is changed. Pure but for the
+    random numbers, so that it can be replayed as a CUDA graph, which reads the weight anew where a number would be part
+    of it.
     """
     log_concentrations = policy.log_concentrations(head_alpha, head_beta)  # (2, B, G*G)
     action = sample_action(*log_concentrations, masks_per_image)  # (B*K, G*G) each
     masks = mask(action.cells)  # (B*K, 1, S, S)
+    if mask_weight is not None:
+        masks = 1 + mask_weight * (masks - 1)
     if masks_per_image > 1:
         images = images.repeat_interleave(masks_per_image, dim=0)
     return MaskedImages(log_concentrations, action, masks, images * masks)

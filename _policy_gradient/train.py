@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 
 from _policy_gradient.examples import draw_policy
 from _policy_gradient.flags import build_parser, check_flags
-from _policy_gradient.mask import SmoothMask
+from _policy_gradient.mask import SmoothMask, fading_weight
 from _policy_gradient.objective import Objective
 from _policy_gradient.policy import (
     MaskedImages,
@@ -117,7 +117,7 @@ def build_policy(
     """The policy on its device, with the state of the checkpoint or file; None if there is none to train or to test."""
     if weights is not None and weights.policy_net is None:
         return None
-    policy = create_policy(args.mask_policy, args.policy_model, args.grid, args.train_crop_size)
+    policy = create_policy(args.mask_policy, args.policy_model, args.grid, args.train_crop_size, args.head_weight)
     if policy is None:
         return None
     if args.test_only and args.mask_policy == "learned" and args.val_crop_size != args.train_crop_size:
@@ -131,8 +131,8 @@ def build_policy(
 
 
 def build_mask(args: argparse.Namespace, size: int, device: torch.device) -> SmoothMask:
-    """The mask of images of size x size pixels, on the device."""
-    return SmoothMask(size, args.grid, args.kernel, args.sigma).to(device)
+    """The mask of images of size x size pixels, on the device; not faded."""
+    return SmoothMask(size, args.grid, args.kernel, args.sigma, *args.mask_range).to(device)
 
 
 def build_gallery(args: argparse.Namespace, policy: Policy | None, split: ImageFolder) -> Callable[..., Any] | None:
@@ -234,7 +234,10 @@ def main(argv: Sequence[str] | None = None) -> None:
             models.compile_in_place(policy.heads, device)  # sampling and densities stay outside of the graph
     parallel_classifier = distributed.wrap(classifier, device)
     parallel_policy = None if policy is None else distributed.wrap(policy, device)
-    draw = None if policy is None else partial(draw_masks, policy, mask, masks_per_image=args.masks_per_image)
+    draw, mask_weight = None, None
+    if policy is not None:
+        mask_weight = torch.ones((), device=device) if args.mask_fade_epochs else None
+        draw = partial(draw_masks, policy, mask, masks_per_image=args.masks_per_image, mask_weight=mask_weight)
     if draw is not None and args.compile and device.type == "cuda":
         draw = torch.compile(draw, backend="cudagraphs")  # torch's own kernels, none generated: the same bit for bit
     run.restore_generators(state, args.seed)
@@ -264,6 +267,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         pictures = wiring.pictures(args, splits, start, build_gallery(args, policy, splits.evaluation))
         for epoch in range(start.epoch, args.epochs):
             line = {"epoch": epoch} | {f"lr_{name}": of.param_groups[0]["lr"] for name, of in optimizers.items()}
+            if mask_weight is not None:
+                line["mask_weight"] = fading_weight(epoch, args.epochs, args.mask_fade_epochs)
+                mask_weight.fill_(line["mask_weight"])  # in place: a CUDA graph may read it
             line |= train(loader, saver=saver)
             warn_of_bounds(epoch, line.get("concentrations_at_bounds", 0.0))
             for scheduler in schedulers:

@@ -99,17 +99,20 @@ def test_compiled_and_plain_have_close_losses(name, image_folder, tmp_path):
 
 
 def test_masks_replayed_as_a_cuda_graph_are_the_same_bit_for_bit():
-    """Cells, densities, gradients and the generator's state, over several replays."""
+    """Cells, densities, gradients and the generator's state, over several replays, while the masks fade."""
     device = torch.device("cuda")
     torch.manual_seed(0)
     policy = create_policy("learned", "test_resnet", 16, 64).to(device)
-    plain = partial(draw_masks, policy, SmoothMask(64, 16, 5, 2.0).to(device), masks_per_image=2)
+    weight = torch.ones((), device=device)
+    mask = SmoothMask(64, 16, 5, 2.0, 0.5, 1.5).to(device)
+    plain = partial(draw_masks, policy, mask, masks_per_image=2, mask_weight=weight)
     images = torch.rand(4, 3, 64, 64, device=device)
     heads = [torch.randn(4, 256, device=device, requires_grad=True) for _ in range(2)]
     found = []
     for draw in (plain, torch.compile(plain, backend="cudagraphs")):
         torch.cuda.manual_seed(0)
-        for _ in range(4):
+        for replay in range(4):
+            weight.fill_(1 - replay / 4)
             masked = draw(*heads, images)
             loss = masked.action.log_prob.logsumexp(1).mean() + masked.action.entropy.mean()
             gradients = torch.autograd.grad(loss, heads)

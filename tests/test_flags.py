@@ -361,6 +361,9 @@ RUNS = {
     "grid": "test_scripts.py::test_policy_flags_reach_the_policy",
     "kernel": "test_scripts.py::test_policy_flags_reach_the_policy",
     "sigma": "test_scripts.py::test_policy_flags_reach_the_policy",
+    "head_weight": "test_policy_forms.py::test_the_head_weight_reaches_the_policy_and_what_is_logged_of_it",
+    "mask_range": "test_policy_forms.py::test_range_and_fading_show_in_the_logged_masks",
+    "mask_fade_epochs": "test_policy_forms.py::test_range_and_fading_show_in_the_logged_masks",
 }
 EFFECTS = {
     "data_path": lambda build, image_folder: assert_close(len(wiring_data.open_splits(build()).training), 36),

@@ -152,6 +152,22 @@ def test_the_figure_holds_the_arrays(split):
     assert ends[:2] == [["0.25", "0.50", "0.75"], ["0.00", "0.50", "1.00"]]
 
 
+def test_masks_of_another_range_are_shown_as_applied(split):
+    mask = SmoothMask(32, 8, 5, 2.0, 0.5, 2.0)
+    policy, chosen = policy_of("uniform"), choose_examples(split)
+    plain, stage = (run_policy(policy, one, NORMALIZE, chosen, 0, 1) for one in (MASK, mask))
+    assert np.array_equal(stage.cells, plain.cells)
+    assert np.allclose(stage.masks, 0.5 + 1.5 * plain.masks, atol=1e-6)
+    figure = examples.draw_policy(policy, split, mask, NORMALIZE, seed=0, epochs_done=1)
+    row = [axes.images[0] for axes in figure.axes[:6]]
+    assert np.array_equal(np.asarray(row[4].get_array()), stage.masks[0])
+    reach = np.abs(stage.masks - 1.25).max()
+    assert row[4].get_clim() == pytest.approx((1.25 - reach, 1.25 + reach))  # about the middle of the range
+    assert row[1].get_clim() == pytest.approx((0.49, 0.51))
+    ends = [[tick.get_text() for tick in axes.get_xticklabels()] for axes in figure.axes[18:]]
+    assert [middle for _, middle, _ in ends] == ["0.50", "0.50", "1.25"]
+
+
 def test_pictures_do_not_overlap():
     pictures = [np.full((4, 4), 0.5)] * 3
     columns = [Column("", "a", "cells"), Column("one", "b", "mask"), Column("two", "c", "means")]
@@ -188,9 +204,9 @@ def test_the_command_shows_before_and_after(run, image_folder, monkeypatch, caps
     flags = [str(folder), "--split", "test", "--classes", "dark,bright", "-o", str(tmp_path / "x.png")]
     gallery.main(flags)
     assert capsys.readouterr().out == f"{tmp_path / 'x.png'}\n"
-    (chosen, stages, normalize, title), path = drawn
+    (chosen, stages, normalize, title, mask_range), path = drawn
     assert (chosen.names, list(stages)) == (["dark/0.png", "bright/0.png"], ["before training", "after 1 epoch"])
-    assert (title, path) == (f"Masks of test images: {folder}", tmp_path / "x.png")
+    assert (title, path, mask_range) == (f"Masks of test images: {folder}", tmp_path / "x.png", [0, 1])
     now = copy.deepcopy(began)
     now.load_state_dict(torch.load(folder / "checkpoint.pth", weights_only=True)["policy_net"])
     for policy, stage, epochs in zip((began, now), stages.values(), (0, 1), strict=True):

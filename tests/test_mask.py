@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torchvision.transforms.functional import gaussian_blur
 
-from _policy_gradient.mask import SmoothMask, smoothing_matrix
+from _policy_gradient.mask import SmoothMask, fading_weight, smoothing_matrix
 from utils.errors import UserError
 
 
@@ -30,6 +30,37 @@ def test_equals_interpolate_and_gaussian_blur(size, grid, kernel, sigma):
     assert mask.shape == (3, 1, size, size)
     assert mask.dtype == torch.float32
     torch.testing.assert_close(mask, expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(("low", "high"), [(0.0, 2.0), (0.5, 1.5), (0.5, 1.0), (0.0, 0.25)])
+def test_a_mask_in_another_range_is_the_affine_map_of_the_published_one(low, high):
+    cells = torch.rand(3, 62 * 62, generator=torch.Generator().manual_seed(0))
+    upsampled = F.interpolate(cells.view(3, 1, 62, 62), size=(224, 224))
+    expected = low + (high - low) * gaussian_blur(upsampled, kernel_size=13, sigma=6.0)
+    mask = SmoothMask(224, 62, 13, 6.0, low, high)
+    torch.testing.assert_close(mask(cells), expected, rtol=0, atol=1e-5)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(mask(cells), mask(cells.clone()))
+    ends = torch.tensor([[0.0], [1.0]]).expand(2, 62 * 62)
+    torch.testing.assert_close(mask(ends), torch.tensor([low, high]).view(2, 1, 1, 1).expand(2, 1, 224, 224))
+
+
+@pytest.mark.parametrize(("low", "high"), [(1.0, 0.0), (0.5, 0.5), (-0.5, 1.0), (0.0, float("nan"))])
+def test_ranges_that_are_none(low, high):
+    with pytest.raises(UserError, match=rf"--mask-range {low:g} {high:g}: expected two numbers of at least 0"):
+        SmoothMask(32, 8, 5, 2.0, low, high)
+
+
+def test_the_published_range_is_the_two_products_alone_bit_for_bit():
+    mask, cells = SmoothMask(32, 8, 5, 2.0, 0.0, 1.0), torch.rand(2, 64)
+    rows = (cells.view(-1, 8) @ mask.smoothing.T).view(2, 8, 32)
+    assert torch.equal(mask(cells), torch.bmm(mask.smoothing.expand(2, -1, -1), rows).unsqueeze(1))
+
+
+def test_fading_weights_by_hand():
+    assert [fading_weight(epoch, 5, 2) for epoch in range(5)] == pytest.approx([1, 1, 1, 2 / 3, 1 / 3])
+    assert [fading_weight(epoch, 3, 3) for epoch in range(3)] == [0.75, 0.5, 0.25]
+    assert [fading_weight(epoch, 3, 0) for epoch in range(3)] == [1, 1, 1]
 
 
 def test_every_size_and_grid_up_to_24():

@@ -87,6 +87,12 @@ def test_a_single_epoch_has_a_marker_and_gaps_are_left_out():
     assert points(line) == [(0, 1.0), (3, 2.0)]
 
 
+@pytest.mark.parametrize(("means", "top"), [((0.5, 0.45), 1), ((1.0, 0.9), 1.1)])
+def test_masks_of_any_range_lie_inside_their_panel(means, top):
+    lines = [{"epoch": epoch, "mask_mean": mean} for epoch, mean in enumerate(means)]
+    assert panel(policy_health({"run": lines}), "Mean of the masks").get_ylim() == pytest.approx((0, top))
+
+
 def test_policy_health_shows_what_the_log_has_of_it():
     figure = policy_health({"run": POLICY})
     assert titles(figure) == ["Mean of the masks", "Drift of the prior"]

@@ -1,6 +1,7 @@
 """The policy's arithmetic: concentrations, prior, sampling, and what is logged of it."""
 
 import math
+from functools import partial
 
 import pytest
 import scipy.stats
@@ -22,9 +23,9 @@ from _policy_gradient.policy import (
 from utils.errors import UserError
 
 
-def policy_with(prior_alpha, prior_beta):
+def policy_with(prior_alpha, prior_beta, *head_weight):
     prior = torch.tensor([[prior_alpha], [prior_beta]])  # (2, 1, G*G)
-    return Policy(SharedConcentrations(2), prior)
+    return Policy(SharedConcentrations(2), prior, *head_weight)
 
 
 def test_log_concentrations_by_hand():
@@ -35,13 +36,38 @@ def test_log_concentrations_by_hand():
     torch.testing.assert_close(log_beta, torch.full((1, 4), 0.45))
 
 
-def test_gradient_reaches_the_heads_with_a_tenth():
-    policy = policy_with([0.0] * 4, [0.0] * 4)
+@pytest.mark.parametrize("weight", [0.25, 0.5, 1.0])
+def test_log_concentrations_with_a_head_weight_by_hand(weight):
+    policy = policy_with([1.0, 0.0, 20.0, -3.0], [0.5, 0.5, 0.5, 0.5], weight)
+    head = torch.tensor([[2.0, -1.0, 20.0, -3.0], [4.0, 1.0, -20.0, 3.0]])
+    log_alpha, log_beta = policy.log_concentrations(head, torch.zeros(2, 4))
+    expected = (1 - weight) * torch.tensor([1.0, 0.0, 20.0, -3.0]) + weight * head
+    torch.testing.assert_close(log_alpha, expected.clamp(-6, 6))
+    torch.testing.assert_close(log_beta, torch.full((2, 4), 0.5 * (1 - weight)))
+
+
+def gradient_at_the_heads(*head_weight):
+    policy = policy_with([0.0] * 4, [0.0] * 4, *head_weight)
     head = torch.zeros(1, 4, requires_grad=True)
     log_alpha, _ = policy.log_concentrations(head, torch.zeros(1, 4))
     log_alpha.sum().backward()
-    torch.testing.assert_close(head.grad, torch.full((1, 4), 0.1))
     assert not policy.prior.requires_grad
+    return head.grad
+
+
+def test_gradient_reaches_the_heads_with_their_weight():
+    torch.testing.assert_close(gradient_at_the_heads(), torch.full((1, 4), 0.1))
+    for weight in (0.3, 1.0):
+        torch.testing.assert_close(gradient_at_the_heads(weight), torch.full((1, 4), weight))
+
+
+def test_the_published_head_weight_is_the_rest_of_nine_tenths_bit_for_bit():
+    """1 - 0.9 is not 0.1, but the same float32."""
+    torch.manual_seed(0)
+    prior, head_alpha, head_beta = torch.rand(2, 1, 4096), torch.randn(8, 4096), torch.randn(8, 4096)
+    found = Policy(SharedConcentrations(64), prior).log_concentrations(head_alpha, head_beta)
+    assert torch.equal(found, prior.lerp(torch.stack([head_alpha, head_beta]), 1 - 0.9).clamp(-6, 6))
+    assert torch.equal(gradient_at_the_heads(), gradient_at_the_heads(1 - 0.9))
 
 
 def test_prior_moves_by_a_hundredth_of_the_batch_mean():
@@ -220,3 +246,29 @@ def test_masked_images_are_images_times_their_own_masks():
     torch.manual_seed(0)
     torch.rand(2, 4), torch.rand(2, 4), torch.rand(2, 3, 8, 8)
     assert torch.equal(sample_action(*policy.log_concentrations(*heads), 3).cells, masked.action.cells)
+
+
+def test_faded_masks_are_what_is_applied_and_a_compiled_graph_reads_their_weight_anew():
+    policy, mask = policy_with([1.0, 0.0, 2.0, 3.0], [0.0, 0.5, 1.0, -3.0]), SmoothMask(8, 2, 3, 1.0, 0.5, 1.5)
+    heads, images = (torch.rand(2, 4), torch.rand(2, 4)), torch.rand(2, 3, 8, 8)
+    weight, graphs = torch.ones(()), []
+    plain = partial(draw_masks, policy, mask, masks_per_image=2)
+    fading = partial(plain, mask_weight=weight)
+
+    def keep(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    compiled = torch.compile(fading, backend=keep)
+    for value in (1.0, 2 / 3, 0.25):
+        weight.fill_(value)
+        results = []
+        for draw in (plain, fading, compiled):
+            torch.manual_seed(0)
+            results.append(draw(*heads, images))
+        full, *faded = results
+        for masked in faded:
+            assert torch.equal(masked.action.cells, full.action.cells)
+            torch.testing.assert_close(masked.masks, 1 - value + value * full.masks)
+            assert torch.equal(masked.images, images.repeat_interleave(2, dim=0) * masked.masks)
+    assert len(graphs) == 1

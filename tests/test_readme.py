@@ -91,8 +91,8 @@ def test_every_flag_stands_in_the_table():
 
 
 def test_every_logged_name_is_explained(image_folder, tmp_path):
-    policy_gradient.main([*SMALL_POLICY, "--epochs", "1", "--amp", "--amp-dtype", "fp16", "--data-path",
-                          str(image_folder), "--output-dir", str(tmp_path)])  # fmt: skip
+    policy_gradient.main([*SMALL_POLICY, "--epochs", "1", "--amp", "--amp-dtype", "fp16", "--mask-fade-epochs", "1",
+                          "--data-path", str(image_folder), "--output-dir", str(tmp_path)])  # fmt: skip
     table = README.split("## What is logged")[1].split("## Measured")[0]
     for name in read_log(tmp_path)[0]:
         if name.startswith("val_"):

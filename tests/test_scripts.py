@@ -172,7 +172,13 @@ def test_test_only_repeats_the_last_validation(train, image_folder, capsys):
     assert json.loads((folder / "metrics.json").read_text())["images"] == 9
 
 
-def test_masked_evaluation_uses_the_mean_mask_of_the_images_own_policy(train, image_folder):
+@pytest.mark.parametrize(
+    ("head_weight", "low", "high", "fade_epochs"),
+    [(0.1, 0, 1, 0), (0.4, 0.5, 2, 1)],  # as published; others, which the file tells; fading has no say here
+)
+def test_masked_evaluation_uses_the_mean_mask_of_the_images_own_policy(
+    train, image_folder, head_weight, low, high, fade_epochs
+):
     from _policy_gradient.mask import SmoothMask
     from _policy_gradient.policy import create_policy
     from utils.models import create_classifier
@@ -180,7 +186,8 @@ def test_masked_evaluation_uses_the_mean_mask_of_the_images_own_policy(train, im
     from utils.transforms import Normalize
     from utils.wiring_data import open_splits
 
-    folder = train(policy_gradient, "--epochs", 1)
+    forms = ("--head-weight", head_weight, "--mask-range", low, high, "--mask-fade-epochs", fade_epochs)
+    folder = train(policy_gradient, "--epochs", 1, *forms)
     start = policy_gradient.run.choose_start(
         policy_gradient.build_parser(), {"resume": str(folder / "checkpoint.pth"), "test_only": True,
                                          "data_path": str(image_folder)}, "_policy_gradient")  # fmt: skip
@@ -194,9 +201,10 @@ def test_masked_evaluation_uses_the_mean_mask_of_the_images_own_policy(train, im
     with torch.no_grad():
         normalised = Normalize([0.3162], [0.3213])(images)
         head_alpha, head_beta = policy(normalised)
-        alpha = (0.9 * state["policy_net"]["prior"][0] + 0.1 * head_alpha).exp()
-        beta = (0.9 * state["policy_net"]["prior"][1] + 0.1 * head_beta).exp()
-        masks = SmoothMask(32, 8, 5, 2.0)(alpha / (alpha + beta))
+        prior = state["policy_net"]["prior"]
+        alpha = ((1 - head_weight) * prior[0] + head_weight * head_alpha).exp()
+        beta = ((1 - head_weight) * prior[1] + head_weight * head_beta).exp()
+        masks = low + (high - low) * SmoothMask(32, 8, 5, 2.0)(alpha / (alpha + beta))
         loss = torch.nn.functional.cross_entropy(
             classifier(normalised * masks), torch.tensor(evaluation.targets).long()
         )

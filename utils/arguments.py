@@ -20,7 +20,7 @@ FREE_ON_RESUME = {
 }  # fmt: skip
 # What weights were made for: taken from their file when it says so.
 MODEL_FLAGS = (
-    "model", "policy_model", "mask_policy", "grid", "kernel", "sigma",
+    "model", "policy_model", "mask_policy", "head_weight", "grid", "kernel", "sigma", "mask_range",
     "train_crop_size", "val_resize_size", "val_crop_size", "interpolation", "gray", "backend", "mean", "std",
 )  # fmt: skip
 # What a fine-tuning may choose anew although the file says otherwise.
@@ -239,8 +239,9 @@ def _could_be_given(action: argparse.Action, value: Any) -> bool:
         return action.default is None
     if action.nargs == 0:  # a switch
         return isinstance(value, bool)
-    if action.nargs == "+":
-        return isinstance(value, list) and len(value) > 0 and all(_could_be_typed(action, one) for one in value)
+    if action.nargs is not None:  # several: so many, or any number
+        right_number = isinstance(value, list) and (len(value) == action.nargs or (action.nargs == "+" and value))
+        return bool(right_number) and all(_could_be_typed(action, one) for one in value)
     return _could_be_typed(action, value)
 
 

@@ -29,18 +29,23 @@ class Column(NamedTuple):
 
 
 class Row(NamedTuple):
-    """pictures: one a column, float arrays in [0, 1]: images (S, S, 3), means and cells (G, G), masks (S, S)."""
+    """pictures: one a column, float arrays: images (S, S, 3), means and cells (G, G) in [0, 1], and masks (S, S)."""
 
     name: str
     pictures: Sequence[np.ndarray]
 
 
-def draw_gallery(columns: Sequence[Column], rows: Sequence[Row], title: str) -> Figure:
-    """Pictures of one kind share their colours, from 0 to 1 for cells and else symmetric about 0.5, as the bars say.
+def draw_gallery(columns: Sequence[Column], rows: Sequence[Row], title: str, mask_middle: float = 0.5) -> Figure:
+    """Pictures of one kind share their colours, as the bars say: from 0 to 1 for cells, else symmetric about a middle.
 
-    Masks and means differ little from 0.5: of 0 to 1 they would use a tenth.
+    mask_middle: of the masks' range; that of the means is 0.5. Both differ little from it: of 0 to 1 they would use a
+    tenth.
     """
-    norms = {kind: _norm(kind, columns, rows) for kind in SCALES if any(column.kind == kind for column in columns)}
+    norms = {
+        kind: _norm(kind, columns, rows, mask_middle if kind == "mask" else 0.5)
+        for kind in SCALES
+        if any(column.kind == kind for column in columns)
+    }
     lefts = _lefts(columns)
     width, height = lefts[-1] + SIDE, len(rows) * (SIDE + GAP)
     figure = Figure(figsize=(width, height))  # of the pictures: what stands round them widens the figure
@@ -61,14 +66,14 @@ def draw_gallery(columns: Sequence[Column], rows: Sequence[Row], title: str) -> 
     return figure
 
 
-def _norm(kind: str, columns: Sequence[Column], rows: Sequence[Row]) -> Normalize:
+def _norm(kind: str, columns: Sequence[Column], rows: Sequence[Row], middle: float) -> Normalize:
     if kind == "cells":
         return Normalize(0, 1)
     found = [
         picture for row in rows for column, picture in zip(columns, row.pictures, strict=True) if column.kind == kind
     ]
-    reach = max(0.01, *(float(np.abs(picture - 0.5).max()) for picture in found))
-    return Normalize(0.5 - reach, 0.5 + reach)
+    reach = max(0.01, *(float(np.abs(picture - middle).max()) for picture in found))
+    return Normalize(middle - reach, middle + reach)
 
 
 def _lefts(columns: Sequence[Column]) -> list[float]:
@@ -96,4 +101,5 @@ def _draw_bars(figure: Figure, norms: dict[str, Normalize], width: float, height
         axes = figure.add_axes((left / width, -0.3 / height, length / width, 0.12 / height))
         colours = matplotlib.cm.ScalarMappable(norm, "cividis")
         bar = figure.colorbar(colours, cax=axes, orientation="horizontal", label=SCALES[kind])
-        bar.set_ticks([norm.vmin, 0.5, norm.vmax], labels=[f"{value:.2f}" for value in (norm.vmin, 0.5, norm.vmax)])
+        ticks = (norm.vmin, (norm.vmin + norm.vmax) / 2, norm.vmax)
+        bar.set_ticks(ticks, labels=[f"{value:.2f}" for value in ticks])

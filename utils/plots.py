@@ -48,7 +48,7 @@ CURVES = (
     Panel("lr_policy", "Learning rate of the policy", "learning rate"),
 )
 HEALTH = (
-    Panel("mask_mean", "Mean of the masks", "mask value, 0 to 1"),
+    Panel("mask_mean", "Mean of the masks", "mask value"),
     Panel("mask_std", "Spread of the masks", "standard deviation over pixels"),
     Panel("mask_std_between_images", "Masks' difference between images", "standard deviation; 0: none"),
     Panel("policy_entropy", "Entropy of a cell", "nats; 0: uniform noise"),
@@ -130,7 +130,7 @@ def _draw_panel(axes: Axes, panel: Panel, runs: Runs) -> None:
 def _set_limits(axes: Axes, key: str, values: list[float]) -> None:
     """Quantities that cannot be negative start at 0, so that their noise does not look like a course."""
     if key == "mask_mean":
-        axes.set_ylim(0, 1)
+        axes.set_ylim(0, max(1.0, 1.1 * max(values)))  # above 1 with some of --mask-range
     elif key in FROM_ZERO and min(values) >= 0:
         axes.set_ylim(0, None if max(values) > 0 else 1)
 
