@@ -147,7 +147,7 @@ def test_test_only_repeats_the_last_validation(train, image_folder, capsys):
         assert value == pytest.approx(line[f"val_{name}"], rel=1e-6, abs=1e-6)
     assert found["metrics"]["masked"]["loss"] != found["metrics"]["clean"]["loss"]
     rows = (folder / "per_class.csv").read_text().splitlines()
-    assert rows[0] == "class,images,precision,recall,f1"
+    assert rows[0] == "class,images,precision,recall,f1,auroc"
     assert [row.split(",")[:2] for row in rows[1:]] == [["bright", "7"], ["dark", "7"], ["striped", "7"]]
     assert (folder / "per_class_masked.csv").exists()
     images = list(csv.DictReader((folder / "predictions.csv").open()))
