@@ -122,9 +122,9 @@ def _is_result(content: dict[str, Any]) -> bool:
 def read_evaluation(folder: Path, name: str = "clean", metrics: dict[str, float | None] | None = None) -> Evaluation:
     """A result of --test-only out of its two tables; raises UserError where one is missing, damaged, or unfit."""
     suffix = "" if name == "clean" else f"_{name}"
-    table = _read_table(folder / f"per_class{suffix}.csv", ("class", "images", "precision", "recall", "f1"))
+    table = read_table(folder / f"per_class{suffix}.csv", ("class", "images", "precision", "recall", "f1"))
     path = folder / f"predictions{suffix}.csv"
-    rows = _read_table(path, ("target", "prediction", "true_rank", "loss"))
+    rows = read_table(path, ("target", "prediction", "true_rank", "loss"))
     number = {row["class"]: index for index, row in enumerate(table)}
     try:
         outcome = Outcome(
@@ -142,7 +142,7 @@ def read_evaluation(folder: Path, name: str = "clean", metrics: dict[str, float 
     return Evaluation(metrics or {}, table, outcome)
 
 
-def _read_table(path: Path, columns: tuple[str, ...]) -> list[dict[str, str]]:
+def read_table(path: Path, columns: tuple[str, ...]) -> list[dict[str, str]]:
     """The rows of a CSV; raises UserError unless it holds one or more, with these columns among others."""
     try:
         with path.open(newline="", encoding="utf-8") as file:
