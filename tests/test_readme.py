@@ -196,10 +196,14 @@ def commands_of(text):
     """The commands of a text's bash blocks: lists of words, continued lines joined."""
     blocks = re.findall(r"```bash\n(.*?)```", text, re.DOTALL)
     lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
-    return [shlex.split(line, comments=True) for line in lines if re.search(r"train\.py|-m utils", line)]
+    return [
+        shlex.split(line, comments=True) for line in lines if re.search(r"train\.py|-m utils|experiments/\w+\.py", line)
+    ]
 
 
-@pytest.mark.parametrize("name", ["README.md", "RECIPES.md", "EXAMPLE.md", "_weights/README.md"])
+@pytest.mark.parametrize(
+    "name", ["README.md", "RECIPES.md", "EXAMPLE.md", "_weights/README.md", "experiments/README.md"]
+)
 def test_every_command_of_the_pages_is_one_that_is_understood(name, capsys):
     found = 0
     for words in commands_of((ROOT / name).read_text()):
@@ -210,10 +214,12 @@ def test_every_command_of_the_pages_is_one_that_is_understood(name, capsys):
             module = policy_gradient if "_policy_gradient" in script or "--grid" in own else normal
             parse_given(module.build_parser(), [word for word in own if word not in ("...", "&")])
         else:
-            name = words[words.index("-m") + 1]
+            own_file = re.search(r" experiments/(\w+)\.py", " ".join(words))
+            name = f"experiments.{own_file[1]}" if own_file else words[words.index("-m") + 1]
             package = importlib.import_module(name)
             module = package if hasattr(package, "main") else importlib.import_module(f"{name}.__main__")
-            command = [word for word in words[words.index("-m") + 2 :][:1] if word.isalpha() and word.islower()]
+            after = [] if own_file else words[words.index("-m") + 2 :][:1]
+            command = [word for word in after if word.isalpha() and word.islower()]
             for arguments in (["--help"], [*command, "--help"]):  # some have commands of their own
                 with pytest.raises(SystemExit, match="0"):
                     module.main(arguments)
