@@ -3,30 +3,48 @@
 # Small results go to $OUT (experiments/results). What is finished there, or in experiments/results, is not run again, so
 # that the same command goes on with what is missing, on another machine too if its results were copied back.
 # DATA holds {train,val,test}/<class>/<image>, mini-RIN; PLANs are names in experiments/plans, the most important first.
+# A plan of which a run fails does not keep the others from running; the exit code is then 1.
 set -euo pipefail
 data=$(realpath "${1:?usage: bash experiments/gpu.sh DATA [PLAN...]}")
 shift
+OUT=${OUT:+$(realpath -m "$OUT")}  # of the folder where this was typed
+CACHE=${CACHE:+$(realpath -m "$CACHE")}
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python3}
 OUT=${OUT:-experiments/results}
 MINUTES=${MINUTES:-9}
 JOBS=${JOBS:-6}
-CACHE=${CACHE:-$(mktemp -d)}
 FLAGS=${FLAGS:-"--device cuda --amp --workers 1 --print-freq 1000"}
 [ $# -gt 0 ] || set -- classification forms unseen sensitivity
+if [ -z "$CACHE" ]; then
+    CACHE=$(mktemp -d)
+    trap 'rm -rf "$CACHE"' EXIT
+fi
 export PYTHONUNBUFFERED=1 OMP_NUM_THREADS=1
 mkdir -p "$OUT"
-if [ -d experiments/results ] && [ ! experiments/results -ef "$OUT" ]; then
-    cp -r --no-clobber experiments/results/. "$OUT"
-fi
 
+running="" stopped="" failed=0
+trap 'stopped=1; [ -z "$running" ] || kill -TERM "$running" 2> /dev/null || true' INT TERM
 end=$((SECONDS + MINUTES * 60))
 for plan in "$@"; do
     left=$(((end - SECONDS) / 60))
-    [ "$left" -gt 0 ] || break
+    [ "$left" -gt 0 ] && [ -z "$stopped" ] || break
+    for finished in experiments/results/"$plan"/*/seed*/finished.json; do
+        from=$(dirname "$finished") to=$OUT/$(dirname "${finished#experiments/results/}")
+        if [ -e "$finished" ] && [ ! -e "$to/finished.json" ]; then  # whole runs only, each at once
+            rm -rf "$to" "$to.tmp"
+            mkdir -p "$(dirname "$to")"
+            cp -r "$from" "$to.tmp"
+            mv "$to.tmp" "$to"
+        fi
+    done
     echo "== $plan, at most $left minutes"
     "$PYTHON" experiments/run.py "experiments/plans/$plan.py" --data-path "$data" \
         --exclude experiments/mini_rin_exclude.txt -o "$OUT/$plan" --jobs "$JOBS" --minutes "$left" \
-        --flags "$FLAGS --cache-dir $CACHE"
+        --flags "$FLAGS --cache-dir $CACHE" &
+    running=$!
+    wait "$running" || wait "$running" || failed=1  # a signal ends the first wait; the runs then save and end
+    running=""
     "$PYTHON" experiments/analyse.py "experiments/plans/$plan.py" "$OUT/$plan" || true  # of what is there so far
 done
+exit "$failed"

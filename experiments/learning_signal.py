@@ -141,6 +141,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = parser.parse_args(argv)
     if options.masks_per_image < 4 or options.masks_per_image % 2:
         raise UserError(f"--masks-per-image {options.masks_per_image}: expected an even number of at least 4.")
+    if options.grid is None and (options.kernel or options.sigma):
+        raise UserError("--kernel and --sigma: are of the uniform masks of --grid; give that too.")
     path = options.run / checkpoint.CHECKPOINT if options.run.is_dir() else options.run
     args, state = read_run(path, options.data_path, options.split)
     split = wiring_data.open_splits(args).evaluation

@@ -1,9 +1,11 @@
 """What a plan says: arms, each a chain of trainings through the two scripts, and how they are to be compared."""
 
+import json
 import runpy
 import shlex
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from utils.errors import UserError
 
@@ -88,6 +90,11 @@ def run_folder(output: Path, arm: str, seed: int) -> Path:
     return output / arm / f"seed{seed}"
 
 
+def as_written(arm: Arm) -> list[dict[str, Any]]:
+    """The stages as finished.json holds them."""
+    return json.loads(json.dumps([asdict(stage) for stage in arm.stages]))
+
+
 def read_plan(path: Path) -> Plan:
     """The `PLAN` of a Python file; raises UserError if there is none, or one that contradicts itself."""
     if not path.is_file():
@@ -98,6 +105,9 @@ def read_plan(path: Path) -> Plan:
     names = [arm.name for arm in plan.arms]
     if len(set(names)) < len(names):
         raise UserError(f"{path}: two arms have one name; give each its own.")
+    for arm in plan.arms:
+        if len({stage.name for stage in arm.stages}) < len(arm.stages):
+            raise UserError(f"{path}: two stages of the arm {arm.name!r} have one name, and so one folder; rename one.")
     for name in filter(None, (plan.baseline, plan.primary)):
         if name not in names:
             raise UserError(f"{path}: compares {name!r}, which is none of its arms ({', '.join(names)}).")

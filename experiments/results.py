@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 from experiments.comparisons import SCORES, scores
-from experiments.plan import Plan, Stage, run_folder
+from experiments.plan import Arm, Plan, Stage, as_written, run_folder
 from utils.errors import UserError
 from utils.run_folder import Evaluation, RunFolder, read_run_folder, read_table
 
@@ -57,15 +57,19 @@ class Task(NamedTuple):
 
 
 def read_runs(plan: Plan, results: Path) -> Runs:
-    """The runs of the plan that have finished; raises UserError if none has, or for a file that is damaged."""
+    """The runs of the plan that have finished.
+
+    Raises UserError if none has, for a file that is damaged, and for a run of other stages than the plan's.
+    """
     if not results.is_dir():
         raise UserError(f"{results}: no such folder; expected what experiments/run.py wrote.")
     runs = {}
     for arm, seed in plan.runs():
         folder = run_folder(results, arm.name, seed)
         if (folder / FINISHED).is_file():
+            seconds = _seconds(folder / FINISHED, arm)
             stages = {stage.name: _read_stage(folder / stage.name, stage) for stage in arm.stages}
-            runs[arm.name, seed] = Run(folder, stages, _seconds(folder / FINISHED))
+            runs[arm.name, seed] = Run(folder, stages, seconds)
     if not runs:
         raise UserError(f"{results}: no run of the plan {plan.name!r} has finished yet ({FINISHED} is in none).")
     order = [arm.name for arm in plan.arms]
@@ -81,11 +85,15 @@ def _read_stage(folder: Path, stage: Stage) -> RunFolder:
     return found
 
 
-def _seconds(path: Path) -> float:
+def _seconds(path: Path, arm: Arm) -> float:
     try:
-        return float(json.loads(path.read_bytes())["seconds"])
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        content = json.loads(path.read_bytes())
+        seconds, stages = float(content["seconds"]), content.get("stages", as_written(arm))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise UserError(f"{path}: expected the seconds that the run took; run this seed of the arm again.") from None
+    if stages != as_written(arm):
+        raise UserError(f"{path}: is of other stages than the plan says now; give the plan that was run.")
+    return seconds
 
 
 def task_names(plan: Plan) -> list[str]:

@@ -1,10 +1,11 @@
 """Run a plan, all arms and seeds, through the two scripts: `python experiments/run.py PLAN --data-path DATA`."""
 
 import argparse
-import dataclasses
+import fcntl
 import json
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,14 +14,14 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 import torch
 
-from experiments.plan import Arm, Plan, Stage, read_plan, run_folder
+from experiments.plan import Arm, Plan, Stage, as_written, read_plan, run_folder
 from experiments.subsets import link_subset
 from utils.errors import UserError, run_script
 from utils.files import write_atomically
@@ -28,6 +29,7 @@ from utils.folders import LAYOUT
 from utils.interruption import EXIT_CODE as INTERRUPTED
 
 FINISHED = "finished.json"
+PROGRESS = "progress.json"  # of a run that has begun
 OUTPUT = "output.txt"
 # What is left of a finished run's stages.
 KEPT = ("log.jsonl", "run.json", "metrics.json", "per_class.csv", "predictions.csv")
@@ -36,27 +38,35 @@ KEPT = ("log.jsonl", "run.json", "metrics.json", "per_class.csv", "predictions.c
 class Machine:
     """The processes that run now, and whether any may still be started.
 
-    jobs: runs at a time; on several GPUs each has one, in turn. deadline: of `time.monotonic`, or infinity.
+    jobs: runs at a time; on several GPUs each has one, in turn. minutes: from now on, or infinity.
     """
 
-    def __init__(self, jobs: int, deadline: float) -> None:
-        self.deadline = deadline
+    def __init__(self, jobs: int, minutes: float) -> None:
+        self.budget = 60 * minutes
+        self.deadline = time.monotonic() + self.budget
         self.stopping = False
         self._running: set[subprocess.Popen] = set()
         self._lock = threading.Lock()
-        gpus = torch.cuda.device_count()
-        self._slots = [{"CUDA_VISIBLE_DEVICES": str(job % gpus)} if gpus > 1 else {} for job in range(jobs)]
+        gpus, visible = torch.cuda.device_count(), os.environ.get("CUDA_VISIBLE_DEVICES")
+        names = visible.split(",") if visible else [str(gpu) for gpu in range(gpus)]
+        self._slots = [{"CUDA_VISIBLE_DEVICES": names[job % gpus]} if gpus > 1 else {} for job in range(jobs)]
 
-    def execute(self, command: Sequence[str], output: Path) -> int:
+    def has_time_for(self, seconds: float) -> bool:
+        """Is it done before the deadline? What no `minutes` would be enough for is begun too, and goes on next time."""
+        return seconds <= self.deadline - time.monotonic() or seconds > self.budget
+
+    def execute(self, command: Sequence[str], output: BinaryIO) -> int:
         """Run to its end, its output appended to a file; the exit code, INTERRUPTED if nothing may be started."""
+        paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]  # for `-m utils...` from any folder
         with self._lock:
             if self.stopping:
                 return INTERRUPTED
+            environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), **self._slots[-1]}
+            process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment)
             slot = self._slots.pop()
-            environment = {**os.environ, "PYTHONPATH": str(ROOT), **slot}  # for `-m utils...` from any folder
-            with output.open("ab") as file:
-                process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=environment)
             self._running.add(process)
+        if self.stopping:  # which may have come too late for the first question, and too early to find the process
+            process.send_signal(signal.SIGTERM)
         code = process.wait()
         with self._lock:
             self._running.remove(process)
@@ -101,34 +111,80 @@ def is_finished(arm: Arm, run: Path) -> bool:
     return True
 
 
-def as_written(arm: Arm) -> list[dict[str, Any]]:
-    """The stages as finished.json holds them."""
-    return json.loads(json.dumps([dataclasses.asdict(stage) for stage in arm.stages]))
+def read_progress(arm: Arm, run: Path) -> tuple[int, float]:
+    """Of a run: how many of its stages are done, and the seconds that they and the next took so far.
+
+    Raises UserError if it was begun as another one, of the same name: its checkpoints are of other flags.
+    """
+    try:
+        found = json.loads((run / PROGRESS).read_bytes())
+    except FileNotFoundError:
+        return 0, 0.0
+    if found["stages"] != as_written(arm):
+        raise UserError(f"{run}: was begun with other stages than the plan says now; remove it, or give another -o.")
+    return found["done"], found["seconds"]
 
 
 def run_stages(arm: Arm, seed: int, options: argparse.Namespace, machine: Machine) -> str:
     """Bring one run to its end, and say how far it came: finished, interrupted, left, or what failed."""
     run = run_folder(options.output, arm.name, seed)
-    if time.monotonic() + expected_seconds(options.output, arm.name) > machine.deadline:
+    if not machine.has_time_for(expected_seconds(options.output, arm.name) - read_progress(arm, run)[1]):
         return "left for another time"
     run.mkdir(parents=True, exist_ok=True)
-    start = time.monotonic()
-    for stage in arm.stages:
+    with (run / OUTPUT).open("ab") as output:
+        if not _lock(output):
+            return "left to another process, which runs it"
+        if is_finished(arm, run):
+            tidy(run, arm.stages)
+            return "finished by another process"
+        return _run_locked(arm, seed, options, machine, output)
+
+
+def _run_locked(arm: Arm, seed: int, options: argparse.Namespace, machine: Machine, output: BinaryIO) -> str:
+    """`run_stages`, from the first stage that is not done."""
+    run = run_folder(options.output, arm.name, seed)
+    done, seconds = read_progress(arm, run)
+    for number, stage in enumerate(arm.stages[done:], start=done):
+        tidy(run, arm.stages[:number], arm.stages[number:])
+        _write_progress(arm, run, number, seconds)
         data = subset_folder(options.output, stage) if stage.subset else options.data_path
         flags = shlex.split(options.flags)
         if options.exclude and not stage.subset:
             flags += ["--exclude", str(options.exclude)]
         for command in commands(stage, seed, run, data, flags):
-            code = machine.execute(command, run / OUTPUT)
+            start = time.monotonic()
+            code = machine.execute(command, output)
+            seconds += time.monotonic() - start
+            _write_progress(arm, run, number, seconds)
             if machine.stopping or code == INTERRUPTED:
                 return "interrupted; it goes on when the plan is run again"
             if code != 0:
                 return f"failed in {stage.name} with exit code {code}: {last_line(run / OUTPUT)} ({run / OUTPUT})"
-    seconds = round(time.monotonic() - start, 1)
-    content = {"stages": as_written(arm), "seconds": seconds}
-    write_atomically(run / FINISHED, (json.dumps(content, indent=2) + "\n").encode())
-    tidy(arm, run)
+    _write_json(run / FINISHED, {"stages": as_written(arm), "seconds": round(seconds, 1)})
+    tidy(run, arm.stages)
     return f"finished in {seconds:.0f} s"
+
+
+def _lock(file: BinaryIO) -> bool:
+    """Lock a file for as long as it is open here or in a process that writes its output there; False: another has it.
+
+    So neither a second run.py nor one that follows a killed one trains where a training still goes on.
+    """
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:  # a file system without locks
+        pass
+    return True
+
+
+def _write_progress(arm: Arm, run: Path, done: int, seconds: float) -> None:
+    _write_json(run / PROGRESS, {"stages": as_written(arm), "done": done, "seconds": round(seconds, 1)})
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    write_atomically(path, (json.dumps(content, indent=2) + "\n").encode())
 
 
 def last_line(path: Path) -> str:
@@ -149,13 +205,19 @@ def expected_seconds(output: Path, arm: str) -> float:
     return max(own or seconds.values(), default=0.0)
 
 
-def tidy(arm: Arm, run: Path) -> None:
-    """Leave of a finished run what the analysis reads: the weights are made again by running it again."""
-    (run / OUTPUT).unlink(missing_ok=True)
-    for stage in arm.stages:
+def tidy(run: Path, done: Sequence[Stage], left: Sequence[Stage] = ()) -> None:
+    """Leave of stages that are done what the analysis reads, and what the stages left start from.
+
+    Other weights are made again by running it again: those of each epoch of each stage would soon fill a disk.
+    """
+    needed = {run / stage.start for stage in left if stage.start}
+    for stage in done:
         for path in (run / stage.name).iterdir():
-            if path.name not in KEPT:
-                path.unlink()
+            if path.name not in KEPT and path not in needed:
+                shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    if not left:
+        (run / PROGRESS).unlink(missing_ok=True)
+        (run / OUTPUT).unlink(missing_ok=True)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -172,15 +234,16 @@ def build_parser() -> argparse.ArgumentParser:
 
 def run_plan(plan: Plan, options: argparse.Namespace) -> dict[tuple[str, int], str]:
     """How far each run came that was not finished; SIGTERM, SIGINT and the deadline stop all, with checkpoints."""
-    machine = Machine(options.jobs, time.monotonic() + 60 * options.minutes)
+    machine = Machine(options.jobs, options.minutes)
     for signal_number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(signal_number, machine.stop)
     left = []
     for arm, seed in plan.runs():
         run = run_folder(options.output, arm.name, seed)
         if is_finished(arm, run):
-            tidy(arm, run)  # which a kill may have kept from being done
+            tidy(run, arm.stages)  # which a kill may have kept from being done
         else:
+            read_progress(arm, run)  # now rather than when its turn comes
             left.append((arm, seed))
     print(f"{plan.name}: {len(plan.runs())} runs, {len(plan.runs()) - len(left)} finished before", flush=True)
     for arm in plan.arms:
@@ -190,11 +253,14 @@ def run_plan(plan: Plan, options: argparse.Namespace) -> dict[tuple[str, int], s
 
     def bring_to_end(run: tuple[Arm, int]) -> str:
         arm, seed = run
-        outcome = run_stages(arm, seed, options, machine)
+        try:
+            outcome = run_stages(arm, seed, options, machine)
+        except (UserError, OSError) as error:  # a full disk, say
+            outcome = f"failed: {error}"
         print(f"{arm.name}, seed {seed}: {outcome}", flush=True)
         return outcome
 
-    alarm = threading.Timer(min(60 * options.minutes, threading.TIMEOUT_MAX), machine.stop)
+    alarm = threading.Timer(min(machine.budget, threading.TIMEOUT_MAX), machine.stop)
     alarm.daemon = True
     alarm.start()
     with ThreadPoolExecutor(options.jobs) as pool:

@@ -25,16 +25,32 @@ def choose(names: Iterable[str], shots: int, draw: int) -> list[str]:
 
 
 def link_subset(data: Path, subset: Subset, folder: Path, exclude: Path | None = None) -> None:
-    """Make `folder` the subset of DATA/{train,val,test}/<class>/<image>: relative links; a folder there stays.
+    """Make `folder` the subset of DATA/{train,val,test}/<class>/<image>, of relative links.
 
+    A folder with other links, of other data or another list, or that was copied away from its data, is made anew.
     exclude: a list as `--exclude` takes it; what it names is not linked. Raises UserError for patterns that fit no
     class.
     """
-    if folder.is_dir():
+    images = _choose_images(data, subset, exclude)
+    # Relative, so that the set may be moved together with them.
+    links = {image: os.path.relpath(data / image, _real_parent(folder / image)) for image in images}
+    if _read_links(folder) == links:
         return
-    excluded = read_excluded(exclude) if exclude else {}
     unfinished = folder.with_name(f"{folder.name}.tmp")
     shutil.rmtree(unfinished, ignore_errors=True)
+    for image, target in links.items():
+        link = unfinished / image
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.symlink_to(target)
+    if folder.is_dir():
+        shutil.rmtree(folder)
+    unfinished.rename(folder)
+
+
+def _choose_images(data: Path, subset: Subset, exclude: Path | None) -> list[str]:
+    """Relative to DATA."""
+    excluded = read_excluded(exclude) if exclude else {}
+    images = []
     for split in SPLITS:
         files = ImageFiles.find(data / split, frozenset(excluded.get(split, ())))
         names: dict[str, list[str]] = {}
@@ -43,14 +59,17 @@ def link_subset(data: Path, subset: Subset, folder: Path, exclude: Path | None =
         chosen = [name for name in names if matches(name, subset.classes) and not matches(name, subset.without)]
         if not chosen:
             raise UserError(f"{data / split}: has no class like {subset.classes} but not {subset.without or 'any'}.")
+        few = split == "train" and subset.shots is not None
         for name in chosen:
-            few = split == "train" and subset.shots is not None
-            for image in choose(names[name], subset.shots, subset.draw) if few else names[name]:
-                link = unfinished / split / image
-                link.parent.mkdir(parents=True, exist_ok=True)
-                # Relative, so that the set may be moved together with them.
-                link.symlink_to(os.path.relpath(data / split / image, _real_parent(link)))
-    unfinished.rename(folder)
+            of_class = choose(names[name], subset.shots, subset.draw) if few else names[name]
+            images += [f"{split}/{image}" for image in of_class]
+    return images
+
+
+def _read_links(folder: Path) -> dict[str, str]:
+    """Where the links below a folder lead, by their path in it; none where there is no such folder."""
+    paths = (os.path.join(parent, name) for parent, _, names in os.walk(folder) for name in names)
+    return {os.path.relpath(path, folder): os.readlink(path) for path in paths if os.path.islink(path)}
 
 
 def _real_parent(link: Path) -> Path:

@@ -1,5 +1,6 @@
 """The analysis of a plan: tables against numbers by hand, runs that are missing or damaged, and the command itself."""
 
+import json
 import re
 import runpy
 import shutil
@@ -13,7 +14,7 @@ import torch
 from experiments import analyse, pictures
 from experiments.differences import compare
 from experiments.pictures import chains
-from experiments.plan import Arm, Plan, Stage, read_plan
+from experiments.plan import Arm, Plan, Stage, as_written, read_plan
 from experiments.results import read_runs, read_tasks
 from tests.conftest import ROOT
 from tests.finished_runs import finish, write_stage, write_test
@@ -88,6 +89,17 @@ def cells(text: str, *beginning: str) -> list[str]:
     rows = [[cell.strip() for cell in line.strip("| ").split(" | ")] for line in text.splitlines() if line[:1] == "|"]
     (row,) = [row for row in rows if tuple(row[: len(beginning)]) == beginning]
     return row[len(beginning) :]
+
+
+def test_a_run_of_other_stages_is_not_told_as_the_plans(finished, tmp_path):
+    results = shutil.copytree(finished, tmp_path / "results")
+    plan = read_plan(write_plan(tmp_path, 3))
+    path = results / "plain" / "seed1" / "finished.json"
+    path.write_text(json.dumps({"seconds": 1, "stages": as_written(plan.arms[0])}))
+    assert len(read_runs(plan, results)) == 6
+    path.write_text(json.dumps({"seconds": 1, "stages": as_written(plan.arms[1])}))
+    with pytest.raises(UserError, match=r"plain/seed1/finished.json: is of other stages than the plan says now"):
+        read_runs(plan, results)
 
 
 def test_the_tables_by_hand(results, tmp_path, capsys):

@@ -71,13 +71,17 @@ def test_all_arms_of_a_seed_come_before_the_next_seed():
     [
         ("", "defines no PLAN"),
         ("PLAN = Plan('p', '?', (Arm('a', (), 1), Arm('a', (), 1)), 'a')", "two arms have one name"),
+        (
+            "PLAN = Plan('p', '?', (Arm('a', (Stage('s', '_normal', ''), Stage('s', '_normal', '')), 1),), 'a')",
+            "two stages of the arm 'a' have one name",
+        ),
         ("PLAN = Plan('p', '?', (Arm('a', (), 1),), 'b')", "compares 'b', which is none of its arms"),
         ("PLAN = Plan('p', '?', (Arm('a', (), 1),), 'a', primary='c')", "compares 'c', which is none of its arms"),
     ],
 )
 def test_a_plan_that_is_none_is_refused(text, message, tmp_path):
     path = tmp_path / "plan.py"
-    path.write_text(f"from experiments.plan import Arm, Plan\n{text}\n")
+    path.write_text(f"from experiments.plan import Arm, Plan, Stage\n{text}\n")
     with pytest.raises(UserError, match=message):
         read_plan(path)
     with pytest.raises(UserError, match="no such file"):
@@ -120,7 +124,7 @@ def test_the_commands_of_a_heated_arm_work(image_folder, tmp_path):
                 weight_averaging.main(command[2:])
             else:
                 SCRIPTS[stage.script].main(command[1:])
-    run.tidy(arm, folder)
+    run.tidy(folder, arm.stages)
     left = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
     results = {"metrics.json", "per_class.csv", "predictions.csv"}
     assert left == {f"{stage.name}/{name}" for stage in arm.stages for name in ("log.jsonl", "run.json")} | {
@@ -162,6 +166,25 @@ def test_subset_links_to_the_chosen_images(image_folder, tmp_path):
     assert not Path(os.readlink(one)).is_absolute()
 
 
+def test_a_subset_of_other_data_or_another_list_is_made_anew(image_folder, tmp_path):
+    """And one that was copied without its data, whose relative links lead elsewhere; one that fits is left alone."""
+    data, exclude = Path(shutil.copytree(image_folder, tmp_path / "data")), tmp_path / "exclude.txt"
+    exclude.write_text("train/dark/0.png\n")
+    folder, subset = tmp_path / "links" / "subset", Subset("*r*", without="striped")
+    link_subset(image_folder, subset, folder)
+    assert (folder / "train" / "dark" / "0.png").resolve() == (image_folder / "train" / "dark" / "0.png").resolve()
+    link_subset(data, subset, folder)
+    assert (folder / "train" / "dark" / "0.png").resolve() == data / "train" / "dark" / "0.png"
+    link_subset(data, subset, folder, exclude)
+    assert not (folder / "train" / "dark" / "0.png").exists()
+    copy = Path(shutil.copytree(folder, tmp_path / "far" / "away" / "subset", symlinks=True))
+    link_subset(data, subset, copy, exclude)
+    assert (copy / "test" / "dark" / "2.png").resolve() == data / "test" / "dark" / "2.png"
+    before = copy.stat().st_ino
+    link_subset(data, subset, copy, exclude)
+    assert copy.stat().st_ino == before
+
+
 def data_of(links):
     return links.parents[1] / "data"
 
@@ -195,13 +218,15 @@ def stand_in(tmp_path, monkeypatch):
             with (folder / "starts.txt").open("a") as file, (folder.parents[2] / "all.txt").open("a") as all_starts:
                 file.write("test" if test else "train")
                 all_starts.write(f"{folder}\\n")
-            if "--fail" in sys.argv:
+            if "--fail" in sys.argv or ("--fail-once" in sys.argv and not (folder / "failed").exists()):
+                (folder / "failed").touch()
                 sys.exit("error: nothing to be had.")
             if "--wait" in sys.argv and not test and not (folder / "stopped").exists():
                 signal.signal(signal.SIGTERM, lambda *_: ((folder / "stopped").touch(), sys.exit(75)))
                 time.sleep(60)
             for name in ("metrics.json", "predictions.csv") if test else ("log.jsonl", "model_best.pth"):
                 (folder / name).write_text("made")
+            (folder / "plots").mkdir(exist_ok=True)
             """
         )
     )
@@ -220,7 +245,10 @@ def write_plan(folder, **flags):
 
 
 def run_plan(folder, *more, **flags):
-    plan = write_plan(folder, **flags)
+    run_written(folder, write_plan(folder, **flags), *more)
+
+
+def run_written(folder, plan, *more):
     run.main([str(plan), "--data-path", str(folder), "-o", str(folder / "out"), *more])
 
 
@@ -267,21 +295,104 @@ def test_the_deadline_stops_runs_and_they_go_on_next_time(stand_in, capsys):
     assert text.count("waits") == 3  # trained, stopped, trained, tested
 
 
-def test_no_run_is_begun_that_would_not_be_done(stand_in, capsys):
+def test_no_run_is_begun_that_would_not_be_done(stand_in, capsys, monkeypatch):
     run_plan(stand_in, first="--epochs 1")
     finished = stand_in / "out" / "first" / "seed0" / "finished.json"
     finished.write_text(json.dumps({**json.loads(finished.read_text()), "seconds": 600}))
     assert run.expected_seconds(stand_in / "out", "first") == 600
-    run_plan(stand_in, "--minutes", "9", first="--epochs 1", second="--epochs 1")
-    assert "second, seed 0: left for another time" in capsys.readouterr().out
-    run_plan(stand_in, "--minutes", "11", first="--epochs 1", second="--epochs 1")
-    assert "second, seed 0: finished" in capsys.readouterr().out
+    asked = []
+    monkeypatch.setattr(run.Machine, "has_time_for", lambda _, seconds: asked.append(seconds))
+    run_plan(stand_in, first="--epochs 1", second="--epochs 1")
+    assert "second, seed 0: left for another time" in capsys.readouterr().out and asked == [600]
+
+
+def test_time_is_left_for_what_fits_it_and_for_what_never_would(monkeypatch):
+    """With 10 minutes in all, of which 4 are left, the second kind would otherwise never be begun."""
+    machine = run.Machine(1, 10)
+    monkeypatch.setattr(run.time, "monotonic", lambda: machine.deadline - 240)
+    assert [machine.has_time_for(seconds) for seconds in (0, 239, 241, 599, 601)] == [True, True, False, False, True]
+
+
+CHAIN = """
+from experiments.plan import Arm, Plan, Stage
+stages = (
+    Stage("first", "_normal", "--epochs 1"),
+    Stage("second", "_normal", "--epochs 1 {flags}", start="first/model_best.pth", test="all"),
+)
+PLAN = Plan("p", "?", (Arm("chain", stages, 1),), "chain")
+"""
+
+
+def test_a_run_goes_on_at_the_stage_where_it_ended(stand_in):
+    """What is done is not started again, and has already lost what nothing later needs; its seconds count."""
+    plan = stand_in / "plan.py"
+    plan.write_text(CHAIN.format(flags="--fail-once"))
+    with pytest.raises(UserError, match="1 runs failed"):
+        run_written(stand_in, plan)
+    folder = stand_in / "out" / "chain" / "seed0"
+    assert sorted(path.name for path in (folder / "first").iterdir()) == ["log.jsonl", "model_best.pth"]
+    progress = json.loads((folder / "progress.json").read_text())
+    assert progress["done"] == 1
+    (folder / "progress.json").write_text(json.dumps({**progress, "seconds": 100}))
+    run_written(stand_in, plan)
+    assert [Path(start).name for start in starts(stand_in / "out")] == ["first", "second", "second", "second"]
+    assert json.loads((folder / "finished.json").read_text())["seconds"] >= 100
+    assert sorted(path.name for path in folder.iterdir()) == ["finished.json", "first", "second"]
+    assert sorted(path.name for path in (folder / "first").iterdir()) == ["log.jsonl"]
+
+
+def test_a_run_that_was_begun_with_other_stages_does_not_go_on(stand_in):
+    """Its checkpoint would: a flag that the plan has lost is taken from there."""
+    with pytest.raises(UserError, match="1 runs failed"):
+        run_plan(stand_in, first="--fail --epochs 1")
+    with pytest.raises(UserError, match="seed0: was begun with other stages than the plan says now"):
+        run_plan(stand_in, first="--epochs 1")
+    assert len(starts(stand_in / "out")) == 1
+
+
+def test_a_run_that_another_process_runs_is_left_to_it(stand_in, capsys):
+    """A training outlives a run.py that is killed, and holds the lock that it inherited with its output."""
+    folder = stand_in / "out" / "first" / "seed0"
+    folder.mkdir(parents=True)
+    with (folder / "output.txt").open("ab") as output:
+        assert run._lock(output)
+        training = subprocess.Popen(["sleep", "60"], stdout=output)
+    run_plan(stand_in, first="--epochs 1")
+    assert "first, seed 0: left to another process" in capsys.readouterr().out and not starts(stand_in / "out")
+    training.kill()
+    training.wait()
+    run_plan(stand_in, first="--epochs 1")
+    assert "first, seed 0: finished" in capsys.readouterr().out
+
+
+def test_a_process_that_starts_while_all_are_stopped_is_stopped_too(tmp_path, monkeypatch):
+    machine = run.Machine(1, float("inf"))
+    started = subprocess.Popen
+
+    def start(*arguments, **more):
+        machine.stop()  # which finds no process yet
+        return started(*arguments, **more)
+
+    monkeypatch.setattr(run.subprocess, "Popen", start)
+    with (tmp_path / "output.txt").open("ab") as output:
+        assert machine.execute(["sleep", "20"], output) == -signal.SIGTERM
+        assert machine.execute(["sleep", "20"], output) == run.INTERRUPTED
+
+
+def test_processes_see_the_modules_of_the_user_too(tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", "/modules")
+    with (tmp_path / "output.txt").open("ab") as output:
+        assert run.Machine(1, float("inf")).execute(["sh", "-c", "echo $PYTHONPATH"], output) == 0
+    assert (tmp_path / "output.txt").read_text() == f"{ROOT}:/modules\n"
 
 
 def test_several_at_a_time_have_a_gpu_each(monkeypatch):
+    """Of those that may be seen."""
     monkeypatch.setattr(run.torch.cuda, "device_count", lambda: 2)
-    slots = run.Machine(4, float("inf"))._slots
-    assert [slot["CUDA_VISIBLE_DEVICES"] for slot in slots] == ["0", "1", "0", "1"]
+    for visible, expected in (("", ["0", "1", "0", "1"]), ("5,7", ["5", "7", "5", "7"])):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+        slots = run.Machine(4, float("inf"))._slots
+        assert [slot["CUDA_VISIBLE_DEVICES"] for slot in slots] == expected
 
 
 def test_sigterm_to_the_command_stops_what_runs(stand_in):
@@ -310,3 +421,71 @@ def test_bad_input_gets_a_sentence(tmp_path):
     with pytest.raises(UserError, match="--jobs 0: expected 1 or more"):
         run.main([plan, "--data-path", str(tmp_path), "--jobs", "0", *output])
     assert not (tmp_path / "out").exists()
+
+
+# gpu.sh, with a Python that stands in
+
+
+@pytest.fixture
+def gpu_script(tmp_path):
+    """A copy of it among two plans, with a Python that notes its command line, and fails or stops of a plan if told."""
+    root = tmp_path / "root"
+    (root / "experiments" / "plans").mkdir(parents=True)
+    shutil.copy(ROOT / "experiments" / "gpu.sh", root / "experiments")
+    python = tmp_path / "python"
+    python.write_text(
+        '#!/bin/sh\necho "$@" >> "$NOTES"\n'
+        'case "$*" in *run.py*plans/$FAILS.py*) exit 2;; *run.py*plans/$WAITS.py*) '
+        "trap 'exit 0' TERM; touch $NOTES.waits; sleep 60 & wait;; esac\n"
+    )
+    python.chmod(0o755)
+    (tmp_path / "data").mkdir()
+
+    def start(*plans, **environment):
+        given = {"PYTHON": str(python), "NOTES": str(tmp_path / "notes"), "FAILS": "none", "WAITS": "none"}
+        command = ["bash", "root/experiments/gpu.sh", "data", *plans]
+        return subprocess.Popen(command, cwd=tmp_path, env=os.environ | given | environment)
+
+    return start
+
+
+def commands_noted(folder):
+    return [line.split()[:2] for line in (folder / "notes").read_text().splitlines()]
+
+
+def test_gpu_script_takes_finished_runs_along_and_whole(gpu_script, tmp_path):
+    """$OUT is of the folder where it was typed. What is begun, or finished there, is not mixed with what is copied."""
+    results, out = tmp_path / "root" / "experiments" / "results" / "a" / "arm", tmp_path / "out" / "a" / "arm"
+    for folder, names in (
+        (results / "seed0", ("finished.json", "log.jsonl")),
+        (results / "seed1", ("log.jsonl",)),
+        (results / "seed2", ("finished.json", "log.jsonl")),
+        (out / "seed0", ("log.jsonl", "checkpoint.pth")),
+        (out / "seed2", ("finished.json",)),
+    ):
+        folder.mkdir(parents=True)
+        for name in names:
+            (folder / name).write_text(folder.parts[-4])
+    for _ in range(2):
+        assert gpu_script("a", OUT="out").wait(30) == 0
+    left = {str(path.relative_to(out)): path.read_text() for path in out.rglob("*") if path.is_file()}
+    assert left == {"seed0/finished.json": "results", "seed0/log.jsonl": "results", "seed2/finished.json": "out"}
+    assert f"-o {tmp_path}/out/a --jobs 6 --minutes 9 " in (tmp_path / "notes").read_text()
+
+
+def test_gpu_script_goes_on_with_the_next_plan_when_one_fails(gpu_script, tmp_path):
+    assert gpu_script("a", "b", FAILS="a").wait(30) == 1
+    run_py, analyse_py = "experiments/run.py", "experiments/analyse.py"
+    plans = ("experiments/plans/a.py", "experiments/plans/b.py")
+    assert commands_noted(tmp_path) == [[command, plan] for plan in plans for command in (run_py, analyse_py)]
+
+
+def test_gpu_script_stops_when_it_is_told_to(gpu_script, tmp_path):
+    """SIGTERM to the script alone reaches its runs, and no other plan is begun."""
+    process = gpu_script("a", "b", WAITS="a")
+    deadline = time.monotonic() + 30
+    while not (tmp_path / "notes.waits").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(30) == 0
+    assert [plan for _, plan in commands_noted(tmp_path)] == ["experiments/plans/a.py"] * 2

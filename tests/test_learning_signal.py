@@ -84,5 +84,7 @@ def test_the_command_reads_a_run(image_folder, tmp_path, capsys):
     assert "6 images, 4 masks each" in other and other != said
     with pytest.raises(UserError, match="--grid 33: expected 1 to 32"):
         learning_signal.main([str(run), "--grid", "33"])
+    with pytest.raises(UserError, match="--kernel and --sigma: are of the uniform masks of --grid"):
+        learning_signal.main([str(run), "--kernel", "3"])
     with pytest.raises(UserError, match="--masks-per-image 5: expected an even number"):
         learning_signal.main([str(run), "--masks-per-image", "5"])
