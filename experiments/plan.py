@@ -80,9 +80,13 @@ class Plan:
     hard: str = "mr-brain-*,us-breast-*"
 
     def runs(self) -> list[tuple[Arm, int]]:
-        """Arm and seed, all arms of a seed before the next: whatever was done when time ran out is balanced."""
-        seeds = range(max(arm.seeds for arm in self.arms))
-        return [(arm, seed) for seed in seeds for arm in self.arms if seed < arm.seeds]
+        """Arm and seed: the primary comparison first, and all arms of a seed before the next.
+
+        So whatever was done when time ran out is balanced, and the test that was named before has its seeds.
+        """
+        first = {self.baseline, self.primary} if self.primary else set()
+        order = [(arm, seed) for seed in range(max(arm.seeds for arm in self.arms)) for arm in self.arms]
+        return sorted((run for run in order if run[1] < run[0].seeds), key=lambda run: run[0].name not in first)
 
 
 def run_folder(output: Path, arm: str, seed: int) -> Path:

@@ -1,6 +1,7 @@
 """Plans and their runs: the commands a stage stands for, subsets by links, and runs that end, fail, stop and go on."""
 
 import json
+import math
 import os
 import shlex
 import shutil
@@ -12,11 +13,13 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from _normal import train as normal
 from _policy_gradient import train as policy_gradient
 from experiments import run
 from experiments.plan import Arm, Plan, Stage, Subset, read_plan
+from experiments.plans import classification
 from experiments.subsets import choose, link_subset
 from tests.conftest import ROOT, SMALL, SMALL_POLICY
 from utils import weight_averaging
@@ -56,14 +59,30 @@ def test_all_arms_take_equally_many_updates(name):
         assert {flags["batch_size"] for flags in given} == {expected[1]}, arm.name
 
 
-def test_all_arms_of_a_seed_come_before_the_next_seed():
-    arms = (Arm("a", (), 3), Arm("b", (), 1))
-    assert [(arm.name, seed) for arm, seed in Plan("p", "?", arms, "a").runs()] == [
-        ("a", 0),
-        ("b", 0),
-        ("a", 1),
-        ("a", 2),
+def test_the_primary_comparison_comes_first_and_all_arms_of_a_seed_before_the_next():
+    arms = (Arm("a", (), 2), Arm("b", (), 1), Arm("c", (), 2))
+    order = [(arm.name, seed) for arm, seed in Plan("p", "?", arms, "a").runs()]
+    assert order == [("a", 0), ("b", 0), ("c", 0), ("a", 1), ("c", 1)]
+    order = [(arm.name, seed) for arm, seed in Plan("p", "?", arms, "a", primary="c").runs()]
+    assert order == [("a", 0), ("c", 0), ("a", 1), ("c", 1), ("b", 0)]
+
+
+def test_the_rate_of_the_control_is_what_published_makes_of_it():
+    """SGD with lr c and decay d / c takes the steps of lr 1 on c times the loss with decay d, for any momentum."""
+    scaled, plain = (torch.nn.Parameter(torch.tensor([1.0, -2.0])) for _ in range(2))
+    scale = math.log(64 * 64)
+    flags = shlex.split(classification.SCALED_RATE)
+    rate, decay = float(flags[1]), float(flags[3])
+    optimizers = [
+        torch.optim.SGD([scaled], lr=rate, momentum=0.9, weight_decay=decay),
+        torch.optim.SGD([plain], lr=0.1, momentum=0.9, weight_decay=1e-4),
     ]
+    for _ in range(5):
+        for weights, factor, optimizer in ((scaled, 1, optimizers[0]), (plain, scale, optimizers[1])):
+            optimizer.zero_grad()
+            (factor * 0.01 * weights.square().sum()).backward()
+            optimizer.step()
+    torch.testing.assert_close(scaled, plain, rtol=1e-4, atol=0)
 
 
 @pytest.mark.parametrize(

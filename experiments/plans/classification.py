@@ -2,7 +2,7 @@
 
 For a GPU: resnet18 at 112 pixels, the published policy network, grid and objective, the blur in the published relation
 to the image. All arms see 40 epochs in batches of 32; those of `reinforce` with a leave-one-out baseline see each image
-with two masks, in as many updates.
+with two masks, in as many updates, as their control does.
 """
 
 import math
@@ -20,8 +20,11 @@ MASK = "--policy-model resnet10t --grid 64 --kernel 7 --sigma 3"
 PRETRAINING = f"{COMMON} {MASK} --epochs {PRETRAINING_EPOCHS} --lr {LEARNING_RATE}"
 FINE_TUNING = f"{COMMON} --epochs {FINE_TUNING_EPOCHS} --lr {LEARNING_RATE / 10:g}"
 CONVENTIONAL = f"{COMMON} --epochs {PRETRAINING_EPOCHS + FINE_TUNING_EPOCHS} --lr {LEARNING_RATE}"
-SCALED_RATE = f"--lr {LEARNING_RATE * math.log(64 * 64):.3f}"  # what `published` makes of the learning rate
+SCALE = math.log(64 * 64)  # of the classifier's gradient under `published`, but not of its weight decay
+SCALED_RATE = f"--lr {LEARNING_RATE * SCALE:.4g} --wd {1e-4 / SCALE:.4g}"
+UNIFORM = "--mask-policy uniform --objective published-unscaled"
 REINFORCE = "--objective reinforce"
+TWO_MASKS = "--masks-per-image 2"
 
 
 def conventional(name: str, flags: str = "", seeds: int = SEEDS) -> Arm:
@@ -49,15 +52,15 @@ PLAN = Plan(
         heated("published", "--objective published", TESTED_SEEDS),
         heated("none", "--mask-policy none"),
         heated("none-scaled-rate", f"--mask-policy none {SCALED_RATE}"),
-        heated("uniform", "--mask-policy uniform --objective published-unscaled"),
+        heated("uniform", UNIFORM),
+        heated("uniform-published", "--mask-policy uniform --objective published"),  # whose loss is scaled alike
+        heated("uniform-two-masks", f"{UNIFORM} {TWO_MASKS}"),
         heated("prior", f"--mask-policy prior {REINFORCE}"),
         heated("published-unscaled", "--objective published-unscaled"),
         heated("reinforce", f"{REINFORCE} --baseline ema"),
         heated("reinforce-adversarial", f"{REINFORCE} --baseline ema --policy-sign adversarial"),
-        heated("reinforce-loo", f"{REINFORCE} --baseline loo --masks-per-image 2"),
-        heated(
-            "reinforce-loo-adversarial", f"{REINFORCE} --baseline loo --masks-per-image 2 --policy-sign adversarial"
-        ),
+        heated("reinforce-loo", f"{REINFORCE} --baseline loo {TWO_MASKS}"),
+        heated("reinforce-loo-adversarial", f"{REINFORCE} --baseline loo {TWO_MASKS} --policy-sign adversarial"),
         conventional("random-erasing", "--random-erase 0.25 --cache-dataset host"),  # which crops on the CPU
     ),
     baseline="conventional",

@@ -6,10 +6,9 @@ have a tenth of the weight; the mask halves the contrast, so that a heated model
 """
 
 from experiments.plan import Arm, Plan
-from experiments.plans.classification import REINFORCE, conventional, heated
+from experiments.plans.classification import REINFORCE, TWO_MASKS, UNIFORM, conventional, heated
 
-UNIFORM = "--mask-policy uniform --objective published-unscaled"
-LEAVE_ONE_OUT = f"{REINFORCE} --baseline loo --masks-per-image 2"
+LEAVE_ONE_OUT = f"{REINFORCE} --baseline loo {TWO_MASKS}"
 OWN_ADVERSARY = f"{LEAVE_ONE_OUT} --policy-sign adversarial --head-weight 1 --grid 8"
 
 
@@ -31,6 +30,7 @@ PLAN = Plan(
         *pair("grid-8", "--grid 8"),
         heated("reinforce-own", f"{REINFORCE} --head-weight 1"),
         heated("reinforce-entropy", f"{REINFORCE} --entropy-weight 0.01"),
+        heated("uniform-two-masks-grid-8", f"{UNIFORM} {TWO_MASKS} --grid 8"),
         heated("loo-own-grid-8", f"{LEAVE_ONE_OUT} --head-weight 1 --grid 8"),
         heated("adversarial-own-grid-8", OWN_ADVERSARY),
         heated("adversarial-own-grid-8-mean-fading", f"{OWN_ADVERSARY} --mask-range 0 2 --mask-fade-epochs 10"),

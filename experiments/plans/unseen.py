@@ -8,7 +8,7 @@ whole `val` of the concept, which a real user with five images has not; it is so
 """
 
 from experiments.plan import Arm, Plan, Stage, Subset
-from experiments.plans.classification import COMMON, CONVENTIONAL, FINE_TUNING, PRETRAINING
+from experiments.plans.classification import COMMON, CONVENTIONAL, FINE_TUNING, PRETRAINING, REINFORCE, UNIFORM
 
 SEEDS = 3
 CONCEPTS = {"breast": "us-breast-*", "brain": "mr-brain-*"}
@@ -60,8 +60,8 @@ PLAN = Plan(
     arms=(
         conventional(),
         heated("published", "--objective published"),
-        heated("uniform", "--mask-policy uniform --objective published-unscaled"),
-        heated("reinforce", "--objective reinforce --baseline ema"),
+        heated("uniform", UNIFORM),
+        heated("reinforce", REINFORCE),
     ),
     baseline="conventional",
 )
