@@ -60,10 +60,8 @@ PLAN = Plan(
         heated("uniform", "--mask-policy uniform --objective published-unscaled"),
         heated("reinforce", "--objective reinforce --baseline ema"),
         heated("none", "--mask-policy none"),
-        # Added when seed 0 had been seen: to tell the masks of `published` from its learning rate, and to see whether
-        # a policy learns where its masks move the loss (experiments/learning_signal.py).
+        # Added when seed 0 had been seen, to tell the masks of `published` from its learning rate.
         heated("published-divided-rate", f"--objective published {DIVIDED_RATE} --policy-lr 0.01", seeds=1),
-        heated("reinforce-grid-8", "--objective reinforce --baseline ema --grid 8", seeds=1),
     ),
     baseline="conventional",
     primary="published",
