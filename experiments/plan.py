@@ -63,6 +63,18 @@ class Arm:
     seeds: int
 
 
+def heated_arm(name: str, pretraining: str, fine_tuning: str, seeds: int, task: str) -> Arm:
+    """Pretrain with masks, average the last three epochs, fine-tune without masks, test: the route of the README.
+
+    pretraining, fine_tuning: flags of the two trainings.
+    """
+    stages = (
+        Stage("pretraining", "_policy_gradient", pretraining, average=3),
+        Stage("fine-tuning", "_normal", fine_tuning, start="pretraining/average.pth", test=task),
+    )
+    return Arm(name, stages, seeds)
+
+
 @dataclass(frozen=True)
 class Plan:
     """Arms, and how they are compared.

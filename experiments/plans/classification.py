@@ -7,7 +7,7 @@ with two masks, in as many updates, as their control does.
 
 import math
 
-from experiments.plan import Arm, Plan, Stage
+from experiments.plan import Arm, Plan, Stage, heated_arm
 
 TESTED_SEEDS, SEEDS = 8, 3
 PRETRAINING_EPOCHS, FINE_TUNING_EPOCHS = 30, 10
@@ -33,15 +33,8 @@ def conventional(name: str, flags: str = "", seeds: int = SEEDS) -> Arm:
 
 
 def heated(name: str, flags: str, seeds: int = SEEDS) -> Arm:
-    """Pretrain with masks, average the last three epochs, fine-tune without masks: the route of the README."""
-    return Arm(
-        name,
-        (
-            Stage("pretraining", "_policy_gradient", f"{PRETRAINING} {flags}", average=3),
-            Stage("fine-tuning", "_normal", FINE_TUNING, start="pretraining/average.pth", test="mini-RIN"),
-        ),
-        seeds,
-    )
+    """Pretrained with these flags, fine-tuned like all."""
+    return heated_arm(name, f"{PRETRAINING} {flags}", FINE_TUNING, seeds, "mini-RIN")
 
 
 PLAN = Plan(

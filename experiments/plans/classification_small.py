@@ -11,7 +11,7 @@ seed 0), so that the baseline has no handicap; `published` multiplies it by ln(4
 
 import math
 
-from experiments.plan import Arm, Plan, Stage
+from experiments.plan import Arm, Plan, Stage, heated_arm
 
 SEEDS = 3
 PRETRAINING_EPOCHS, FINE_TUNING_EPOCHS = 12, 4
@@ -27,15 +27,8 @@ DIVIDED_RATE = f"--lr {0.1 / SCALE:.4g} --wd {1e-4 * SCALE:.4g}"
 
 
 def heated(name: str, flags: str, seeds: int = SEEDS) -> Arm:
-    """Pretrain with masks, average the last three epochs, fine-tune without masks: the route of the README."""
-    return Arm(
-        name,
-        (
-            Stage("pretraining", "_policy_gradient", f"{PRETRAINING} {flags}", average=3),
-            Stage("fine-tuning", "_normal", FINE_TUNING, start="pretraining/average.pth", test="mini-RIN"),
-        ),
-        seeds,
-    )
+    """Pretrained with these flags, fine-tuned like all."""
+    return heated_arm(name, f"{PRETRAINING} {flags}", FINE_TUNING, seeds, "mini-RIN")
 
 
 CONVENTIONAL = Arm(

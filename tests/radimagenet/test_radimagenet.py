@@ -21,7 +21,6 @@ from tests.radimagenet import (
     pack,
     rows_of,
     write_lists,
-    write_source,
 )
 from utils.cache_build import fingerprint
 from utils.data import ImageFolder
@@ -30,17 +29,6 @@ from utils.folders import ImageFiles, check_same_classes, find_classes
 from utils.radimagenet import images as radimagenet_images
 from utils.radimagenet.__main__ import main, prepare
 from utils.radimagenet.lists import ImageLists
-
-
-@pytest.fixture
-def source(tmp_path: Path) -> Path:
-    return write_source(tmp_path / "given")
-
-
-@pytest.fixture
-def output(tmp_path: Path) -> Path:
-    return tmp_path / "output"
-
 
 # The tree
 

@@ -14,21 +14,11 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from tests.conftest import MakesAFolder
-from tests.radimagenet import contents, expected, fails, pack, rows_of, write_source
+from tests.radimagenet import contents, expected, fails, pack, rows_of
 from utils.errors import UserError
 from utils.radimagenet import images as radimagenet_images
 from utils.radimagenet.__main__ import prepare
 from utils.radimagenet.masks import correct, read_mask, resize
-
-
-@pytest.fixture
-def source(tmp_path: Path) -> Path:
-    return write_source(tmp_path / "given")
-
-
-@pytest.fixture
-def output(tmp_path: Path) -> Path:
-    return tmp_path / "output"
 
 
 def npy(array: np.ndarray) -> bytes:

@@ -7,18 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.radimagenet import SUMMARY, contents, expected, fails, filenames_of, pack, rows_of, write_source
+from tests.radimagenet import SUMMARY, contents, expected, fails, filenames_of, pack, rows_of
 from utils.radimagenet.__main__ import main, prepare
-
-
-@pytest.fixture
-def source(tmp_path: Path) -> Path:
-    return write_source(tmp_path / "given")
-
-
-@pytest.fixture
-def output(tmp_path: Path) -> Path:
-    return tmp_path / "output"
 
 
 @pytest.mark.parametrize("name", ["images.tar", "images.tar.gz", "images.tgz"])
