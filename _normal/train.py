@@ -16,7 +16,7 @@ from utils import arguments, distributed, models, optim, provenance, run, wiring
 from utils.bad_images import BadImages
 from utils.data import batches
 from utils.errors import agreed, join_processes, run_script
-from utils.evaluation import measure, predict, report_test
+from utils.evaluation import predict, report_test, validate
 from utils.guard import StepGuard
 from utils.metrics import RunningMean, batch_accuracy
 from utils.progress import Position, Progress
@@ -61,13 +61,14 @@ def train_one_epoch(
     guard = StepGuard(device, loader.dataset.path, saver.stop)
     models.set_training_mode(distributed.unwrap(model), backbone_frozen)
     for step, batch in progress.track(batches(loader, device, bad_images)):
+        update.begin_step()
         images, targets = mixing(normalize(batch.images), batch.targets, epoch, step)  # (B, 3, S, S), (B,) or (B, C)
         with torch.autocast(device.type, dtype=autocast_dtype, enabled=autocast_dtype is not None):
             logits = model(images)  # (B, C)
         loss = F.cross_entropy(logits.float(), targets, label_smoothing=label_smoothing)
-        update(loss, guard.check(loss, step, batch.indices))
+        skipped = update(loss, guard.check(loss, step, batch.indices))
         if ema is not None:
-            ema.update(epoch, step)
+            ema.update(epoch, step, skipped)
         meters.update(train_loss=loss, train_top1=batch_accuracy(logits, targets))
         if progress.is_due(step):
             guard.raise_if_found(epoch)
@@ -106,6 +107,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     evaluation_loader = wiring_data.evaluation_loader(args, splits.evaluation, device)
     if args.test_only:
         origin = provenance.describe(SCRIPT, argv, device)
+        wiring.print_network(args, "classifier", args.model, model, state, weights)
         wiring_data.use_cache(args, splits, device)
         results = {"clean": evaluate(model, evaluation_loader)}
         report_test(output_dir, results, splits.evaluation.files, split=args.split, weights=weights.path, origin=origin)
@@ -122,7 +124,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         ema = wiring.moving_average(args, model)
         optimizer = wiring.optimizer(args, model, args.lr)
         scheduler = wiring.scheduler(args, optimizer, start.epoch)
-        update = optim.GuardedUpdate({"classifier": optimizer}, device, wiring.uses_fp16(args), args.clip_grad_norm)
+        optimizers = {"classifier": optimizer}
+        update = optim.GuardedUpdate(optimizers, device, wiring.uses_fp16(args), args.clip_grad_norm, [model])
         training = TrainingState({"model": model}, update, ema, RunningMean(device))
         if state:
             training.put_back(state, args.resume)
@@ -131,6 +134,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     wiring_data.use_cache(args, splits, device)
     if args.compile:
         models.compile_in_place(model, device)
+    wiring.print_network(args, "classifier", args.model, model, state, weights, args.weights)
+    wiring.print_plan(args, loader.batch_sampler, optimizers, start, ema)
     parallel_model = distributed.wrap(model, device)
     run.restore_generators(state, args.seed)
     train = partial(
@@ -148,20 +153,22 @@ def main(argv: Sequence[str] | None = None) -> None:
         autocast_dtype=wiring.autocast_dtype(args),
         print_freq=args.print_freq,
     )
-    evaluated = ema.model if ema else model
-    evaluate = partial(evaluate, evaluated)
+    validated = {"val": model} | ({"val_ema": ema.model} if ema else {})
     with wiring.saver(args, SCRIPT, splits, training, state) as saver:
         del state, weights  # as large as a checkpoint
         if start.epoch < args.epochs:
-            wiring.rehearse(args, train, evaluate, training, splits, saver, device)
+            wiring.rehearse(args, train, partial(evaluate, model), training, splits, saver, device)
         pictures = wiring.pictures(args, splits, start)
         for epoch in range(start.epoch, args.epochs):
             line = {"epoch": epoch, "lr_classifier": optimizer.param_groups[0]["lr"]}
             line |= train(loader, saver=saver)
             scheduler.step()
-            predictions = evaluate(loader=evaluation_loader, stop_if_asked=saver.stop_if_asked)
-            metrics = measure(predictions, auroc=epoch == args.epochs - 1)
-            saver.finish_epoch(evaluated, metrics, line, partial(pictures.show, predictions))
+            predictions, metrics = validate(
+                partial(evaluate, loader=evaluation_loader, stop_if_asked=saver.stop_if_asked),
+                validated,
+                auroc=epoch == args.epochs - 1,
+            )
+            saver.finish_epoch(metrics, line, partial(pictures.show, predictions))
     bad_images.say_count()
     wiring.say_done(args, saver)
 

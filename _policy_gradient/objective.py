@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from utils import distributed
 from utils.errors import UserError
+from utils.progress import say
 
 OBJECTIVES = ("published", "published-unscaled", "reinforce")
 BASELINES = ("none", "ema", "loo")
@@ -102,6 +103,18 @@ class Objective(nn.Module):
         self.entropy_weight = entropy_weight
         self.sign = 1.0 if policy_sign == "cooperative" else -1.0
         self.register_buffer("moving_baseline", torch.tensor(math.nan))
+        self._proposed_baseline: Tensor | None = None  # by the last `forward`, for `update_baseline`
+
+    @property
+    def clamped_density(self) -> bool:
+        """Whether log-densities are to be those of the clamped cells, as published (see `sample_action`)."""
+        return self.name != "reinforce"
+
+    def print_fact(self, grid: int) -> None:
+        """Print the objective's name and, of `published`, what it does to the classifier's learning rate."""
+        scale = f"{math.log(grid**2):.1f}"
+        implied = f": it multiplies the classifier's loss, and so its learning rate, by about ln({grid}^2) = {scale}"
+        say(f"objective: {self.name}{implied if self.name == 'published' else ''}")
 
     def forward(self, cross_entropy: Tensor, log_prob: Tensor, entropy: Tensor) -> Losses:
         """cross_entropy (B*K,) with the classifier's gradient; log_prob, entropy (B*K, G*G) with the policy's."""
@@ -117,7 +130,7 @@ class Objective(nn.Module):
         return Losses(total, advantage)
 
     def _subtract_baseline(self, reward: Tensor) -> Tensor:
-        """Reward (B*K,) less its baseline; the moving average takes in this batch only after it has been used."""
+        """Reward (B*K,) less its baseline; the moving average takes in this batch only in `update_baseline`."""
         if self.baseline == "none":
             return reward
         if self.baseline == "loo":
@@ -125,9 +138,14 @@ class Objective(nn.Module):
             return (by_image - leave_one_out_baseline(by_image)).flatten()  # (B*K,)
         batch_mean = distributed.all_reduce_mean(reward.mean())
         baseline = torch.where(self.moving_baseline.isnan(), batch_mean, self.moving_baseline)
-        moved = BASELINE_DECAY * baseline + (1 - BASELINE_DECAY) * batch_mean
-        self.moving_baseline.copy_(torch.where(moved.isfinite(), moved, self.moving_baseline))
+        self._proposed_baseline = BASELINE_DECAY * baseline + (1 - BASELINE_DECAY) * batch_mean
         return reward - baseline
+
+    def update_baseline(self, skipped: Tensor) -> None:
+        """Move the moving average by the last batch, unless its step was skipped: a bool tensor (), on the device."""
+        if self._proposed_baseline is not None:
+            self.moving_baseline.copy_(torch.where(skipped, self.moving_baseline, self._proposed_baseline))
+            self._proposed_baseline = None
 
 
 def check_objective(

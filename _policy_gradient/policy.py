@@ -3,6 +3,7 @@
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from _policy_gradient.mask import SmoothMask
@@ -14,7 +15,7 @@ MASK_POLICIES = ("learned", "prior", "uniform", "none")
 HEAD_WEIGHT = 0.1  # of the image's own heads in an action's log-concentrations; the running prior has the rest
 PRIOR_DECAY = 0.99  # of the running prior at each training step
 LOG_CONCENTRATION_LIMIT = 6.0  # log-concentrations are kept inside [-6, 6]
-SAMPLE_MARGIN = 1e-6  # samples are kept inside (1e-6, 1 - 1e-6), where the log-density is finite
+SAMPLE_MARGIN = 1e-6  # cells are kept inside (1e-6, 1 - 1e-6), as the published code keeps them
 
 
 class ConcentrationNetwork(nn.Module):
@@ -107,7 +108,7 @@ class Policy(nn.Module):
     def update_prior(self, head_alpha: Tensor, head_beta: Tensor, hold_back: Tensor) -> None:
         """r <- 0.99 r + 0.01 mean of h over the *global* batch.
 
-        `hold_back`: a bool tensor (), equal on all ranks; where true, the prior stays as it is.
+        `hold_back`: a bool tensor (), equal on all ranks: whether the step was skipped, and the prior is to stay.
         """
         batch_mean = torch.stack([head_alpha, head_beta]).mean(1, keepdim=True)  # (2, 1, G*G)
         moved = self.prior.lerp(distributed.all_reduce_mean(batch_mean), 1 - PRIOR_DECAY)
@@ -140,29 +141,42 @@ def create_policy(
 
 
 class Action(NamedTuple):
-    """Sampled masks: cells, their log-densities and entropies, (B*K, G*G) float32 each, image by image."""
+    """Sampled masks, (B*K, G*G) float32 each, image by image: cells, their log-densities and entropies.
+
+    log_cells: (2, B*K, G*G), log x and log(1 - x) of the samples before the cells were clamped.
+    """
 
     cells: Tensor
     log_prob: Tensor
     entropy: Tensor
+    log_cells: Tensor
 
 
-def sample_action(log_alpha: Tensor, log_beta: Tensor, masks_per_image: int = 1) -> Action:
+def sample_action(
+    log_alpha: Tensor, log_beta: Tensor, masks_per_image: int = 1, *, clamped_density: bool = False
+) -> Action:
     """Sample K masks for each image from Beta(alpha, beta), cell by cell, in float32, within autocast too.
 
     log_alpha, log_beta: (B, G*G). Rows b*K .. b*K+K-1 of the result belong to image b. Samples carry no gradient;
     log_prob and entropy carry the gradient to the concentrations.
+
+    The log-density is exact: it is taken at the sample itself. At small concentrations most samples lie beyond the
+    clamp, and their density at the clamped cell would give a gradient of the wrong size and even the wrong sign.
+    clamped_density: take it at the clamped cells all the same, as the published objectives do.
     """
     concentrations = torch.stack([log_alpha, log_beta]).float().exp()  # (2, B, G*G)
     if masks_per_image > 1:
         concentrations = concentrations.repeat_interleave(masks_per_image, dim=1)  # (2, B*K, G*G)
-    cells = _sample_beta(concentrations.detach()).clamp(SAMPLE_MARGIN, 1 - SAMPLE_MARGIN)
-    return Action(cells, *_log_prob_and_entropy(concentrations, cells))
+    log_odds = _sample_log_odds(concentrations.detach())  # (B*K, G*G)
+    cells = torch.sigmoid(log_odds).clamp(SAMPLE_MARGIN, 1 - SAMPLE_MARGIN)
+    log_cells = F.logsigmoid(torch.stack([log_odds, -log_odds]))  # (2, B*K, G*G)
+    at = torch.stack([cells.log(), torch.log1p(-cells)]) if clamped_density else log_cells
+    return Action(cells, *_log_prob_and_entropy(concentrations, at), log_cells)
 
 
 @torch.no_grad()
-def _sample_beta(concentrations: Tensor) -> Tensor:
-    """Samples of Beta(alpha, beta) from (2, ...), as the ratio of two gammas, taken of their logarithms.
+def _sample_log_odds(concentrations: Tensor) -> Tensor:
+    """log(x / (1 - x)) of samples x of Beta(alpha, beta), from (2, ...): the difference of two log-gammas.
 
     torch's own sampler divides the gammas themselves: at small concentrations both underflow, and it gives 0.5 where
     the distribution has nearly all its mass at 0 and 1 (3 % of the samples at alpha = beta = exp(-6) on the CPU).
@@ -171,20 +185,21 @@ def _sample_beta(concentrations: Tensor) -> Tensor:
     uniform = torch.rand_like(concentrations).clamp_min_(torch.finfo(concentrations.dtype).tiny)
     gamma = torch._standard_gamma(concentrations + 1)  # what torch.distributions.Gamma samples from
     log_gamma = torch.addcdiv(gamma.log_(), uniform.log_(), concentrations)
-    return torch.sigmoid(log_gamma[0] - log_gamma[1])
+    return log_gamma[0] - log_gamma[1]
 
 
-def _log_prob_and_entropy(concentrations: Tensor, cells: Tensor) -> tuple[Tensor, Tensor]:
-    """Of Beta(alpha, beta): the log-density at the cells and the differential entropy, (B*K, G*G) each.
+def _log_prob_and_entropy(concentrations: Tensor, log_cells: Tensor) -> tuple[Tensor, Tensor]:
+    """Log-density of Beta(alpha, beta) and differential entropy, (B*K, G*G) each.
 
-    As torch.distributions.Beta gives them, in a third of its kernels: few and small ones are what a GPU waits for.
+    concentrations: alpha and beta, log_cells: log x and log(1 - x), (2, B*K, G*G) each. As torch.distributions.Beta
+    gives them, in a third of its kernels: few and small ones are what a GPU waits for.
     """
     alpha, beta = concentrations
     total = alpha + beta
     stacked = torch.stack([alpha, beta, total])  # (3, B*K, G*G)
     lgamma, digamma = stacked.lgamma(), stacked.digamma()
     log_normalizer = lgamma[0] + lgamma[1] - lgamma[2]
-    log_prob = (alpha - 1) * cells.log() + (beta - 1) * torch.log1p(-cells) - log_normalizer
+    log_prob = (alpha - 1) * log_cells[0] + (beta - 1) * log_cells[1] - log_normalizer
     entropy = log_normalizer - (alpha - 1) * digamma[0] - (beta - 1) * digamma[1] + (total - 2) * digamma[2]
     return log_prob, entropy
 
@@ -209,16 +224,17 @@ def draw_masks(
     images: Tensor,
     *,
     masks_per_image: int = 1,
+    clamped_density: bool = False,
     mask_weight: Tensor | None = None,
 ) -> MaskedImages:
     """Sample K masks for each image (B, 3, S, S) from the heads' output (B, G*G), smooth and apply them.
 
-    mask_weight: () on the device, of `fading_weight`; None: no fading, and not a bit is changed. Pure but for the
-    random numbers, so that it can be replayed as a CUDA graph, which reads the weight anew where a number would be part
-    of it.
+    clamped_density: see `sample_action`. mask_weight: () on the device, of `fading_weight`; None: no fading. Pure but
+    for the random numbers, so that it can be replayed as a CUDA graph, which reads the weight at each replay, where a
+    number would become part of the graph.
     """
     log_concentrations = policy.log_concentrations(head_alpha, head_beta)  # (2, B, G*G)
-    action = sample_action(*log_concentrations, masks_per_image)  # (B*K, G*G) each
+    action = sample_action(*log_concentrations, masks_per_image, clamped_density=clamped_density)
     masks = mask(action.cells)  # (B*K, 1, S, S)
     if mask_weight is not None:
         masks = 1 + mask_weight * (masks - 1)

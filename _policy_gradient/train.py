@@ -32,7 +32,7 @@ from utils.bad_images import BadImages
 from utils.checkpoint import Weights
 from utils.data import ImageFolder, batches
 from utils.errors import agreed, join_processes, run_script
-from utils.evaluation import Predictions, measure, predict, report_test
+from utils.evaluation import Predictions, predict, report_test, validate
 from utils.guard import StepGuard
 from utils.metrics import RunningMean, batch_accuracy
 from utils.progress import Position, Progress, say
@@ -79,6 +79,7 @@ def train_one_epoch(
     masks_per_image = objective.masks_per_image
     policy_state: Policy | None = distributed.unwrap(policy)
     for step, batch in progress.track(batches(loader, device, bad_images)):
+        update.begin_step()
         images, targets = mixing(normalize(batch.images), batch.targets, epoch, step)  # (B, 3, S, S), (B,) or (B, C)
         if policy is not None:
             with autocast():
@@ -94,12 +95,12 @@ def train_one_epoch(
         if policy is not None:
             loss, advantage = objective(cross_entropy, masked.action.log_prob, masked.action.entropy)
             health = policy_health(policy_state, masked, advantage)
-        hold_back = guard.check(loss, step, batch.indices)
-        update(loss, hold_back)
+        skipped = update(loss, guard.check(loss, step, batch.indices))
         if policy is not None:
-            policy_state.update_prior(*heads, hold_back)
+            policy_state.update_prior(*heads, skipped)
+            objective.update_baseline(skipped)
         if ema is not None:
-            ema.update(epoch, step)
+            ema.update(epoch, step, skipped)
         top1 = batch_accuracy(logits, targets)
         meters.update(train_loss=loss, train_cross_entropy=cross_entropy.mean(), train_top1=top1, **health)
         if progress.is_due(step):
@@ -196,6 +197,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     evaluation_loader = wiring_data.evaluation_loader(args, splits.evaluation, device)
     if args.test_only:
         origin = provenance.describe(SCRIPT, argv, device)
+        wiring.print_network(args, "classifier", args.model, classifier, state, weights)
         wiring_data.use_cache(args, splits, device)
         mask = build_mask(args, args.val_crop_size, device) if masks else None
         results = test(partial(evaluate, loader=evaluation_loader), classifier, policy, mask, normalize)
@@ -220,7 +222,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             schedulers.append(
                 optim.build_scheduler(optimizers["policy"], "cosineannealinglr", args.epochs, first_epoch=start.epoch)
             )
-        update = optim.GuardedUpdate(optimizers, device, wiring.uses_fp16(args), args.clip_grad_norm)
+        networks = [classifier] if policy is None else [classifier, policy.heads]
+        update = optim.GuardedUpdate(optimizers, device, wiring.uses_fp16(args), args.clip_grad_norm, networks)
         modules = {"model": classifier, "objective": objective} | ({} if policy is None else {"policy_net": policy})
         training = TrainingState(modules, update, ema, RunningMean(device))
         if state:
@@ -234,10 +237,23 @@ def main(argv: Sequence[str] | None = None) -> None:
             models.compile_in_place(policy.heads, device)  # sampling and densities stay outside of the graph
     parallel_classifier = distributed.wrap(classifier, device)
     parallel_policy = None if policy is None else distributed.wrap(policy, device)
+    wiring.print_network(args, "classifier", args.model, classifier, state, weights, args.weights)
+    if policy is not None:
+        name = args.policy_model if args.mask_policy == "learned" else f"the same for all images ({args.mask_policy})"
+        wiring.print_network(args, "policy", name, policy, state, None)
+        objective.print_fact(args.grid)
+    wiring.print_plan(args, loader.batch_sampler, optimizers, start, ema)
     draw, mask_weight = None, None
     if policy is not None:
         mask_weight = torch.ones((), device=device) if args.mask_fade_epochs else None
-        draw = partial(draw_masks, policy, mask, masks_per_image=args.masks_per_image, mask_weight=mask_weight)
+        draw = partial(
+            draw_masks,
+            policy,
+            mask,
+            masks_per_image=args.masks_per_image,
+            clamped_density=objective.clamped_density,
+            mask_weight=mask_weight,
+        )
     if draw is not None and args.compile and device.type == "cuda":
         draw = torch.compile(draw, backend="cudagraphs")  # torch's own kernels, none generated: the same bit for bit
     run.restore_generators(state, args.seed)
@@ -258,12 +274,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         autocast_dtype=wiring.autocast_dtype(args),
         print_freq=args.print_freq,
     )
-    evaluated = ema.model if ema else classifier
-    evaluate = partial(evaluate, evaluated, prepare=normalize)
+    evaluate = partial(evaluate, prepare=normalize)
+    validated = {"val": classifier} | ({"val_ema": ema.model} if ema else {})
     with wiring.saver(args, SCRIPT, splits, training, state) as saver:
         del state, weights  # as large as a checkpoint
         if start.epoch < args.epochs:
-            wiring.rehearse(args, train, evaluate, training, splits, saver, device)
+            wiring.rehearse(args, train, partial(evaluate, classifier), training, splits, saver, device)
         pictures = wiring.pictures(args, splits, start, build_gallery(args, policy, splits.evaluation))
         for epoch in range(start.epoch, args.epochs):
             line = {"epoch": epoch} | {f"lr_{name}": of.param_groups[0]["lr"] for name, of in optimizers.items()}
@@ -274,9 +290,12 @@ def main(argv: Sequence[str] | None = None) -> None:
             warn_of_bounds(epoch, line.get("concentrations_at_bounds", 0.0))
             for scheduler in schedulers:
                 scheduler.step()
-            predictions = evaluate(loader=evaluation_loader, stop_if_asked=saver.stop_if_asked)
-            metrics = measure(predictions, auroc=epoch == args.epochs - 1)
-            saver.finish_epoch(evaluated, metrics, line, partial(pictures.show, predictions))
+            predictions, metrics = validate(
+                partial(evaluate, loader=evaluation_loader, stop_if_asked=saver.stop_if_asked),
+                validated,
+                auroc=epoch == args.epochs - 1,
+            )
+            saver.finish_epoch(metrics, line, partial(pictures.show, predictions))
     bad_images.say_count()
     wiring.say_done(args, saver)
 

@@ -29,13 +29,11 @@ def record(root: str, script: str, output: str, flags: list[str]) -> None:
         losses.append(values["train_loss"].item())
         update(meters, **values)
 
-    def uniform_cells(*concentrations: torch.Tensor) -> torch.Tensor:
-        # Once alpha and beta apart, (B, G*G) each, and later as one tensor (2, B, G*G).
-        shape = concentrations[0].shape if len(concentrations) == 2 else concentrations[0].shape[1:]
-        return 0.01 + 0.98 * torch.rand(shape)
+    def log_odds_of_uniform_cells(concentrations: torch.Tensor) -> torch.Tensor:
+        return torch.logit(0.01 + 0.98 * torch.rand(concentrations.shape[1:]))  # concentrations: (2, B, G*G)
 
     torch.set_num_threads(1)
-    RunningMean.update, policy._sample_beta = listen, uniform_cells
+    RunningMean.update, policy._sample_log_odds = listen, log_odds_of_uniform_cells
     with TemporaryDirectory() as folder:
         importlib.import_module(f"{script}.train").main([*flags, "--epochs", "1", "--output-dir", folder])
     Path(output).write_text(json.dumps(losses[1:]))

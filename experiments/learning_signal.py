@@ -59,17 +59,19 @@ def sample(
     for image, target in zip(images.split(1), targets.split(1), strict=True):
         drawn = draw_masks(policy, mask, *policy(image), image, masks_per_image=masks_per_image)
         losses.append(F.cross_entropy(classifier(drawn.images), target.expand(masks_per_image), reduction="none"))
-        scores.append(score(drawn.log_concentrations, drawn.action.cells))
+        scores.append(score(drawn.log_concentrations, drawn.action.log_cells))
     return Samples(torch.stack(losses), torch.stack(scores))
 
 
-def score(log_concentrations: Tensor, cells: Tensor) -> Tensor:
-    """d log p / d log-concentration, (K, 2*G*G), of cells (K, G*G) under log-concentrations (2, 1, G*G)."""
-    alpha, beta = log_concentrations.exp()  # (1, G*G) each
-    total = torch.digamma(alpha + beta)
-    of_alpha = alpha * (cells.log() - torch.digamma(alpha) + total)
-    of_beta = beta * (torch.log1p(-cells) - torch.digamma(beta) + total)
-    return torch.cat([of_alpha, of_beta], dim=1)
+def score(log_concentrations: Tensor, log_cells: Tensor) -> Tensor:
+    """d log p / d log-concentration, (K, 2*G*G), of masks under log-concentrations (2, 1, G*G).
+
+    log_cells: log x and log(1 - x) of their samples, (2, K, G*G).
+    """
+    concentrations = log_concentrations.exp()  # (2, 1, G*G)
+    total = torch.digamma(concentrations.sum(0))  # (1, G*G)
+    scores = concentrations * (log_cells - torch.digamma(concentrations) + total)  # (2, K, G*G)
+    return torch.cat(list(scores), dim=1)
 
 
 def measure_signal(samples: Samples, shared: bool) -> Signal:

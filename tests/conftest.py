@@ -59,6 +59,18 @@ def image_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_image_folder(tmp_path_factory.mktemp("data"))
 
 
+@pytest.fixture
+def train(image_folder, tmp_path):
+    """train(script, *flags, name=...): run a script's module on the tiny set; returns its output folder."""
+
+    def train(script, *flags, name="run", data=image_folder) -> Path:
+        base = SMALL if script.SCRIPT == "_normal" else SMALL_POLICY
+        script.main([*base, "--data-path", str(data), "--output-dir", str(tmp_path / name), *map(str, flags)])
+        return tmp_path / name
+
+    return train
+
+
 def run_script(
     script: str,
     *arguments: object,

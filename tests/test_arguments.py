@@ -77,7 +77,7 @@ def test_weights_bring_what_they_were_made_for():
     tested = given("_normal", "--finetune", "f", "--test-only")
     args = arguments.for_weights(parser, tested, saved, "f", test_only=True)
     assert (args.model, args.train_crop_size, args.mean, args.lr) == ("resnet18", 64, [0.5], 0.1)
-    for flag in (("--model", "resnet50"), ("--mean", 0.1), ("--std", 1, 2, 3), ("--train-crop-size", 32)):
+    for flag in (("--model", "resnet50"), ("--mean", 0.1), ("--std", 0.1, 0.2, 0.3), ("--train-crop-size", 32)):
         with pytest.raises(UserError, match=f"^{flag[0]} .*f was made with"):
             arguments.for_weights(parser, tested | given("_normal", *flag), saved, "f", test_only=True)
     finetuned = given("_normal", "--finetune", "f", "--train-crop-size", 32)
@@ -99,9 +99,23 @@ def test_values_of_other_code_are_taken_only_if_they_fit():
         (("--epochs", "0"), "at least 1"),
         (("--lr", "-1"), "above 0"),
         (("--lr", "nan"), "above 0"),
-        (("--momentum", "1.5"), "from 0 to 1"),
-        (("--epochs", "many"), "invalid positive_int value: 'many'"),
-        (("--mean", "1", "2"), "--mean: expected one value or three, got 2"),
+        (("--momentum", "1"), "--momentum: 1: expected a number from 0 to below 1, at which no step is forgotten"),
+        (("--label-smoothing", "1"), "from 0 to below 1, at which every class is as right as any other"),
+        (("--model-ema-decay", "1"), "from 0 to below 1, at which the average never moves"),
+        (("--mean", "80.6"), "--mean: 80.6: expected a number from 0 to 1, since .* divide a mean of levels .* by 255"),
+        (("--std", "81.9"), "--std: 81.9: expected a number from 0.001 to 1, since .* by 255"),
+        (("--std", "1e-9"), "a number from 0.001 to 1"),
+        (("--mixup-alpha", "1e-320"), "expected 0, for none, or a number from 0.01 to 100"),
+        (("--cutmix-alpha", "1e30"), "expected 0, for none, or a number from 0.01 to 100"),
+        (("--lr", "1e-320"), "a number above 0 .from 1e-37 to 1e\\+37."),
+        (("--lr", "1e300"), "a number above 0"),
+        (("--wd", "1e-320"), "a number of at least 0"),
+        (("--lr-warmup-decay", "2"), "above 0, at most 1"),
+        (("--timeout", "1e300"), "a number of seconds from 0.001 to 1e7"),
+        (("--seed", str(2**64)), r"a whole number from 0 to 2\^64 - 1"),
+        (("--seed", "9" * 5000), r"--seed: 9+\.\.\.9+: expected a whole number"),
+        (("--epochs", "many"), "--epochs: many: expected a whole number of at least 1"),
+        (("--mean", ".1", ".2"), "--mean: expected one value or three, got 2"),
         (("--val-crop-size", "300"), "larger than --val-resize-size 256"),
         (("--ra-magnitude", "31"), "--ra-magnitude 31: expected 0 to 30"),
         (("--augmix-severity", "11"), "--augmix-severity 11: expected 1 to 10"),

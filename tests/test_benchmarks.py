@@ -93,7 +93,7 @@ def test_the_published_step_has_our_first_loss_for_equal_cells(loop, tmp_path, m
     loader = FixedLoader(loop, steps=1)
     images, targets = network_input(loop, loader)
     cells = torch.rand(len(images), QUICK_POLICY["grid"] ** 2).clamp(0.01, 0.99)  # (B, G*G)
-    monkeypatch.setattr("_policy_gradient.policy._sample_beta", lambda *_: cells)
+    monkeypatch.setattr("_policy_gradient.policy._sample_log_odds", lambda *_: cells.logit())
     monkeypatch.setattr(published.Beta, "sample", lambda distribution: cells)
     ours = loop.run(loader)
     loss, top1, top5 = theirs(images, targets)

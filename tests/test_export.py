@@ -13,6 +13,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
+from safetensors.torch import load_file
 
 from _normal import train as normal
 from tests.conftest import SMALL
@@ -113,7 +114,7 @@ def test_the_same_bytes_each_time(tmp_path):
 
 
 def test_of_a_full_state_the_moving_average_is_exported(tmp_path, images):
-    """Which was validated; integers that an averaging made floats are integers again."""
+    """Unless --no-use-ema asks for the trained weights; integers that an averaging made floats are integers again."""
     source = write_checkpoint(tmp_path / "model_0.pth")
     state = torch.load(source, weights_only=True)
     average = {key: value.float() for key, value in random_model(seed=5).state_dict().items()}
@@ -121,6 +122,8 @@ def test_of_a_full_state_the_moving_average_is_exported(tmp_path, images):
     exported = safetensors_of(run_export(tmp_path / "checkpoint.pth", tmp_path / "out"))
     assert torch.equal(logits_of(exported, images), random_model(seed=5)(images))
     assert read_weights(exported).model["bn1.num_batches_tracked"].dtype == torch.int64
+    trained = safetensors_of(run_export(tmp_path / "checkpoint.pth", tmp_path / "trained", "--no-use-ema"))
+    assert torch.equal(load_file(trained)["fc.weight"], state["model"]["fc.weight"])
 
 
 # Files of others

@@ -7,6 +7,7 @@ import torch
 from torch.distributions import Beta
 
 from _policy_gradient.objective import (
+    OBJECTIVES,
     Objective,
     leave_one_out_baseline,
     mean_log_sum_density,
@@ -125,6 +126,38 @@ def test_reinforce_is_an_unbiased_gradient_of_the_expected_loss():
     assert numeric.abs().max() > 0.02  # the bound above says something
 
 
+@pytest.mark.parametrize(("baseline", "masks_per_image"), [("none", 1), ("ema", 1), ("loo", 2)])
+@pytest.mark.parametrize("log_concentration", [0.0, -2.0, -4.0, -6.0])
+def test_reinforce_gradient_is_exact_at_small_concentrations(log_concentration, baseline, masks_per_image):
+    """dE[1 - x] / d log alpha is -alpha beta / (alpha + beta)^2: -1/4 wherever alpha equals beta."""
+    torch.manual_seed(0)
+    log_alpha = torch.full((600_000 // masks_per_image, 1), log_concentration, requires_grad=True)
+    action = sample_action(log_alpha, log_alpha.detach(), masks_per_image)
+    objective = Objective("reinforce", baseline, masks_per_image)
+    _, advantage = objective(1 - action.cells[:, 0], action.log_prob, action.entropy)
+    reinforce_loss(advantage, action.log_prob).backward()
+    assert log_alpha.grad.sum().item() == pytest.approx(-0.25, abs=0.01)
+
+
+def test_densities_are_exact_for_reinforce_and_clamped_for_the_published_objectives():
+    assert [Objective(name).clamped_density for name in OBJECTIVES] == [True, True, False]
+    torch.manual_seed(0)
+    exact = sample_action(torch.full((1, 9999), -5.0), torch.full((1, 9999), -5.0))
+    torch.manual_seed(0)
+    clamped = sample_action(torch.full((1, 9999), -5.0), torch.full((1, 9999), -5.0), clamped_density=True)
+    assert torch.equal(exact.cells, clamped.cells)
+    alpha = torch.tensor(math.exp(-5.0), dtype=torch.float64)
+    at_clamped = Beta(alpha, alpha).log_prob(clamped.cells.double())
+    torch.testing.assert_close(clamped.log_prob.double(), at_clamped, rtol=1e-5, atol=1e-4)
+    log_x, log_complement = exact.log_cells.double()
+    normalizer = 2 * alpha.lgamma() - (2 * alpha).lgamma()
+    expected = (alpha - 1) * (log_x + log_complement) - normalizer
+    torch.testing.assert_close(exact.log_prob.double(), expected, rtol=1e-5, atol=1e-4)
+    inside = (exact.cells > 1e-3) & (exact.cells < 1 - 1e-3)  # where a float32 near 1 is not rounded much
+    assert inside.float().mean() < 0.2  # so that the two differ
+    torch.testing.assert_close(exact.log_prob[inside], clamped.log_prob[inside], rtol=0, atol=1e-3)
+
+
 def test_published_estimator_drifts_to_uniform_noise_for_a_constant_reward():
     """What the objective's docstring says: with a constant loss the concentrations fall, where REINFORCE's stay."""
 
@@ -147,10 +180,11 @@ def test_published_estimator_drifts_to_uniform_noise_for_a_constant_reward():
 
 @pytest.mark.parametrize(("sign", "moves"), [("cooperative", 1), ("adversarial", -1)])
 @pytest.mark.parametrize(("baseline", "masks_per_image"), [("ema", 1), ("loo", 4), ("none", 1)])
-def test_reinforce_learns_which_corner_to_open(sign, moves, baseline, masks_per_image):
+@pytest.mark.parametrize("start", [0.0, -3.0])
+def test_reinforce_learns_which_corner_to_open(sign, moves, baseline, masks_per_image, start):
     """The loss falls as the first cell's mask rises; the policy raises it, or lowers it when adversarial."""
     torch.manual_seed(0)
-    log_alpha, log_beta = torch.zeros(1, 4, requires_grad=True), torch.zeros(1, 4, requires_grad=True)
+    log_alpha, log_beta = (torch.full((1, 4), start, requires_grad=True) for _ in range(2))
     objective = Objective("reinforce", baseline, masks_per_image, policy_sign=sign)
     optimizer = torch.optim.SGD([log_alpha, log_beta], lr=0.2)
     for _ in range(200):
@@ -159,6 +193,7 @@ def test_reinforce_learns_which_corner_to_open(sign, moves, baseline, masks_per_
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
+        objective.update_baseline(torch.tensor(False))
     means = torch.sigmoid(log_alpha - log_beta).detach()[0]
     assert moves * (means[0] - 0.5) > 0.25
     assert (means[1:] - 0.5).abs().max() < 0.15
@@ -168,12 +203,16 @@ def test_moving_average_baseline():
     objective = Objective("reinforce", "ema")
     log_prob = torch.zeros(2, 3)
     _, first = objective(torch.tensor([1.0, 3.0]), log_prob, log_prob)
+    objective.update_baseline(torch.tensor(False))
     torch.testing.assert_close(first, torch.tensor([-1.0, 1.0]))  # the first batch's own mean
     _, second = objective(torch.tensor([5.0, 5.0]), log_prob, log_prob)
     torch.testing.assert_close(second, torch.tensor([3.0, 3.0]))  # 5 - 2: this batch has not moved it yet
+    objective.update_baseline(torch.tensor(False))
     assert objective.state_dict()["moving_baseline"].item() == pytest.approx(0.99 * 2 + 0.01 * 5)
-    objective(torch.tensor([math.nan, 5.0]), log_prob, log_prob)
-    assert objective.moving_baseline.item() == pytest.approx(0.99 * 2 + 0.01 * 5)
+    for losses in ([math.nan, 5.0], [7.0, 5.0]):
+        objective(torch.tensor(losses), log_prob, log_prob)
+        objective.update_baseline(torch.tensor(True))  # a skipped step
+        assert objective.moving_baseline.item() == pytest.approx(0.99 * 2 + 0.01 * 5)
 
 
 def test_entropy_weight_rewards_entropy():

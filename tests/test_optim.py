@@ -1,6 +1,5 @@
 """Optimisers against torch's plain ones, schedules against formulas, and updates that are held back against none."""
 
-import copy
 import io
 import math
 import warnings
@@ -19,7 +18,6 @@ from utils.optim import (
     OPTIMIZERS,
     SMALLEST_SCALE,
     GuardedUpdate,
-    MovingAverage,
     build_optimizer,
     build_scheduler,
     parameter_groups,
@@ -377,7 +375,7 @@ def test_fp16_overflow_of_one_of_two_networks_counts_one_step():
     }
     update = GuardedUpdate(optimizers, CPU, fp16=True)
     update(sound.sum() + (overflowing * 1e36).sum(), torch.tensor(False))
-    assert overflowing.item() == 0.0
+    assert overflowing.item() == sound.item() == 0.0  # a skipped step moves nothing
     assert update.read_skipped() == {"skipped_steps": 1}
 
 
@@ -460,119 +458,7 @@ def test_a_state_of_other_optimisers_or_parameters_is_refused():
         scheduled_update(smaller, "sgd").load_state(state, "other.pth")
 
 
-# Moving average
-
-
-class OneWeight(nn.Module):
-    """A weight, a running statistic, a counter, and a table of indices, as relative positions have."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.zeros(()))
-        self.register_buffer("statistic", torch.zeros(()))
-        self.register_buffer("counter", torch.zeros((), dtype=torch.int64))
-        self.register_buffer("table", torch.arange(200))
-
-    def set(self, value: float) -> None:
-        with torch.no_grad():
-            self.weight.fill_(value)
-            self.statistic.fill_(10 * value)
-            self.counter += 1
-
-
-def averages(values: list[float], *, epoch_of=lambda step: 0, **settings) -> list[float]:
-    """The averaged weight after each step, as the weight takes these values."""
-    model = OneWeight()
-    average = MovingAverage(model, **settings)
-    found = []
-    for step, value in enumerate(values):
-        model.set(value)
-        average.update(epoch_of(step), step)
-        found.append(average.model.weight.item())
-        assert average.model.statistic.item() == pytest.approx(10 * found[-1], rel=1e-5)
-    return found
-
-
-def test_moving_average_by_hand():
-    # the adjusted weight of a new value: (1 - 0.9) * 4 * 1 / 8 = 0.05
-    found = averages([1.0, 2.0, 4.0], decay=0.9, steps=1, epochs=8, global_batch=4)
-    second = 1 + 0.05 * (2 - 1)
-    assert found == pytest.approx([1.0, second, second + 0.05 * (4 - second)])
-
-
-def test_moving_average_every_second_step():
-    # 0.1 * 4 * 2 / 8 = 0.1, at the steps 0, 2 and 4
-    found = averages([1.0, 9.0, 2.0, 9.0, 3.0], decay=0.9, steps=2, epochs=8, global_batch=4)
-    third = 1 + 0.1 * (2 - 1)
-    assert found == pytest.approx([1.0, 1.0, third, third, third + 0.1 * (3 - third)])
-
-
-def test_moving_average_of_a_short_run_is_the_model_itself():
-    found = averages([1.0, 5.0, -2.0], decay=0.9, steps=1, epochs=2, global_batch=64)  # 0.1 * 64 / 2, but at most 1
-    assert found == pytest.approx([1.0, 5.0, -2.0])
-
-
-def test_moving_average_copies_during_the_warm_up():
-    found = averages(
-        [1.0, 2.0, 3.0, 4.0, 5.0],
-        epoch_of=lambda step: step // 2,
-        decay=0.9,
-        steps=1,
-        epochs=8,
-        global_batch=4,
-        warmup_epochs=1,
-    )
-    # steps 0 and 1 are copies; so is step 2, with which the average begins
-    fourth = 3 + 0.05 * (4 - 3)
-    assert found == pytest.approx([1.0, 2.0, 3.0, fourth, fourth + 0.05 * (5 - fourth)])
-
-
-def test_moving_average_copies_integers():
-    model = OneWeight()
-    average = MovingAverage(model, 0.9, 1, epochs=8, global_batch=8)
-    for step in range(5):
-        model.set(step)
-        average.update(0, step)
-    assert average.model.counter.dtype == torch.int64
-    assert average.model.counter.item() == 5
-    assert torch.equal(average.model.table, torch.arange(200))
-
-
-def test_moving_average_keeps_relative_positions():
-    model = timm.create_model("vit_relpos_small_patch16_224", num_classes=3, img_size=80, depth=1)
-    average = MovingAverage(model, 0.9, 1, epochs=8, global_batch=8)
-    for step in range(3):
-        average.update(0, step)
-    for (name, buffer), averaged in zip(model.named_buffers(), average.model.buffers(), strict=True):
-        if not buffer.is_floating_point():
-            assert torch.equal(averaged, buffer), name
-
-
-def test_moving_average_does_not_share_memory_with_the_model():
-    model = OneWeight()
-    average = MovingAverage(model, 0.9, 1, epochs=8, global_batch=4)
-    model.set(3.0)
-    assert average.model.weight.item() == 0.0
-
-
-def test_moving_average_goes_on_from_its_state():
-    settings = {"decay": 0.9, "steps": 1, "epochs": 8, "global_batch": 4}
-    network = small_network()
-    average = MovingAverage(network, **settings)
-    update = guarded(network, "sgd")
-    for step in range(3):
-        update(loss_of(network, step), torch.tensor(False))
-        average.update(0, step)
-    state = through_a_file(average.state())
-    restored = MovingAverage(network, **settings)
-    restored.load_state(copy.deepcopy(state))
-    for step in range(3, 5):
-        update(loss_of(network, step), torch.tensor(False))
-        average.update(0, step)
-        restored.update(0, step)
-    assert not torch.equal(average.model[0].weight, network[0].weight)
-    for key, value in average.model.state_dict().items():
-        assert torch.equal(restored.model.state_dict()[key], value)
+# Gradients that are not finite
 
 
 def test_fp16_holds_back_a_loss_that_is_not_finite_though_its_gradient_is():
@@ -581,7 +467,7 @@ def test_fp16_holds_back_a_loss_that_is_not_finite_though_its_gradient_is():
     update = fp16_update(parameter)
     loss = nn.functional.cross_entropy((parameter + torch.tensor([0.0, -math.inf]))[None], torch.tensor([1]))
     update(loss, ~loss.isfinite())
-    assert parameter.grad.isnan().any()
+    assert parameter.grad.isfinite().all()
     assert parameter.tolist() == [0.0, 0.0]
     assert update.read_skipped() == {"skipped_steps": 1}
     update((parameter * torch.tensor([0.5, 0.25])).sum(), torch.tensor(False))

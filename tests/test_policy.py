@@ -161,7 +161,7 @@ def test_unknown_policy_model_names_the_closest():
 def test_samples_follow_the_distribution_and_the_densities_are_its_own():
     torch.manual_seed(0)
     log_alpha, log_beta = torch.tensor([[0.7, -0.3], [1.1, 0.2]]), torch.tensor([[0.1, 0.4], [-0.2, 2.0]])
-    action = sample_action(log_alpha, log_beta, masks_per_image=50_000)
+    action = sample_action(log_alpha, log_beta, masks_per_image=50_000, clamped_density=True)
     assert action.cells.shape == (100_000, 2)
     by_image = action.cells.view(2, 50_000, 2)  # rows b*K .. b*K+K-1 belong to image b
     distribution = Beta(log_alpha.exp(), log_beta.exp())

@@ -3,30 +3,17 @@
 import csv
 import json
 import math
-from pathlib import Path
 
 import pytest
 import torch
 
 from _normal import train as normal
 from _policy_gradient import train as policy_gradient
-from tests.conftest import SMALL, SMALL_POLICY, write_image_folder
+from tests.conftest import write_image_folder
 from utils import checkpoint
 from utils.errors import UserError
 from utils.models import compile_in_place
 from utils.progress import read_log
-
-
-@pytest.fixture
-def train(image_folder, tmp_path):
-    """train(script, *flags, name=...): run the script on the tiny set; returns its output folder."""
-
-    def train(script, *flags, name="run", data=image_folder) -> Path:
-        base = SMALL if script is normal else SMALL_POLICY
-        script.main([*base, "--data-path", str(data), "--output-dir", str(tmp_path / name), *map(str, flags)])
-        return tmp_path / name
-
-    return train
 
 
 def evaluate_only(script, *flags, data):
@@ -271,18 +258,6 @@ def test_print_freq_sets_the_number_of_lines(train, capsys):
 
     assert lines("--print-freq", 3, name="three") == ["epoch 0 [3/4]", "epoch 0 [4/4]"]
     assert lines("--print-freq", 1, name="one") == [f"epoch 0 [{step}/4]" for step in (1, 2, 3, 4)]
-
-
-def test_the_moving_average_is_what_is_validated_and_saved(train, image_folder):
-    flags = ("--epochs", 2, "--model-ema", "--model-ema-steps", 1, "--model-ema-decay", 0.9)
-    folder = train(normal, *flags)
-    state = torch.load(folder / "checkpoint.pth", weights_only=True)
-    saved = torch.load(folder / "model_1.pth", weights_only=True)["model"]
-    assert all(torch.equal(saved[key], value) for key, value in state["model_ema"].items())
-    assert not torch.equal(saved["fc.weight"], state["model"]["fc.weight"])
-    evaluate_only(normal, "--resume", folder / "checkpoint.pth", data=image_folder)
-    found = json.loads((folder / "metrics.json").read_text())["metrics"]["clean"]
-    assert found["loss"] == pytest.approx(read_log(folder)[1]["val_loss"], rel=1e-6, abs=1e-6)
 
 
 def test_mixed_precision_runs(train):

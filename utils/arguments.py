@@ -9,14 +9,29 @@ from typing import Any, NoReturn
 
 from utils import optim, transforms
 from utils.errors import UserError
-from utils.flag_types import fraction, natural, non_negative_float, positive_float, positive_int
+from utils.flag_types import (
+    average_decay,
+    fraction,
+    mixing_alpha,
+    momentum,
+    natural,
+    non_negative_float,
+    pixel_mean,
+    pixel_std,
+    positive_float,
+    positive_fraction,
+    positive_int,
+    seconds,
+    seed,
+    smoothing,
+)
 
 # What a resumed run may be given anew, since the trajectory does not depend on it (`epochs` rebuilds the schedule; of
 # `exclude` and `data_path` the images left are compared).
 FREE_ON_RESUME = {
     "bad_images", "cache_dir", "checkpoint_steps", "data_path", "device", "epochs", "exclude", "finetune",
     "max_bad_images", "num_classes", "output_dir", "plot_every", "print_freq", "resume", "split", "tensorboard",
-    "test_only", "timeout", "workers",
+    "test_only", "timeout", "use_ema", "workers",
 }  # fmt: skip
 # What weights were made for: taken from their file when it says so.
 MODEL_FLAGS = (
@@ -76,12 +91,12 @@ def add_input_flags(group: argparse._ActionsContainer) -> None:
     add = group.add_argument
     add(
         "--mean",
-        type=non_negative_float,
+        type=pixel_mean,
         nargs="+",
         default=[0.3162],
         help="of the pixels in 0..1; one value, or one a channel",
     )
-    add("--std", type=positive_float, nargs="+", default=[0.3213], help="of the pixels; one value, or one a channel")
+    add("--std", type=pixel_std, nargs="+", default=[0.3213], help="of the pixels; one value, or one a channel")
     add("--train-crop-size", type=positive_int, default=224, help="pixels, random resized crop")
     add("--val-resize-size", type=positive_int, default=256, help="pixels, shorter side in evaluation")
     add("--val-crop-size", type=positive_int, default=224, help="pixels, central crop in evaluation")
@@ -95,9 +110,14 @@ def _add_model_flags(group: argparse._ArgumentGroup) -> None:
     add("--model", default="resnet50", help="any timm classifier")
     add("--weights", metavar="TAG", help="start from timm's pretrained weights of this tag (a1_in1k, say)")
     add("--sync-bn", action="store_true", help="share BatchNorm statistics over all GPUs")
-    add("--model-ema", action="store_true", help="keep, validate and save a moving average of the weights")
+    add("--model-ema", action="store_true", help="keep, validate and save a moving average of the weights too")
     add("--model-ema-steps", type=positive_int, default=32, help="steps between updates of the moving average")
-    add("--model-ema-decay", type=fraction, default=0.99998, help="before the adjustment to batch size and epochs")
+    add(
+        "--model-ema-decay",
+        type=average_decay,
+        default=0.99998,
+        help="before the adjustment to batch size and epochs, and at most 1 - (1 + n)^(-2/3) at its update n",
+    )
 
 
 def _add_optimisation_flags(group: argparse._ArgumentGroup) -> None:
@@ -105,7 +125,7 @@ def _add_optimisation_flags(group: argparse._ArgumentGroup) -> None:
     add("--epochs", type=positive_int, default=90, help="in all, those before a resumption included")
     add("--opt", type=str.lower, default="sgd", choices=optim.OPTIMIZERS, help="optimiser")
     add("--lr", type=positive_float, default=0.1, help="initial learning rate")
-    add("--momentum", type=fraction, default=0.9, help="of sgd, sgd_nesterov and rmsprop")
+    add("--momentum", type=momentum, default=0.9, help="of sgd, sgd_nesterov and rmsprop")
     add("--wd", "--weight-decay", dest="weight_decay", type=non_negative_float, default=1e-4, help="weight decay")
     add("--norm-weight-decay", type=non_negative_float, help="of normalisation layers; None: as --weight-decay")
     add("--bias-weight-decay", type=non_negative_float, help="of biases; None: as --weight-decay")
@@ -114,7 +134,7 @@ def _add_optimisation_flags(group: argparse._ArgumentGroup) -> None:
         type=non_negative_float,
         help=f"of {', '.join(optim.EMBEDDINGS)}; None: as --weight-decay",
     )
-    add("--label-smoothing", type=fraction, default=0.0, help="of the training loss")
+    add("--label-smoothing", type=smoothing, default=0.0, help="of the training loss")
     add("--clip-grad-norm", type=positive_float, help="largest norm of each network's gradient; None: no limit")
     add("--amp", action="store_true", help="mixed precision")
     add("--amp-dtype", default="bf16", choices=("bf16", "fp16"), help="of --amp")
@@ -130,7 +150,7 @@ def _add_schedule_flags(group: argparse._ArgumentGroup) -> None:
     add("--lr-min", type=non_negative_float, default=0.0, help="where cosineannealinglr ends")
     add("--lr-warmup-epochs", type=natural, default=0, help="epochs before the schedule begins")
     add("--lr-warmup-method", type=str.lower, default="constant", choices=optim.WARMUPS, help="shape of the warm-up")
-    add("--lr-warmup-decay", type=positive_float, default=0.01, help="factor at the start of the warm-up")
+    add("--lr-warmup-decay", type=positive_fraction, default=0.01, help="factor at the start of the warm-up")
 
 
 def _add_augmentation_flags(group: argparse._ArgumentGroup) -> None:
@@ -139,16 +159,18 @@ def _add_augmentation_flags(group: argparse._ArgumentGroup) -> None:
     add("--ra-magnitude", type=natural, default=9, help="of --auto-augment ra, 0 to 30")
     add("--augmix-severity", type=positive_int, default=3, help="of --auto-augment augmix, 1 to 10")
     add("--random-erase", type=fraction, default=0.0, help="probability of erasing a rectangle")
-    add("--mixup-alpha", type=non_negative_float, default=0.0, help="0: no MixUp")
-    add("--cutmix-alpha", type=non_negative_float, default=0.0, help="0: no CutMix")
+    add("--mixup-alpha", type=mixing_alpha, default=0.0, help="0: no MixUp")
+    add("--cutmix-alpha", type=mixing_alpha, default=0.0, help="0: no CutMix")
     add("--ra-sampler", action="store_true", help="repeated augmentation: each image several times in an epoch")
     add("--ra-reps", type=positive_int, default=3, help="repetitions of --ra-sampler")
 
 
 def _add_run_flags(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
+    add("--use-ema", action=Switch, help="of weights with a moving average, which of the two --finetune and "
+        "--test-only take; None: the average, if there is one")  # fmt: skip
     add("--device", help="cuda or cpu; None: cuda where there is one")
-    add("--seed", type=natural, default=0, help="of initial weights, order, augmentation and masks")
+    add("--seed", type=seed, default=0, help="of initial weights, order, augmentation and masks")
     add("--use-deterministic-algorithms", action="store_true", help="only algorithms that repeat bit for bit")
     add("--print-freq", type=positive_int, default=10, help="steps between two lines, each a wait for the device")
     add("--output-dir", help="where files are written; None: the folder of --resume, else the current one")
@@ -157,7 +179,7 @@ def _add_run_flags(group: argparse._ArgumentGroup) -> None:
     add("--checkpoint-steps", type=positive_int, help="steps between checkpoints within an epoch; None: none within")
     add("--plot-every", type=positive_int, help="epochs between pictures in --output-dir/plots; None: no pictures")
     add("--tensorboard", action=Switch, default=False, help="write the log to --output-dir/tensorboard too")
-    add("--timeout", type=positive_float, default=600.0, help="seconds that a process waits for the others")
+    add("--timeout", type=seconds, default=600.0, help="seconds that a process waits for the others")
     add("--test-only", action="store_true", help="evaluate the weights of --resume (or --finetune) on --split")
 
 

@@ -173,19 +173,27 @@ class Weights(NamedTuple):
     args: dict[str, Any]  # what a command line can give; empty if the file holds none
     policy_net: StateDict | None
     path: str
+    choice: str = ""  # which of the file's two sets of weights these are, in a sentence; empty if it holds one
 
 
-def read_weights(path: str | Path) -> Weights:
+def read_weights(path: str | Path, use_ema: bool | None = None) -> Weights:
     """Weights from our files, the authors' checkpoints, a bare state dict or safetensors.
 
-    From a full state with a moving average (`--model-ema`) these are the averaged weights, which were validated.
-    Raises UserError as `read` does, and for a file without a state dict of finite numbers.
+    use_ema: of a file with a moving average (`--model-ema`), whether to take the average or the trained weights; None:
+    the average. Raises UserError as `read` does, for a file without a state dict of finite numbers, and for one without
+    an average where that is asked for.
     """
     state = read(path)
     wrapped = isinstance(state.get("model"), dict)
-    found = state
-    if wrapped:
-        found = state["model"] if state.get("model_ema") is None else state["model_ema"]
+    has_average = wrapped and state.get("model_ema") is not None
+    if use_ema and not has_average:
+        raise UserError(f"--use-ema: {path} holds no moving average; leave the flag out.")
+    found, choice = state, ""
+    if has_average and use_ema is not False:
+        found, choice = state["model_ema"], f"{path}: the moving average is used (--no-use-ema: the trained weights)."
+    elif wrapped:
+        found = state["model"]
+        choice = f"{path}: the trained weights are used, not their moving average." if has_average else ""
     if not _is_state_dict(found):
         raise UserError(f"{path}: holds no state dict: expected tensors by name, or a dictionary with such a 'model'.")
     model = clean_keys(found)
@@ -206,6 +214,7 @@ def read_weights(path: str | Path) -> Weights:
         args={name: value for name, value in args.items() if _is_plain(value)} if isinstance(args, dict) else {},
         policy_net=state.get("policy_net") if ours else None,
         path=str(path),
+        choice=choice,
     )
 
 
@@ -233,10 +242,16 @@ def clean_keys(state_dict: StateDict) -> StateDict:
     return {clean(key): value for key, value in state_dict.items()}
 
 
-def weights_state(model: nn.Module, classes: list[str], args: dict[str, Any]) -> dict[str, Any]:
-    """What `model_<epoch>.pth` and `model_best.pth` hold."""
-    tensors = {key: tensor.contiguous() for key, tensor in model.state_dict().items()}  # whatever --channels-last was
-    return {"format_version": FORMAT_VERSION, "model": tensors, "classes": classes, "args": args}
+def weights_state(
+    model: nn.Module, classes: list[str], args: dict[str, Any], average: nn.Module | None = None
+) -> dict[str, Any]:
+    """What `model_<epoch>.pth` and `model_best.pth` hold: the trained weights, and with --model-ema their average."""
+    networks = {"model": model} | ({} if average is None else {"model_ema": average})
+    weights = {  # contiguous, whatever --channels-last was
+        name: {key: tensor.contiguous() for key, tensor in network.state_dict().items()}
+        for name, network in networks.items()
+    }
+    return {"format_version": FORMAT_VERSION, **weights, "classes": classes, "args": args}
 
 
 def safetensors_bytes(model: nn.Module, classes: list[str], args: dict[str, Any]) -> bytes:

@@ -89,6 +89,17 @@ def measure(predictions: Predictions, auroc: bool = False) -> Metrics:
     return distributed.broadcast_object(metrics)
 
 
+def validate(
+    evaluate: Callable[..., Predictions], networks: dict[str, nn.Module], auroc: bool
+) -> tuple[Predictions, dict[str, Metrics]]:
+    """The metrics of each network by its name (`val`, and `val_ema` of the average); the last one's predictions."""
+    metrics = {}
+    for name, network in networks.items():
+        predictions = evaluate(network, label="evaluate" if name == "val" else f"evaluate {name}")
+        metrics[name] = measure(predictions, auroc)
+    return predictions, metrics
+
+
 def report_test(
     output_dir: Path, results: dict[str, Predictions], files: ImageFiles, *, split: str, weights: str, origin: dict
 ) -> dict[str, Metrics]:

@@ -32,6 +32,8 @@ class Classifier(NamedTuple):
 def add_weights_flags(parser: arguments.Parser) -> argparse._ArgumentGroup:
     """The file, and what to say where it does not: model, classes and preprocessing. Returns the group of these."""
     parser.add_argument("file", metavar="WEIGHTS", help="a .pth or .safetensors file; it may say all of the following")
+    parser.add_argument("--use-ema", action=arguments.Switch, help="of weights with a moving average; None: the "
+        "average, if there is one")  # fmt: skip
     group = parser.add_argument_group("only where the file does not say it")
     group.add_argument("--model", help="any timm classifier")
     group.add_argument("--classes", metavar="FILE", help="one name a line, or a folder of class folders")
@@ -53,7 +55,9 @@ def open_classifier(given: dict[str, Any], device: torch.device) -> Classifier:
 
     Raises UserError for an unfit file, for flags that contradict it, and where neither names the model or the classes.
     """
-    weights = checkpoint.read_weights(given["file"])
+    weights = checkpoint.read_weights(given["file"], given.get("use_ema"))
+    if weights.choice:
+        print(weights.choice, file=sys.stderr)
     known = arguments.shared_parser("")
     add_mask_flags(known)
     flags = {name: value for name, value in given.items() if name in arguments.MODEL_FLAGS}

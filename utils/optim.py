@@ -2,9 +2,10 @@
 
 import math
 import warnings
-from functools import partial
+from collections.abc import Iterable
 
 import torch
+from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer, RMSprop
 from torch.optim.lr_scheduler import (
@@ -16,7 +17,6 @@ from torch.optim.lr_scheduler import (
     SequentialLR,
     StepLR,
 )
-from torch.optim.swa_utils import AveragedModel
 
 from utils.errors import UserError
 
@@ -115,11 +115,12 @@ def build_scheduler(
 
 
 class GuardedUpdate:
-    """Backward pass, clipping and step of one or more optimisers, the step held back where the loss is not finite.
+    """Backward pass, clipping and step of one or more optimisers; a skipped step changes nothing.
 
+    A step is skipped, for all networks together, where the caller holds it back (a loss is not finite), and, where
+    gradients are measured anyway (by the fp16 scaler or for clipping), where one of them is not finite: such steps are
+    counted (`skipped_steps`, on the device). Then the statistics that the forward passes have moved are restored too.
     Fused optimisers read the flag on the device; for rmsprop, which has no fused form, the host waits for it.
-    Where gradients are measured anyway, by the fp16 scaler or for clipping, a network whose gradient is not finite is
-    held back too, and such steps are counted (`skipped_steps`, on the device).
     """
 
     def __init__(
@@ -128,44 +129,53 @@ class GuardedUpdate:
         device: torch.device,
         fp16: bool = False,
         clip_grad_norm: float | None = None,
+        networks: Iterable[nn.Module] = (),
     ) -> None:
-        """optimizers: by the name of the network that each updates."""
+        """optimizers: by the name of the network that each updates; networks: those whose buffers are restored."""
         self.optimizers = optimizers
         self.clip_grad_norm = clip_grad_norm
         self.fp16 = fp16
         self.scaler = torch.amp.GradScaler(device.type, enabled=fp16)
         self.measures_gradients = fp16 or clip_grad_norm is not None
         self.skipped_steps = torch.zeros((), dtype=torch.int64, device=device)
+        self.buffers: dict[torch.dtype, list[Tensor]] = {}
+        for buffer in (buffer for network in networks for buffer in network.buffers()):
+            self.buffers.setdefault(buffer.dtype, []).append(buffer)
+        self.buffers_before: dict[torch.dtype, Tensor] = {}
 
-    def __call__(self, loss: Tensor, hold_back: Tensor) -> None:
-        """One update from a loss (); hold_back: bool tensor (), equal on all ranks."""
+    def begin_step(self) -> None:
+        """To be called before the forward passes of a step: remembers the buffers that these will move."""
+        if self.measures_gradients:
+            self.buffers_before = {dtype: _flat(buffers) for dtype, buffers in self.buffers.items()}
+
+    def __call__(self, loss: Tensor, hold_back: Tensor) -> Tensor:
+        """One update from a loss (); whether it was skipped, as a bool tensor () on the device, equal on all ranks.
+
+        hold_back: bool tensor (), equal on all ranks.
+        """
         for optimizer in self.optimizers.values():
             optimizer.zero_grad(set_to_none=True)
         self.scaler.scale(loss).backward()
         skipped = hold_back
-        for optimizer in self.optimizers.values():
-            held = hold_back
-            if self.measures_gradients:
+        if self.measures_gradients:
+            for optimizer in self.optimizers.values():
                 parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-                if self.fp16:  # the scaler skips for what it finds in the gradients, so let it find something
-                    learning = next(parameter for parameter in parameters if parameter.grad is not None)
-                    learning.grad.mul_(torch.where(hold_back, math.nan, 1.0))
                 self.scaler.unscale_(optimizer)
                 norm = nn.utils.clip_grad_norm_(parameters, self.clip_grad_norm or math.inf)
-                held = hold_back | ~norm.isfinite()
-                skipped = skipped | held
-            self._step(optimizer, held)
+                skipped = skipped | ~norm.isfinite()
+            self._restore_buffers(skipped)
+        for optimizer in self.optimizers.values():
+            _step(optimizer, skipped)
         self.skipped_steps += skipped
         self.scaler.update()
+        return skipped
 
-    def _step(self, optimizer: Optimizer, hold_back: Tensor) -> None:
-        if self.fp16:
-            self.scaler.step(optimizer)
-        elif optimizer.defaults.get("fused"):
-            optimizer.grad_scale, optimizer.found_inf = None, hold_back.float()
-            optimizer.step()
-        elif not hold_back.item():
-            optimizer.step()
+    def _restore_buffers(self, skipped: Tensor) -> None:
+        """Put the buffers back to what `begin_step` found where the step was skipped."""
+        for dtype, buffers in self.buffers.items():
+            kept = torch.where(skipped, self.buffers_before[dtype], _flat(buffers))  # few kernels, not one a buffer
+            parts = kept.split([buffer.numel() for buffer in buffers])
+            torch._foreach_copy_(buffers, [part.view_as(buffer) for part, buffer in zip(parts, buffers, strict=True)])
 
     def state(self) -> dict:
         optimizers = {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()}
@@ -205,6 +215,19 @@ class GuardedUpdate:
             )
 
 
+def _flat(tensors: list[Tensor]) -> Tensor:
+    """A copy of tensors of one dtype, one after the other, (N,)."""
+    return torch.cat([tensor.flatten() for tensor in tensors])
+
+
+def _step(optimizer: Optimizer, skipped: Tensor) -> None:
+    if optimizer.defaults.get("fused"):
+        optimizer.grad_scale, optimizer.found_inf = None, skipped.float()
+        optimizer.step()
+    elif not skipped.item():
+        optimizer.step()
+
+
 def _lay_out_as_parameters(optimizer: Optimizer) -> None:
     """Give restored buffers the memory format of their parameters, which the fused kernels take for granted."""
     for parameter, buffers in optimizer.state.items():
@@ -213,23 +236,13 @@ def _lay_out_as_parameters(optimizer: Optimizer) -> None:
                 buffers[name] = torch.empty_like(parameter).copy_(buffer)
 
 
-@torch.no_grad()
-def _move(averaged: list[Tensor], current: list[Tensor], _: Tensor, *, weight: float) -> None:
-    """Move tensors of one dtype towards the current ones by `weight`, in place; integers go all the way."""
-    if averaged[0].is_floating_point():
-        torch._foreach_lerp_(averaged, current, weight)
-    else:
-        torch._foreach_copy_(averaged, current)
-
-
 class MovingAverage:
-    """Exponential moving average of a model's weights and buffers (`--model-ema`), by torch's AveragedModel.
+    """Exponential moving average of a model's weights and buffers (`--model-ema`), by timm's ModelEmaV3.
 
-    Integer buffers are copied: torch's own average rounds them down, and so breaks the tables of relative positions.
-
-    As in torchvision's reference: updated every `steps` steps, a plain copy during the warm-up, and with the decay
-    adjusted so that it means the same at any batch size and length: 1 - min(1, (1 - decay) * global_batch * steps /
-    epochs).
+    Updated every `steps` steps; a plain copy during the learning rate's warm-up. As in torchvision's reference the
+    decay is adjusted to mean the same at any batch size: 1 - min(1, (1 - decay) * global_batch * steps / epochs).
+    That alone would keep about exp(-(1 - decay) * images) of the first weights over a whole run: nearly all, on a small
+    set. So the decay also warms up, as timm has it: at most 1 - (1 + n)^(-2/3) at update n.
     """
 
     def __init__(
@@ -237,22 +250,32 @@ class MovingAverage:
     ) -> None:
         adjusted = 1 - min(1.0, (1 - decay) * global_batch * steps / epochs)
         self.source, self.steps, self.warmup_epochs = model, steps, warmup_epochs
-        self.averaged = AveragedModel(model, multi_avg_fn=partial(_move, weight=1 - adjusted), use_buffers=True)
+        self.average = ModelEmaV3(model, decay=adjusted, use_warmup=True)
+        self.updates = 0  # since the end of the learning rate's warm-up
 
     @property
     def model(self) -> nn.Module:
-        return self.averaged.module
+        return self.average.module
 
-    def update(self, epoch: int, step: int) -> None:
-        """To be called after every step; takes the weights in at every `steps`-th."""
-        if step % self.steps == 0:
-            self.averaged.update_parameters(self.source)
-            if epoch < self.warmup_epochs:
-                self.averaged.n_averaged.fill_(0)  # the next update copies again
+    def update(self, epoch: int, step: int, skipped: Tensor | None = None) -> None:
+        """To be called after every step; takes the weights in at every `steps`-th, unless that step was skipped.
+
+        skipped: a bool tensor (), for which the host waits then; None: it was not.
+        """
+        if step % self.steps == 0 and not (skipped is not None and skipped.item()):
+            self.average.update(self.source, step=self.updates + 1)  # which it counts from 1
+            self.updates = self.updates + 1 if epoch >= self.warmup_epochs else 0
+
+    def memory(self, steps_per_epoch: int, epochs: int) -> tuple[float, float, int]:
+        """How many steps the average reaches back: as the decay is set, at the run's end, and the steps of the run."""
+        all_steps = steps_per_epoch * epochs
+        last = self.average.get_decay(max(2, all_steps // self.steps))
+        set_memory, last_memory = (self.steps / max(1 - decay, 1e-12) for decay in (self.average.decay, last))
+        return set_memory, last_memory, all_steps
 
     def state(self) -> dict:
-        return {"model_ema": self.model.state_dict(), "model_ema_updates": int(self.averaged.n_averaged)}
+        return {"model_ema": self.model.state_dict(), "model_ema_updates": self.updates}
 
     def load_state(self, state: dict) -> None:
         self.model.load_state_dict(state["model_ema"])
-        self.averaged.n_averaged.fill_(state["model_ema_updates"])
+        self.updates = state["model_ema_updates"]

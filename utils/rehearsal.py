@@ -69,7 +69,8 @@ def _check_room(output_dir: Path, state: dict[str, Any], epochs_left: int) -> No
     """Raise UserError if a checkpoint cannot be written, or if the run's files will not fit on the disk."""
     data = checkpoint.serialize(state)
     prove_writable(output_dir, data)
-    weights = sum(tensor.numel() * tensor.element_size() for tensor in state["model"].values())
+    saved = [tensor for name in ("model", "model_ema") for tensor in state.get(name, {}).values()]
+    weights = sum(tensor.numel() * tensor.element_size() for tensor in saved)
     there = sum((output_dir / name).exists() for name in (checkpoint.CHECKPOINT, checkpoint.PREVIOUS))
     needed = (FULL_STATES - there) * len(data) + (epochs_left + 1) * weights
     free = shutil.disk_usage(output_dir).free

@@ -67,7 +67,7 @@ def describe_run(name: str, run: RunFolder) -> dict[str, Any]:
         "starts": [*run.origin.get("starts", []), *([run.tested["origin"]] if "origin" in run.tested else [])],
         "data": data_summary(run.origin.get("data", {})),
         "last": run.log[-1] if run.log else {},
-        "best": max(run.log, key=lambda line: line["val_f1"]) if run.log else {},
+        "best": max(run.log, key=lambda line: line.get("val_ema_f1", line["val_f1"])) if run.log else {},
         "tested": run.tested,
         "evaluations": [
             describe_evaluation(TITLES.get(of, of), describe_tested(run.tested, of), found)

@@ -76,7 +76,9 @@ def choose_start(parser: arguments.Parser, given: dict[str, Any], script: str) -
         raise UserError(f"--weights {given['weights']}: the weights already come from {resume or finetune}.")
     test_only = given.get("test_only", False)
     if finetune or (resume and test_only):
-        weights = checkpoint.read_weights(resume or finetune)
+        weights = checkpoint.read_weights(resume or finetune, given.get("use_ema"))
+        if weights.choice:
+            progress.say(weights.choice)
         args = arguments.for_weights(parser, given, weights.args, weights.path, test_only=test_only)
         return Start(args, None, weights)
     if resume:

@@ -9,8 +9,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from torch import nn
-
 from utils import checkpoint, distributed, progress
 from utils.errors import UserError, agreed, lost_contact
 from utils.evaluation import format_metrics
@@ -93,37 +91,45 @@ class Saver:
 
     def finish_epoch(
         self,
-        evaluated: nn.Module,
-        metrics: Metrics,
+        results: dict[str, Metrics],
         line: dict[str, Any],
         show: Callable[[dict[str, Any]], None] | None = None,
     ) -> None:
-        """Say how the epoch went; write model_<epoch>.pth, model_best.pth if it is, the log line and the checkpoint.
+        """Print the epoch's metrics; write model_<epoch>.pth, model_best.pth if it is, the log line and the checkpoint.
 
-        A kill in between leaves the last checkpoint; resumed from it, the same files are written again. show: called
-        last, on rank 0 with the log line: were it to kill the process, the epoch would be done all the same. Raises
-        UserError, before anything is written, for a val loss or a weight that is not finite.
+        results: the metrics of `val`, and with --model-ema those of the average, `val_ema`, which then decides which
+        epoch is the best. A kill in between leaves the last checkpoint; resumed from it, the same files are written
+        again. show: called last, on rank 0 with the log line: were it to kill the process, the epoch would be done all
+        the same. Raises UserError, before anything is written, for a val loss or a weight that is not finite.
         """
         epoch = self.position.epoch
-        if metrics["loss"] is None:
+        if any(metrics["loss"] is None for metrics in results.values()):
             raise UserError(
                 f"the loss on val after epoch {epoch} is not finite, so this epoch was not saved; the last checkpoint, "
                 f"if there is one, is unharmed. {ADVICE}",
                 agreed=True,
             )
-        is_best, self.best_f1 = metrics["f1"] > self.best_f1, max(metrics["f1"], self.best_f1)
-        progress.say(f"epoch {epoch}, val: {format_metrics(metrics)}{'  (best)' if is_best else ''}")
+        decisive = "val_ema" if "val_ema" in results else "val"
+        f1 = results[decisive]["f1"]
+        is_best, self.best_f1 = f1 > self.best_f1, max(f1, self.best_f1)
+        for name, metrics in results.items():
+            best = "  (best)" if is_best and name == decisive else ""
+            progress.say(f"epoch {epoch}, {name}: {format_metrics(metrics)}{best}")
         self.position = Position(epoch + 1)
         self.meters.reset()
         state = self._state()
-        weights = checkpoint.weights_state(evaluated, self.origin["classes"], self.origin["args"])
+        average = self.training.ema.model if self.training.ema else None
+        weights = checkpoint.weights_state(
+            self.training.modules["model"], self.origin["classes"], self.origin["args"], average
+        )
         with agreed():
             if distributed.is_main_process():
                 self._check_finite()
                 checkpoint.save(self.output_dir / f"model_{epoch}.pth", weights)
                 if is_best:
                     checkpoint.save(self.output_dir / checkpoint.BEST, weights)
-                line = line | {f"val_{name}": value for name, value in metrics.items()}
+                for name, metrics in results.items():
+                    line = line | {f"{name}_{key}": value for key, value in metrics.items()}
                 progress.append_log(self.output_dir, line)
                 self._save_checkpoint(state, "running", "")
                 if show is not None:

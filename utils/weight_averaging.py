@@ -25,6 +25,10 @@ def average(files: list[Weights]) -> StateDict:
         ]
         if differing:
             raise UserError(f"{other.path}: does not fit {first.path}: {differing[0]} differs; average one model only.")
+        if bool(other.choice) != bool(first.choice):
+            raise UserError(
+                f"{other.path}: only one of this and {first.path} holds a moving average; average one run only."
+            )
         if other.classes != first.classes:
             raise UserError(f"{other.path}: was trained on other classes than {first.path}; average one run only.")
     averaged = {}
@@ -50,6 +54,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("files", nargs="+", metavar="FILE", help="weights of one model, usually of its last epochs")
     parser.add_argument("-o", "--output", required=True, help="where to write; --finetune and --test-only read it")
     parser.add_argument("--overwrite", action="store_true", help="write over a file that is there already")
+    parser.add_argument("--use-ema", action=argparse.BooleanOptionalAction, help="of files with a moving average: "
+        "average those (the default), or the trained weights")  # fmt: skip
     options = parser.parse_args(argv)
     output = Path(options.output)
     if output.exists() and not options.overwrite:
@@ -57,7 +63,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not output.parent.is_dir():
         raise UserError(f"{output.parent}: no such folder.")
     _check_different(options.files)
-    files = [read_weights(path) for path in options.files]
+    files = [read_weights(path, options.use_ema) for path in options.files]
+    if files[0].choice:
+        print(f"All files: {files[0].choice.partition(': ')[2]}")
     last = files[-1]
     state = {"model": average(files), "args": last.args}
     if last.classes is not None:  # which the authors' files do not name

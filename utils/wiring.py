@@ -17,6 +17,7 @@ from utils.checkpoint import Weights
 from utils.errors import UserError
 from utils.pictures import Pictures
 from utils.progress import Position
+from utils.samplers import TrainingSampler
 from utils.saving import Saver
 from utils.state import TrainingState
 from utils.transforms import BatchMixing, Normalize
@@ -193,6 +194,56 @@ def write_provenance(
     data = {"train": splits.training.files, "val": splits.evaluation.files}
     about = provenance.describe(script, argv, device)
     provenance.write_run(Path(args.output_dir), about, start, args.resume, data)
+
+
+def print_network(
+    args: argparse.Namespace,
+    label: str,
+    model_name: str,
+    network: nn.Module,
+    state: dict[str, Any] | None,
+    weights: Weights | None,
+    tag: str | None = None,
+) -> None:
+    """Print a network's model, its size, and where its weights come from. tag: one of timm's pretrained weights."""
+    total = sum(parameter.numel() for parameter in network.parameters())
+    trained = sum(parameter.numel() for parameter in network.parameters() if parameter.requires_grad)
+    only = f", of which {trained:,} are trained" if trained != total else ""
+    if state is not None or weights is not None:
+        origin = f"those of {args.resume if state is not None else weights.path}"
+    else:
+        origin = f"timm's {tag}" if tag else f"random (--seed {args.seed})"
+    progress.say(f"{label}: {model_name}, {total:,} parameters{only}; weights: {origin}")
+
+
+def print_plan(
+    args: argparse.Namespace,
+    sampler: TrainingSampler,
+    optimizers: dict[str, Optimizer],
+    start: Position,
+    ema: optim.MovingAverage | None,
+) -> None:
+    """Print, before the first step, where the run begins, its batches and its learning rates."""
+    if start != Position():
+        progress.say(f"resumed: {args.resume}, at step {start.step} of epoch {start.epoch} (both count from 0)")
+    sampler.set_position(start.epoch, start.step, start.images)
+    processes = distributed.world_size()
+    progress.say(
+        f"global batch: {processes} {'process' if processes == 1 else 'processes'} x {args.batch_size} = "
+        f"{sampler.global_batch} images; {sampler.steps_per_epoch} steps an epoch, {args.epochs} epochs in all"
+    )
+    rates = ", ".join(f"{name} {optimizer.param_groups[0]['lr']:g}" for name, optimizer in optimizers.items())
+    progress.say(
+        f"learning rates of epoch {start.epoch}: {rates}; --opt {args.opt}, --lr-scheduler {args.lr_scheduler}"
+    )
+    if ema is not None:
+        set_memory, last_memory, steps = ema.memory(sampler.steps_per_epoch, args.epochs)
+        if set_memory > steps:
+            progress.say(
+                f"--model-ema: at this decay the average would reach back {set_memory:,.0f} steps, and the run has "
+                f"{steps:,}; its warm-up makes it {last_memory:,.0f} at the end. A smaller --model-ema-decay or "
+                "--model-ema-steps shortens it."
+            )
 
 
 def say_done(args: argparse.Namespace, saver: Saver) -> None:
