@@ -47,6 +47,16 @@ def test_a_resumed_run_goes_on_as_it_began():
             arguments.for_resume(parser, given("_normal", "--resume", "f", *flag), saved, "f")
 
 
+def test_a_resumed_run_takes_what_each_start_decides_from_its_own_command():
+    """What the processes wait for each other, say, is settled before the file is read."""
+    saved = vars(parse("_normal", "--timeout", 7, "--split", "test", "--device", "cpu", "--output-dir", "there"))
+    parser, again = PARSERS["_normal"], given("_normal", "--resume", "run/checkpoint.pth")
+    args = arguments.for_resume(parser, again, saved, "run/checkpoint.pth")
+    assert (args.timeout, args.split, args.device, args.output_dir) == (600, "val", None, "run")
+    args = arguments.for_resume(parser, again | given("_normal", "--timeout", 9), saved, "run/checkpoint.pth")
+    assert args.timeout == 9
+
+
 def test_a_list_of_excluded_images_is_the_same_one_from_any_folder(tmp_path, monkeypatch):
     parser, saved = PARSERS["_normal"], vars(parse("_normal", "--exclude", "list.txt"))
     assert saved["exclude"] == os.path.abspath("list.txt")

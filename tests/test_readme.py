@@ -1,10 +1,8 @@
-"""What the README says can be typed: its command block, shortened, its flags, its files; and other ways to start."""
+"""What the README says can be typed and is run: its command block, shortened, the recipes, and other ways to start."""
 
-import importlib
 import json
 import os
 import re
-import shlex
 import shutil
 import signal
 import socket
@@ -19,9 +17,7 @@ import torch
 from _normal import train as normal
 from _policy_gradient import train as policy_gradient
 from tests.conftest import ROOT, SMALL, SMALL_POLICY, run_script
-from tests.test_flags import declared
 from utils import phantoms
-from utils.arguments import parse_given
 from utils.progress import read_log
 
 README, RECIPES = ((ROOT / name).read_text() for name in ("README.md", "RECIPES.md"))
@@ -82,12 +78,6 @@ def test_the_whole_route_as_the_readme_types_it(copy, small_phantoms):
     assert [line["lr_classifier"] for line in read_log(finetuned)] == pytest.approx(
         [0.001 * (0.01 + 0.99 * epoch / 7) for epoch in range(3)]
     )
-
-
-def test_every_flag_stands_in_the_table():
-    table = README.split("## Flags")[1].split("## What is logged")[0]
-    for name in declared():
-        assert f"--{name.replace('_', '-')}" in table.replace("`", " "), name
 
 
 def test_every_logged_name_is_explained(image_folder, tmp_path):
@@ -192,43 +182,6 @@ def test_the_slurm_job_ends_its_run_gently_and_queues_itself_again(tmp_path):
     assert (ended, requeued) == ("TERM", "scontrol requeue 7")
 
 
-def commands_of(text):
-    """The commands of a text's bash blocks: lists of words, continued lines joined."""
-    blocks = re.findall(r"```bash\n(.*?)```", text, re.DOTALL)
-    lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
-    return [
-        shlex.split(line, comments=True) for line in lines if re.search(r"train\.py|-m utils|experiments/\w+\.py", line)
-    ]
-
-
-@pytest.mark.parametrize(
-    "name", ["README.md", "RECIPES.md", "EXAMPLE.md", "_weights/README.md", "experiments/README.md"]
-)
-def test_every_command_of_the_pages_is_one_that_is_understood(name, capsys):
-    found = 0
-    for words in commands_of((ROOT / name).read_text()):
-        flags = [word for word in words if re.fullmatch(r"-{1,2}[a-z][a-z-]*", word)]
-        script = next((word for word in words if word.endswith("train.py")), None)
-        if script is not None:
-            own = words[words.index(script) + 1 :]
-            module = policy_gradient if "_policy_gradient" in script or "--grid" in own else normal
-            parse_given(module.build_parser(), [word for word in own if word not in ("...", "&")])
-        else:
-            own_file = re.search(r" experiments/(\w+)\.py", " ".join(words))
-            name = f"experiments.{own_file[1]}" if own_file else words[words.index("-m") + 1]
-            package = importlib.import_module(name)
-            module = package if hasattr(package, "main") else importlib.import_module(f"{name}.__main__")
-            after = [] if own_file else words[words.index("-m") + 2 :][:1]
-            command = [word for word in after if word.isalpha() and word.islower()]
-            for arguments in (["--help"], [*command, "--help"]):  # some have commands of their own
-                with pytest.raises(SystemExit, match="0"):
-                    module.main(arguments)
-            understood = capsys.readouterr().out
-            assert all(flag == "-m" or re.search(rf"(^|[\s\[,|]){flag}\b", understood) for flag in flags), words
-        found += 1
-    assert found
-
-
 def test_the_demo_runs_the_commands_of_the_example(tmp_path):
     """demo.sh, with commands in the place of the real ones that only write down how they were called."""
     for name in ("python", "torchrun", "cp"):
@@ -246,12 +199,3 @@ def test_the_demo_runs_the_commands_of_the_example(tmp_path):
     again = subprocess.run(["bash", ROOT / "demo.sh", output], env=environment, capture_output=True, text=True)
     assert again.returncode == 2
     assert "is there already; remove it" in again.stderr
-
-
-def test_each_promise_names_a_test_that_is_there():
-    table = README.split("## What it promises")[1].split("\n## ")[0]
-    named = re.findall(r"`(test_\w+\.py)(?:::(test_\w+))?`", table)
-    assert len(named) >= 12
-    for file, function in named:
-        content = (ROOT / "tests" / file).read_text()
-        assert f"\ndef {function}(" in content if function else content, (file, function)

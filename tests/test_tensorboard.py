@@ -1,11 +1,15 @@
 """--tensorboard: the events are the log, each epoch once, whatever became of the run in between."""
 
 import json
+import sys
 
 import pytest
 
+from tests.conftest import SMALL
+from tests.conftest import run_script as run_process
 from tests.events import as_scalars, number_files_from_zero, scalars
 from tests.test_pictures import run_script
+from utils.errors import UserError
 from utils.events import Events, tag
 from utils.progress import read_log, write_log
 
@@ -42,6 +46,49 @@ def test_resumed_with_the_flag_for_the_first_time_the_log_so_far_is_told_too(ima
     flags = ["--epochs", "2", "--resume", "auto"]
     run_script("_normal", image_folder, tmp_path, *flags, "--tensorboard")
     assert scalars(tmp_path) == as_scalars(read_log(tmp_path))
+
+
+@pytest.fixture
+def without_tensorboard(monkeypatch):
+    monkeypatch.delitem(sys.modules, "torch.utils.tensorboard", raising=False)
+    monkeypatch.setitem(sys.modules, "tensorboard", None)
+
+
+MISSING = "--tensorboard: the package tensorboard cannot be imported .*Install it with pip install tensorboard"
+
+
+@pytest.mark.parametrize("script", ["_normal", "_policy_gradient"])
+def test_without_the_package_a_run_ends_before_it_begins(script, image_folder, tmp_path, without_tensorboard):
+    with pytest.raises(UserError, match=MISSING):
+        run_script(script, image_folder, tmp_path / "run", "--epochs", "1", "--tensorboard")
+    assert not (tmp_path / "run").exists()
+
+
+def test_without_the_package_what_writes_no_events_works(image_folder, tmp_path, request):
+    """Also of a run that was begun with the flag."""
+    run_script("_normal", image_folder, tmp_path, "--epochs", "1", "--tensorboard")
+    request.getfixturevalue("without_tensorboard")
+    resumed = ["--epochs", "2", "--resume", "auto"]
+    with pytest.raises(UserError, match=MISSING):
+        run_script("_normal", image_folder, tmp_path, *resumed)
+    with pytest.raises(UserError, match=MISSING):
+        weights = ["--finetune", str(tmp_path / "model_0.pth")]
+        run_script("_normal", image_folder, tmp_path / "tuned", "--epochs", "1", "--tensorboard", *weights)
+    assert [line["epoch"] for line in read_log(tmp_path)] == [0]
+    tested = ["--resume", str(tmp_path / "checkpoint.pth"), "--test-only", "--tensorboard"]
+    run_script("_normal", image_folder, tmp_path / "tested", *tested)
+    assert (tmp_path / "tested" / "metrics.json").exists()
+    run_script("_normal", image_folder, tmp_path, *resumed, "--no-tensorboard")
+    assert [line["epoch"] for line in read_log(tmp_path)] == [0, 1]
+
+
+def test_a_broken_package_ends_all_processes_with_one_sentence(image_folder, tmp_path):
+    (tmp_path / "tensorboard.py").write_text("raise TypeError('made for\\nother versions')")
+    flags = [*SMALL, "--tensorboard", "--data-path", image_folder, "--output-dir", tmp_path / "run"]
+    result = run_process("_normal/train.py", *flags, processes=2, check=False, PYTHONPATH=str(tmp_path))
+    (said,) = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert said.startswith("error: --tensorboard: the package tensorboard cannot be imported (made for).")
+    assert not (tmp_path / "run").exists()
 
 
 def line(epoch, value):

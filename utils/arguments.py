@@ -33,6 +33,8 @@ FREE_ON_RESUME = {
     "max_bad_images", "num_classes", "output_dir", "plot_every", "print_freq", "resume", "split", "tensorboard",
     "test_only", "timeout", "use_ema", "workers",
 }  # fmt: skip
+# What a checkpoint never decides: where and on what a start runs, what it writes to, and what it evaluates.
+OF_EACH_START = {"device", "output_dir", "resume", "split", "test_only", "timeout", "use_ema"}
 # What weights were made for: taken from their file when it says so.
 MODEL_FLAGS = (
     "model", "policy_model", "mask_policy", "head_weight", "grid", "kernel", "sigma", "mask_range",
@@ -178,7 +180,8 @@ def _add_run_flags(group: argparse._ArgumentGroup) -> None:
         "one: auto; with --test-only any weights")  # fmt: skip
     add("--checkpoint-steps", type=positive_int, help="steps between checkpoints within an epoch; None: none within")
     add("--plot-every", type=positive_int, help="epochs between pictures in --output-dir/plots; None: no pictures")
-    add("--tensorboard", action=Switch, default=False, help="write the log to --output-dir/tensorboard too")
+    add("--tensorboard", action=Switch, default=False, help="write the log to --output-dir/tensorboard too; "
+        "needs the package tensorboard")  # fmt: skip
     add("--timeout", type=seconds, default=600.0, help="seconds that a process waits for the others")
     add("--test-only", action="store_true", help="evaluate the weights of --resume (or --finetune) on --split")
 
@@ -213,8 +216,7 @@ def for_resume(parser: Parser, given: dict[str, Any], saved: dict[str, Any], sou
     Raises UserError for a flag that would change the trajectory, and for a value that no flag could have given it.
     """
     actions = _actions(parser)
-    # Where the files lie, and on what they are read, is said anew for each start.
-    again = {name: saved[name] for name in actions if name in saved and name not in ("device", "split", "test_only")}
+    again = {name: saved[name] for name in actions if name in saved and name not in OF_EACH_START}
     for name, value in again.items():
         if not _could_be_given(actions[name], value):
             raise UserError(

@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from PIL import Image
 
+from utils import distributed
+from utils.errors import UserError
 from utils.progress import read_log
 
 if TYPE_CHECKING:  # imported where it is used: it costs a process's start seconds
@@ -14,6 +16,20 @@ if TYPE_CHECKING:  # imported where it is used: it costs a process's start secon
 FOLDER = "tensorboard"
 PLOTS = "plots"  # where the mask galleries lie
 POLICY = ("mask_", "policy_", "advantage_", "prior_", "concentrations_")  # how the log's names of policies begin
+
+
+def check_installed() -> None:
+    """Raise UserError, before a run begins, where the package of --tensorboard cannot be imported; rank 0 writes."""
+    if not distributed.is_main_process():
+        return
+    try:
+        import torch.utils.tensorboard  # noqa: F401
+    except Exception as error:  # a package that is broken raises anything
+        reason = (str(error).splitlines() or [""])[0] or type(error).__name__
+        raise UserError(
+            f"--tensorboard: the package tensorboard cannot be imported ({reason}). Install it with pip install "
+            "tensorboard, or leave it out with --no-tensorboard."
+        ) from None
 
 
 class Events:

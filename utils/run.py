@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from utils import arguments, checkpoint, distributed, progress
+from utils import arguments, checkpoint, distributed, events, progress
 from utils.checkpoint import NotDamaged, Weights
 from utils.errors import UserError, agreed
 from utils.files import remove_temporaries, write_atomically
@@ -80,11 +80,15 @@ def choose_start(parser: arguments.Parser, given: dict[str, Any], script: str) -
         if weights.choice:
             progress.say(weights.choice)
         args = arguments.for_weights(parser, given, weights.args, weights.path, test_only=test_only)
-        return Start(args, None, weights)
-    if resume:
+        start = Start(args, None, weights)
+    elif resume:
         state = checkpoint.read_checkpoint(resume, script)
-        return Start(arguments.for_resume(parser, given, state["args"], resume), state, None)
-    return Start(arguments.for_fresh_start(parser, given), None, None)
+        start = Start(arguments.for_resume(parser, given, state["args"], resume), state, None)
+    else:
+        start = Start(arguments.for_fresh_start(parser, given), None, None)
+    if start.args.tensorboard and not test_only:
+        events.check_installed()
+    return start
 
 
 def make_output_dir(output_dir: Path) -> None:

@@ -1,0 +1,79 @@
+"""The lists of packages: what is imported is named, and what is named is pinned."""
+
+import ast
+import re
+import sys
+from functools import cache
+from importlib.metadata import packages_distributions
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+from tests.conftest import ROOT
+
+OPTIONAL = {"tensorboard", "onnx", "onnxruntime", "onnxscript"}  # imported by the code, listed for development only
+CODE = ("_normal", "_policy_gradient", "benchmarks", "experiments", "figures", "utils")
+NOT_THIRD_PARTY = {*CODE, "tests", "conftest", *sys.stdlib_module_names}
+
+
+def named_in(file: str) -> dict[str, Requirement]:
+    """The requirements of a file, by name, without those of the files that it includes."""
+    lines = [line.partition("#")[0].strip() for line in (ROOT / file).read_text().splitlines()]
+    found = [Requirement(line) for line in lines if line and not line.startswith("-")]
+    return {canonicalize_name(requirement.name): requirement for requirement in found}
+
+
+@cache
+def installed() -> dict[str, list[str]]:
+    """The distributions that bring each package."""
+    return dict(packages_distributions())
+
+
+def imported_by(folder: str) -> set[str]:
+    """The distributions that the Python files of a folder import."""
+    names: set[str] = set()
+    for path in (ROOT / folder).rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                names |= {alias.name.partition(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.level == 0:
+                names.add(node.module.partition(".")[0])
+    distributions = installed()
+    return {canonicalize_name(distributions.get(name, [name])[0]) for name in names - NOT_THIRD_PARTY}
+
+
+@pytest.mark.parametrize("folder", CODE)
+def test_every_package_that_the_code_imports_is_named(folder):
+    assert imported_by(folder) <= named_in("requirements.txt").keys() | OPTIONAL
+
+
+def test_every_package_that_the_tests_import_is_named():
+    assert imported_by("tests") <= named_in("requirements.txt").keys() | named_in("requirements-dev.txt").keys()
+
+
+def test_optional_packages_are_installed_for_development_only():
+    assert named_in("requirements-dev.txt").keys() >= OPTIONAL
+    assert not named_in("requirements.txt").keys() & OPTIONAL
+
+
+def test_every_requirement_has_a_lower_bound():
+    for requirement in named_in("requirements.txt").values():
+        assert {bound.operator for bound in requirement.specifier} == {">="}, requirement
+
+
+@pytest.mark.parametrize("file", ["requirements.txt", "requirements-dev.txt"])
+def test_every_requirement_is_pinned_within_its_bounds(file):
+    pins = named_in("constraints.txt")
+    for name, requirement in named_in(file).items():
+        (pin,) = pins[name].specifier
+        assert pin.operator == "=="
+        assert requirement.specifier.contains(pin.version), requirement
+
+
+def test_constraints_pin_each_package_once_and_nothing_local():
+    lines = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if not line.startswith("#")]
+    assert all(re.fullmatch(r"[a-z0-9-]+==[0-9][0-9a-z.]*", line) for line in lines)
+    names = [line.partition("==")[0] for line in lines]
+    assert names == sorted(set(names))
+    assert not [name for name in names if name.startswith(("nvidia", "cuda", "triton"))]
