@@ -181,6 +181,12 @@ def check_cache_flags(args: argparse.Namespace) -> None:
                 f"--cache-dataset device: cannot follow --interpolation {args.interpolation}; give --cache-dataset "
                 f"host, or one of {', '.join(FILTERS)}."
             )
+        if args.interpolation == "bicubic" and args.backend == "pil":
+            raise UserError(
+                "--cache-dataset device: cannot follow --interpolation bicubic with --backend pil, whose rounding "
+                "differs between crops and between Pillow's versions; give --backend tensor, --interpolation bilinear "
+                "or --cache-dataset host."
+            )
 
 
 def use_cache(args: argparse.Namespace, splits: Splits, device: torch.device) -> None:
