@@ -198,7 +198,7 @@ def test_a_build_goes_on_where_it_was_cut_off(cut_off, folder, tmp_path, monkeyp
     list(whole.build())
     decoded = []
     read = cache_build.read_image
-    monkeypatch.setattr(cache_build, "read_image", lambda path, gray: decoded.append(path) or read(path, gray))
+    monkeypatch.setattr(cache_build, "read_image", lambda path, *how: decoded.append(path) or read(path, *how))
     with open(build.folder / PIXELS, "ab") as pixels, open(build.folder / NOTED, "ab") as sizes:
         pixels.write(b"not noted yet")
         sizes.write(b"12345")
@@ -385,10 +385,10 @@ def test_an_image_that_was_bad_only_when_the_cache_was_built(folder, tmp_path, m
     """Its pixels are not there: never is it read from its file, nor another image's pixels in its place."""
     read = cache_build.read_image
 
-    def fails_once(path, gray):
+    def fails_once(path, *how):
         if path.name == "2.png":
             raise UserError(f"{path}: cannot be read as an image (Input/output error)")
-        return read(path, gray)
+        return read(path, *how)
 
     monkeypatch.setattr(cache_build, "read_image", fails_once)
     for kind in ("host", "device"):
@@ -400,7 +400,7 @@ def test_an_image_that_was_bad_only_when_the_cache_was_built(folder, tmp_path, m
 
 
 def test_a_worker_that_is_killed_ends_the_build_with_a_sentence(folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(cache_build, "read_image", lambda path, gray: os.kill(os.getpid(), signal.SIGKILL))
+    monkeypatch.setattr(cache_build, "read_image", lambda path, *how: os.kill(os.getpid(), signal.SIGKILL))
     with pytest.raises(UserError, match=r"DataLoader worker .*; the build goes on from there: give fewer"):
         list(build_of(folder, tmp_path, workers=1).build())
 

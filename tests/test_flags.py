@@ -310,6 +310,12 @@ def check_gray(build, image_folder):
     assert first_image(build("--gray", "--no-gray")).shape == (3, 32, 32)
 
 
+def check_upper_8_bits(build, image_folder):
+    for flags, expected in (([], False), (["--upper-8-bits"], True), (["--upper-8-bits", "--no-upper-8-bits"], False)):
+        opened = wiring_data.open_splits(build(*flags))
+        assert opened.training.upper_8_bits == opened.evaluation.upper_8_bits == expected
+
+
 def check_channels_last(build, image_folder):
     white = torch.full((2, 1, 4, 4), 255, dtype=torch.uint8)
     for flags, device, expected in (([], CPU, False), (["--channels-last"], CPU, True), ([], CUDA, True)):
@@ -380,6 +386,7 @@ EFFECTS = {
     "val_resize_size": changes_the_evaluated_image("--val-resize-size", 48),
     "val_crop_size": changes_the_evaluated_image("--val-crop-size", 24),
     "gray": check_gray,
+    "upper_8_bits": check_upper_8_bits,
     "channels_last": check_channels_last,
     "cache_dataset": check_cache_dataset,
     "cache_dir": check_cache_dataset,

@@ -68,11 +68,6 @@ def refused(path: Path, match: str) -> None:
 
 
 PALETTE = bytes([10, 20, 30, 200, 100, 50])
-WIDE = np.array([0, 255, 256, 40_000, 65_535])  # 16 bits
-
-
-def wide(*channels: np.ndarray) -> bytes:
-    return np.stack(channels, 1).astype(">u2").tobytes()
 
 
 @pytest.mark.parametrize(
@@ -86,8 +81,6 @@ def wide(*channels: np.ndarray) -> bytes:
         (png(2, 1, 4, 3, bytes([0x10]), PLTE=PALETTE, tRNS=b"\x00"), [[200, 100, 50], [10, 20, 30]]),
         (png(2, 1, 8, 6, bytes([1, 2, 3, 0, 4, 5, 6, 255])), [[1, 2, 3], [4, 5, 6]]),
         (png(2, 1, 8, 4, bytes([9, 0, 77, 255])), [[9] * 3, [77] * 3]),
-        (png(5, 1, 16, 2, wide(WIDE, WIDE[::-1], WIDE)), (np.stack([WIDE, WIDE[::-1], WIDE], 1) >> 8).tolist()),
-        (png(5, 1, 16, 6, wide(WIDE, WIDE, WIDE, WIDE)), [[a >> 8] * 3 for a in WIDE]),
         (saved(Image.fromarray(np.array([[True, False]])), "PNG"), [[255] * 3, [0] * 3]),
         (saved(Image.fromarray(np.array([[True, False]])), "TIFF", compression="group4"), [[255] * 3, [0] * 3]),
         (saved(Image.frombytes("CMYK", (3, 1), bytes([0, 0, 0, 0, 255, 0, 0, 0, 0, 255, 0, 255])), "TIFF"),
@@ -95,7 +88,7 @@ def wide(*channels: np.ndarray) -> bytes:
         (b"P5 2 1 15 " + bytes([0, 15]), [[0] * 3, [255] * 3]),
     ],
     ids=["grey", "2 bits", "colour made transparent", "palette", "palette with alphas", "4-bit palette", "RGBA", "LA",
-         "16-bit RGB", "16-bit RGBA", "1 bit", "1-bit tiff", "CMYK", "16 levels"],
+         "1 bit", "1-bit tiff", "CMYK", "16 levels"],
 )  # fmt: skip
 def test_pixels_are_those_that_were_written(content, expected, tmp_path):
     assert read(tmp_path / "a.png", content) == [expected]
@@ -104,15 +97,6 @@ def test_pixels_are_those_that_were_written(content, expected, tmp_path):
 def test_cmyk_jpeg(tmp_path):
     [[pixel, *_], *_] = read(tmp_path / "a.jpg", saved(Image.new("CMYK", (8, 8), (0, 255, 255, 0)), "JPEG", quality=95))
     assert np.abs(np.array(pixel) - [255, 0, 0]).max() <= 3
-
-
-@pytest.mark.parametrize("kind", [0, 4])
-def test_grey_of_16_bits(tmp_path, kind):
-    (tmp_path / "a.png").write_bytes(png(5, 1, 16, kind, wide(*[WIDE] * (1 if kind == 0 else 2))))
-    if kind == 0:
-        refused(tmp_path / "a.png", "more than 8 bits a channel: save it with 8, windowed as it is to be seen")
-    else:  # Pillow knows no such mode, and reduces it as it does 16-bit colour
-        assert np.asarray(read_image(tmp_path / "a.png"))[0, :, 0].tolist() == (WIDE >> 8).tolist()
 
 
 # Files that are refused
@@ -156,7 +140,7 @@ def test_files_that_hold_no_whole_image(tmp_path, name, content, match):
 def test_several_frames(tmp_path, name, kind):
     first, *others = (Image.new("RGB", (4, 4), (level, 0, 0)) for level in (0, 100, 255))
     (tmp_path / name).write_bytes(saved(first, kind, save_all=True, append_images=others))
-    refused(tmp_path / name, "it holds 3 frames; save each as a file of its own")
+    refused(tmp_path / name, "it holds several frames; save each as a file of its own")
     (tmp_path / name).write_bytes(saved(first, kind, save_all=True))
     assert read_image(tmp_path / name).size == (4, 4)
 

@@ -27,7 +27,7 @@ from utils.images import read_image
 from utils.interruption import ride_out_signals
 from utils.progress import say
 
-VERSION = 1  # of the files' format
+VERSION = 2  # of the files' format and of what the fingerprint holds
 SIZES = "sizes.part"
 SECONDS = 2.0  # of work, or of waiting, between two words of a build
 PAIR = 8  # bytes of a size in `sizes.part`: two int32
@@ -45,8 +45,10 @@ class Decoded(NamedTuple):
 class _Decoder(Dataset):
     """Images of a split, decoded and resized, a batch at once."""
 
-    def __init__(self, files: ImageFiles, resize: Callable[[Image.Image], Tensor], gray: bool) -> None:
-        self.files, self.resize, self.gray = files, resize, gray
+    def __init__(
+        self, files: ImageFiles, resize: Callable[[Image.Image], Tensor], gray: bool, upper_8_bits: bool
+    ) -> None:
+        self.files, self.resize, self.gray, self.upper_8_bits = files, resize, gray, upper_8_bits
 
     def __getitems__(self, indices: Sequence[int]) -> Decoded:
         pixels, sizes, bad = [], [], []
@@ -61,7 +63,7 @@ class _Decoder(Dataset):
         return Decoded(torch.cat(pixels), torch.tensor(sizes, dtype=torch.int32), tuple(bad))
 
     def _resized(self, path: Path) -> Tensor:
-        image = read_image(path, self.gray)
+        image = read_image(path, self.gray, self.upper_8_bits)
         try:
             return self.resize(image).permute(1, 2, 0)
         except (MemoryError, ValueError, RuntimeError) as error:  # of an image a thousand times as long as wide, say
@@ -86,13 +88,14 @@ class CacheBuild:
         parameters: dict[str, str | int | bool],
         max_bad_images: int | None,
         workers: int,
+        upper_8_bits: bool = False,
     ) -> None:
         """resize: a PIL image to a tensor (C, H, W) uint8; parameters: all that the pixels depend on.
 
         max_bad_images: so many unreadable images are noted as such; None: there may be none.
         """
         self.files, self.channels, self.workers = files, 1 if gray else 3, workers
-        self.decoder, self.max_bad_images = _Decoder(files, resize, gray), max_bad_images
+        self.decoder, self.max_bad_images = _Decoder(files, resize, gray, upper_8_bits), max_bad_images
         self.description = {"version": VERSION, "split": str(files.root), "images": len(files), **parameters}
         self.folder = cache_dir / f"{files.root.name}-{fingerprint(files, parameters)}"
 

@@ -39,6 +39,7 @@ class ImageFolder(Dataset):
         on_bad_image: Literal["error", "next", "blank"] = "error",
         max_bad_images: int = 100,
         gray: bool = False,
+        upper_8_bits: bool = False,
         files: ImageFiles | None = None,
     ) -> None:
         """on_bad_image: what a batch holds for an image that cannot be read: an error; the next readable image, which
@@ -52,7 +53,7 @@ class ImageFolder(Dataset):
         self.seed = seed
         self.on_bad_image = on_bad_image
         self.max_bad_images = max_bad_images
-        self.gray = gray
+        self.gray, self.upper_8_bits = gray, upper_8_bits
         self.files = ImageFiles.find(self.root) if files is None else files
         self.classes, self.targets, self.path = self.files.classes, self.files.targets, self.files.path
 
@@ -62,10 +63,10 @@ class ImageFolder(Dataset):
     def read(self, index: int) -> Image.Image | Tensor:
         """The image before its transform; raises UserError, with the path, if it cannot be read."""
         if self.cache is None:
-            return read_image(self.path(index), self.gray)
+            return read_image(self.path(index), self.gray, self.upper_8_bits)
         image = self.cache[index]
         if image is None:
-            read_image(self.path(index), self.gray)  # which says why
+            read_image(self.path(index), self.gray, self.upper_8_bits)  # which says why
             raise UserError(
                 f"{self.path(index)}: could not be read when {self.cache.folder} was built; remove that folder."
             )

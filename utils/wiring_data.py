@@ -18,6 +18,9 @@ from utils.folders import LAYOUT, ImageFiles, check_same_classes, find_classes, 
 from utils.samplers import EvaluationSampler, TrainingSampler
 from utils.transforms import DrawCrop, evaluation_transform, resize_transform, training_transform
 
+# What the pixels of a cache depend on, but the files.
+CACHE_PARAMETERS = ("val_resize_size", "interpolation", "backend", "gray", "upper_8_bits")
+
 
 class Splits(NamedTuple):
     """`training` is None with --test-only."""
@@ -42,6 +45,7 @@ def open_splits(args: argparse.Namespace) -> Splits:
         transform_for_evaluation(args),
         on_bad_image="blank" if args.bad_images == "skip" else "error",
         gray=args.gray,
+        upper_8_bits=args.upper_8_bits,
         files=ImageFiles.find(root / evaluated, excluded.get(evaluated, frozenset())),
     )
     training = None
@@ -53,6 +57,7 @@ def open_splits(args: argparse.Namespace) -> Splits:
             on_bad_image="next" if args.bad_images == "skip" else "error",
             max_bad_images=args.max_bad_images,
             gray=args.gray,
+            upper_8_bits=args.upper_8_bits,
             files=ImageFiles.find(root / "train", excluded.get("train", frozenset())),
         )
         splits = {"train": training.classes, "val": evaluation.classes}
@@ -219,7 +224,8 @@ def _cache_build(args: argparse.Namespace, dataset: ImageFolder) -> CacheBuild:
         dataset.files,
         resize_transform(args.val_resize_size, interpolation=args.interpolation, backend=args.backend),
         gray=args.gray,
-        parameters={name: getattr(args, name) for name in ("val_resize_size", "interpolation", "backend", "gray")},
+        parameters={name: getattr(args, name) for name in CACHE_PARAMETERS},
         max_bad_images=args.max_bad_images if args.bad_images == "skip" else None,
         workers=min(args.workers * distributed.local_world_size(), os.cpu_count() or 1),
+        upper_8_bits=args.upper_8_bits,
     )
