@@ -54,7 +54,7 @@ def open_splits(args: argparse.Namespace) -> Splits:
             root / "train",
             _training_transform(args),
             args.seed,
-            on_bad_image="next" if args.bad_images == "skip" else "error",
+            on_bad_image="replace" if args.bad_images == "skip" else "error",
             max_bad_images=args.max_bad_images,
             gray=args.gray,
             upper_8_bits=args.upper_8_bits,
