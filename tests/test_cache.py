@@ -28,7 +28,7 @@ from tests.test_resume import assert_same, state_of
 from utils import arguments, cache_build, wiring_data
 from utils.cache import INDEX, PIXELS, ImageCache
 from utils.cache_build import SIZES as NOTED
-from utils.cache_build import CacheBuild, fingerprint
+from utils.cache_build import CacheBuild
 from utils.data import batches, build_loader
 from utils.device_images import DeviceImages, _to_device
 from utils.errors import UserError
@@ -274,25 +274,6 @@ def test_a_lock_that_ends_with_its_process_is_taken_over(folder, tmp_path, monke
 # --- Told apart
 
 
-def test_a_fingerprint_is_of_names_contents_and_parameters(folder, tmp_path):
-    data = shutil.copytree(folder / "train", tmp_path / "train")  # with the times of the original
-    files, parameters = ImageFiles.find(data), {"size": 36}
-    first = fingerprint(files, parameters)
-    assert first == fingerprint(ImageFiles.find(folder / "train"), parameters)
-    found = {first, fingerprint(files, {"size": 37}), fingerprint(files, {"size": 36, "gray": True})}
-    without_one = fingerprint(ImageFiles.find(data, {files.path_as_text(3)}), parameters)  # --exclude
-    path = files.path(3)
-    os.utime(path, ns=(1, path.stat().st_mtime_ns + 1))
-    found.add(fingerprint(files, parameters))
-    path.rename(path.with_stem("renamed"))
-    found.add(fingerprint(files, parameters))
-    found.add(fingerprint(ImageFiles.find(data), parameters))
-    path.with_stem("renamed").unlink()
-    found.add(fingerprint(ImageFiles.find(data), parameters))
-    assert len(found) == 7
-    assert fingerprint(ImageFiles.find(data), parameters) == without_one != first
-
-
 def test_a_changed_image_is_read_anew(folder, tmp_path):
     data = shutil.copytree(folder, tmp_path / "data")
     flags = ["--cache-dataset", "host"]
@@ -325,10 +306,11 @@ def test_an_index_that_does_not_fit_is_damage(change, folder, tmp_path):
         build.open("pil")
 
 
-def test_a_cache_may_be_larger_than_the_memory(folder, tmp_path):
+def test_a_cache_may_be_larger_than_the_memory(folder, tmp_path, monkeypatch):
     """Mapped for reading, it counts as no memory; 10 TB of a file that takes no room."""
     build = build_of(folder, tmp_path, gray=True)
     list(build.build())
+    monkeypatch.setattr(build, "_compare_with_files", lambda cache: None)  # these images are in no file
     side = 1_000_000
     np.save(build.folder / INDEX, np.array([[number * side**2, side, side] for number in range(10)]))
     try:
