@@ -31,17 +31,22 @@ from utils.flag_types import (
 FREE_ON_RESUME = {
     "bad_images", "cache_dir", "checkpoint_steps", "data_path", "device", "epochs", "exclude", "finetune",
     "max_bad_images", "num_classes", "output_dir", "plot_every", "print_freq", "resume", "split", "tensorboard",
-    "test_only", "timeout", "use_ema", "workers",
+    "test_only", "timeout", "upper_8_bits", "use_ema", "workers",
 }  # fmt: skip
 # What a checkpoint never decides: where and on what a start runs, what it writes to, and what it evaluates.
 OF_EACH_START = {"device", "output_dir", "resume", "split", "test_only", "timeout", "use_ema"}
 # What weights were made for: taken from their file when it says so.
 MODEL_FLAGS = (
     "model", "policy_model", "mask_policy", "head_weight", "grid", "kernel", "sigma", "mask_range",
-    "train_crop_size", "val_resize_size", "val_crop_size", "interpolation", "gray", "backend", "mean", "std",
+    "train_crop_size", "val_resize_size", "val_crop_size", "interpolation", "gray", "upper_8_bits", "backend",
+    "mean", "std",
 )  # fmt: skip
 # What a fine-tuning may choose anew although the file says otherwise.
-FREE_ON_FINETUNE = {"train_crop_size", "val_resize_size", "val_crop_size", "interpolation", "gray", "backend"}
+FREE_ON_FINETUNE = {
+    "train_crop_size", "val_resize_size", "val_crop_size", "interpolation", "gray", "upper_8_bits", "backend",
+}  # fmt: skip
+# What an evaluation may choose although the file says otherwise: it changes which images are read, not their pixels.
+FREE_ON_EVALUATION = {"upper_8_bits"}
 
 
 Switch = argparse.BooleanOptionalAction  # --flag and --no-flag
@@ -104,6 +109,8 @@ def add_input_flags(group: argparse._ActionsContainer) -> None:
     add("--val-crop-size", type=positive_int, default=224, help="pixels, central crop in evaluation")
     add("--interpolation", default="bilinear", choices=transforms.INTERPOLATIONS, help="of every resize")
     add("--gray", action=Switch, default=False, help="read images as one channel, and make it three on the device")
+    add("--upper-8-bits", action=Switch, default=False, help="of PNG and TIFF images of 12 or 16 bits a channel, keep "
+        "the upper 8 bits; without it they are refused")  # fmt: skip
     add("--backend", type=str.lower, default="pil", choices=transforms.BACKENDS, help="what the transforms work on")
 
 
@@ -248,7 +255,7 @@ def for_weights(
         for name in MODEL_FLAGS
         if name in actions and name in saved and _could_be_given(actions[name], saved[name])
     }
-    for name in (given.keys() & told.keys()) - (set() if test_only else FREE_ON_FINETUNE):
+    for name in (given.keys() & told.keys()) - (FREE_ON_EVALUATION if test_only else FREE_ON_FINETUNE):
         if given[name] != told[name]:
             raise UserError(
                 f"{typed(name, given[name])}: {source} was made {_with(name, told[name])}; leave the flag out."

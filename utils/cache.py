@@ -9,6 +9,7 @@ from PIL import Image
 from torch import Tensor
 
 PIXELS, INDEX = "pixels.u8", "index.npy"
+VERSION = 2  # of these files, and of what the folder's name is computed from
 
 warnings.filterwarnings("ignore", message="The given NumPy array is not writable")  # nor does anything write to it
 
@@ -34,12 +35,19 @@ class ImageCache:
         return len(self.index)
 
     def __getitem__(self, index: int) -> Image.Image | Tensor | None:
-        offset, height, width = self.index[index].tolist()
-        if height == 0:
-            return None
-        if self.kind == "size":
+        _, height, width = self.index[index].tolist()
+        if height > 0 and self.kind == "size":
             return torch.empty(self.channels, height, width, dtype=torch.uint8, device="meta")
-        pixels = self.pixels[offset : offset + height * width * self.channels].reshape(height, width, self.channels)
+        pixels = self.levels(index)
+        if pixels is None:
+            return None
         if self.kind == "pil":
             return Image.fromarray(pixels[:, :, 0] if self.channels == 1 else pixels)
         return torch.from_numpy(pixels).permute(2, 0, 1)  # (C, H, W)
+
+    def levels(self, index: int) -> np.ndarray | None:
+        """The pixels of an image, (H, W, C) uint8, whatever the kind of items; None if its file was unreadable."""
+        offset, height, width = self.index[index].tolist()
+        if height == 0:
+            return None
+        return self.pixels[offset : offset + height * width * self.channels].reshape(height, width, self.channels)

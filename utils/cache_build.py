@@ -1,7 +1,6 @@
 """The making of a cache: by one process of a node, in parallel, and so that a kill costs a few seconds of it."""
 
 import fcntl
-import hashlib
 import io
 import itertools
 import json
@@ -10,7 +9,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple, TextIO
+from typing import BinaryIO, NamedTuple, TextIO
 
 import numpy as np
 import torch
@@ -19,18 +18,21 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from utils import distributed
-from utils.cache import INDEX, PIXELS, ImageCache
+from utils.cache import INDEX, PIXELS, VERSION, ImageCache
 from utils.errors import UserError, agreed
 from utils.files import write_atomically
+from utils.fingerprint import fingerprint
 from utils.folders import ImageFiles
 from utils.images import read_image
 from utils.interruption import ride_out_signals
 from utils.progress import say
+from utils.samplers import derive_seed
 
-VERSION = 1  # of the files' format
 SIZES = "sizes.part"
 SECONDS = 2.0  # of work, or of waiting, between two words of a build
 PAIR = 8  # bytes of a size in `sizes.part`: two int32
+CHECKED = 8  # images of a split that are compared with their files when its cache is opened
+LEVELS = 2  # of 255, by which processors and versions of libraries may differ
 BATCH = 16  # images that a worker decodes before it hands them over
 
 
@@ -45,14 +47,16 @@ class Decoded(NamedTuple):
 class _Decoder(Dataset):
     """Images of a split, decoded and resized, a batch at once."""
 
-    def __init__(self, files: ImageFiles, resize: Callable[[Image.Image], Tensor], gray: bool) -> None:
-        self.files, self.resize, self.gray = files, resize, gray
+    def __init__(
+        self, files: ImageFiles, resize: Callable[[Image.Image], Tensor], gray: bool, upper_8_bits: bool
+    ) -> None:
+        self.files, self.resize, self.gray, self.upper_8_bits = files, resize, gray, upper_8_bits
 
     def __getitems__(self, indices: Sequence[int]) -> Decoded:
         pixels, sizes, bad = [], [], []
         for index in indices:
             try:
-                image = self._resized(self.files.path(index))  # (H, W, C)
+                image = self.decode(self.files.path(index))
             except UserError as error:
                 image = torch.empty(0, 0, 1, dtype=torch.uint8)
                 bad.append(str(error))
@@ -60,8 +64,9 @@ class _Decoder(Dataset):
             sizes.append(image.shape[:2])
         return Decoded(torch.cat(pixels), torch.tensor(sizes, dtype=torch.int32), tuple(bad))
 
-    def _resized(self, path: Path) -> Tensor:
-        image = read_image(path, self.gray)
+    def decode(self, path: Path) -> Tensor:
+        """One image resized, (H, W, C) uint8; raises UserError if it is unreadable."""
+        image = read_image(path, self.gray, self.upper_8_bits)
         try:
             return self.resize(image).permute(1, 2, 0)
         except (MemoryError, ValueError, RuntimeError) as error:  # of an image a thousand times as long as wide, say
@@ -86,13 +91,14 @@ class CacheBuild:
         parameters: dict[str, str | int | bool],
         max_bad_images: int | None,
         workers: int,
+        upper_8_bits: bool = False,
     ) -> None:
         """resize: a PIL image to a tensor (C, H, W) uint8; parameters: all that the pixels depend on.
 
         max_bad_images: so many unreadable images are noted as such; None: there may be none.
         """
         self.files, self.channels, self.workers = files, 1 if gray else 3, workers
-        self.decoder, self.max_bad_images = _Decoder(files, resize, gray), max_bad_images
+        self.decoder, self.max_bad_images = _Decoder(files, resize, gray, upper_8_bits), max_bad_images
         self.description = {"version": VERSION, "split": str(files.root), "images": len(files), **parameters}
         self.folder = cache_dir / f"{files.root.name}-{fingerprint(files, parameters)}"
 
@@ -221,12 +227,13 @@ class CacheBuild:
         (self.folder / SIZES).unlink()
 
     def open(self, kind: str) -> ImageCache:
-        """The whole cache; raises UserError if it is damaged."""
+        """The whole cache; raises UserError if it is damaged or does not hold the pixels of the files."""
         try:
             cache = ImageCache(self.folder, self.channels, kind)
             sizes = cache.index[:, 1:]
             fits = len(sizes) == len(self.files) and len(cache.pixels) == _count_bytes(sizes, self.channels)
             if fits and np.array_equal(cache.index[:, 0], _offsets(sizes, self.channels)):
+                self._compare_with_files(cache)
                 return cache
         except FileNotFoundError:
             pass
@@ -235,6 +242,22 @@ class CacheBuild:
         except (ValueError, EOFError, IndexError):  # what NumPy makes of a file that was cut or overwritten
             pass
         raise UserError(f"{self.folder}: this cache is damaged; remove the folder, and it will be built anew.")
+
+    def _compare_with_files(self, cache: ImageCache) -> None:
+        """Decode a few images, spread over the split, again; raises UserError if their pixels are not in the cache."""
+        ends = np.linspace(0, len(cache), min(CHECKED, len(cache)) + 1).astype(int)
+        generator = np.random.default_rng(derive_seed("cache", len(cache)))
+        for index in generator.integers(ends[:-1], ends[1:]).tolist():
+            kept = cache.levels(index)
+            if kept is None:
+                continue
+            path = self.files.path(index)
+            found = self.decoder.decode(path).numpy()
+            if found.shape != kept.shape or np.abs(found.astype(int) - kept).max() > LEVELS:
+                raise UserError(
+                    f"{self.folder}: this cache holds other pixels than {path}, which was changed since, or is decoded "
+                    "otherwise by the installed versions; remove the folder, and it will be built again."
+                )
 
 
 def build_together(builds: list[CacheBuild]) -> None:
@@ -250,20 +273,6 @@ def build_together(builds: list[CacheBuild]) -> None:
             word = next(work, None)
         if word:
             say(word)
-
-
-def fingerprint(files: ImageFiles, parameters: dict[str, Any]) -> str:
-    """16 hexadecimal digits of the parameters and of each file's name, size and time of last change."""
-    digest = hashlib.sha256(json.dumps([VERSION, parameters], sort_keys=True).encode())
-    for index in range(len(files)):
-        path = files.path_as_text(index)
-        try:
-            status = os.stat(os.path.join(files.root, path))
-            state = (status.st_size, status.st_mtime_ns)
-        except OSError:  # a link that leads nowhere: to be told of as any image that cannot be read
-            state = (-1, -1)
-        digest.update(b"%b\0%d\0%d\0" % (os.fsencode(path), *state))
-    return digest.hexdigest()[:16]
 
 
 def _acquire(lock: TextIO) -> bool:

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Literal, NamedTuple
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -36,13 +37,14 @@ class ImageFolder(Dataset):
         root: str | Path,
         transform: Callable[[Image.Image], Tensor],
         seed: int = 0,
-        on_bad_image: Literal["error", "next", "blank"] = "error",
+        on_bad_image: Literal["error", "replace", "blank"] = "error",
         max_bad_images: int = 100,
         gray: bool = False,
+        upper_8_bits: bool = False,
         files: ImageFiles | None = None,
     ) -> None:
-        """on_bad_image: what a batch holds for an image that cannot be read: an error; the next readable image, which
-        depends on the index only; or a blank one of index -1. After `max_bad_images` in a row the next is not tried.
+        """on_bad_image: what a batch holds for an unreadable image: an error; a readable image of the same class, drawn
+        by (seed, epoch, index, repeat) only; or a blank one of index -1. At most `max_bad_images` + 1 are tried.
         files: the split's images, where they are not simply all below `root`.
 
         Raises UserError for a missing or empty folder, and for a class without images.
@@ -52,7 +54,7 @@ class ImageFolder(Dataset):
         self.seed = seed
         self.on_bad_image = on_bad_image
         self.max_bad_images = max_bad_images
-        self.gray = gray
+        self.gray, self.upper_8_bits = gray, upper_8_bits
         self.files = ImageFiles.find(self.root) if files is None else files
         self.classes, self.targets, self.path = self.files.classes, self.files.targets, self.files.path
 
@@ -62,10 +64,10 @@ class ImageFolder(Dataset):
     def read(self, index: int) -> Image.Image | Tensor:
         """The image before its transform; raises UserError, with the path, if it cannot be read."""
         if self.cache is None:
-            return read_image(self.path(index), self.gray)
+            return read_image(self.path(index), self.gray, self.upper_8_bits)
         image = self.cache[index]
         if image is None:
-            read_image(self.path(index), self.gray)  # which says why
+            read_image(self.path(index), self.gray, self.upper_8_bits)  # which says why
             raise UserError(
                 f"{self.path(index)}: could not be read when {self.cache.folder} was built; remove that folder."
             )
@@ -94,18 +96,36 @@ class ImageFolder(Dataset):
 
     def _readable(self, key: SampleKey, bad: list[str]) -> tuple[Tensor, int, int]:
         """The item, or what stands in for it; adds to `bad` why images were passed over."""
-        tried = min(self.max_bad_images + 1, len(self))
-        for index in range(key.index, key.index + tried):
+        try:
+            return self[key]
+        except UserError as error:
+            if self.on_bad_image == "error":
+                raise
+            bad.append(str(error))
+        if self.on_bad_image == "blank":
+            blank = Image.new("L" if self.gray else "RGB", (8, 8))
+            return self.transform(blank), int(self.targets[key.index]), -1
+        target = self.targets[key.index]
+        first, end = np.searchsorted(self.targets, [target, target + 1]).tolist()  # images are sorted by class
+        others = self._shuffled(first, end, key)
+        for index in others:
             try:
-                return self[key._replace(index=index % len(self))]
+                return self[key._replace(index=index)]
             except UserError as error:
-                if self.on_bad_image == "error":
-                    raise
                 bad.append(str(error))
-            if self.on_bad_image == "blank":
-                blank = Image.new("L" if self.gray else "RGB", (8, 8))
-                return self.transform(blank), int(self.targets[key.index]), -1
-        raise UserError(f"{self.root}: {tried} images in a row cannot be read; the last: {bad[-1]}")
+        tried = 1 + len(others)
+        if tried == end - first:
+            problem = f"none of its {tried} images can be read"
+        else:
+            problem = f"{tried} images cannot be read, more than --max-bad-images {self.max_bad_images}"
+        raise UserError(f"{self.root / self.classes[target]}: {problem}; replace or remove them; the last: {bad[-1]}")
+
+    def _shuffled(self, first: int, end: int, key: SampleKey) -> list[int]:
+        """Up to `max_bad_images` images of a range other than the key's, drawn by (seed, epoch, index, repeat)."""
+        seed = derive_seed("stand-in", self.seed, key.epoch, key.index, key.repeat)
+        order = torch.randperm(end - first, generator=torch.Generator().manual_seed(seed))
+        shuffled = (first + order[: self.max_bad_images + 1]).tolist()
+        return [index for index in shuffled if index != key.index][: self.max_bad_images]
 
 
 class Batch(NamedTuple):

@@ -18,7 +18,8 @@ class DeviceImages:
 
     A resize is separable and linear: out = V P H^T for a crop P with one row of filter weights for each row (V) and
     column (H) of the result, the weights of Pillow and torch's antialiased interpolation. A batch is two matrix
-    products. The result lies within 2 of 255 levels of what `--cache-dataset host` gives, rounding in each direction.
+    products. The result lies within 2 of 255 levels of what `--cache-dataset host` gives, rounding in each direction;
+    not for bicubic crops by Pillow, which overshoot, and are cut off after the vertical pass where that comes first.
     """
 
     def __init__(

@@ -75,6 +75,7 @@ def build_image_loader(
         wiring_data.transform_for_evaluation(classifier.args),
         on_bad_image="error" if stop_at_bad else "blank",
         gray=classifier.args.gray,
+        upper_8_bits=classifier.args.upper_8_bits,
         files=ImageFiles(Path(), {"": paths}),
     )
     sampler = EvaluationSampler(len(paths), batch_size)

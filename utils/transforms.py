@@ -31,6 +31,9 @@ def training_transform(
 
     torchvision's classification preset, but for the last step: images stay uint8 until they are on the device
     (`Normalize`), and RandomErasing, which fills with 0 after normalisation there, fills with the rounded mean here.
+    A grey image has the same values as its RGB copy would have, in one channel, or in three where RandomErasing fills
+    each channel with another value.
+
     Raises UserError for bicubic automatic augmentation of tensors, which torchvision has not (and augmix needs).
     """
     if interpolation == "bicubic" and (auto_augment == "augmix" or (auto_augment is not None and backend == "tensor")):
@@ -41,13 +44,18 @@ def training_transform(
     mode = v2.InterpolationMode(interpolation)
     steps: list[nn.Module] = [ToTensor()] if backend == "tensor" else []
     steps.append(CropAndFlip(crop_size, mode))
+    fill = [round(255 * value) for value in three_values(mean)]
+    fills_in_colour = random_erase > 0 and len(set(fill)) > 1
+    if gray and (auto_augment is not None or fills_in_colour):
+        steps.append(ThreeChannels())  # torchvision augments one channel in other ways than three equal ones
     if auto_augment is not None:
         steps.append(_auto_augment(auto_augment, mode, ra_magnitude, augmix_severity))
     if backend == "pil":
         steps.append(ToTensor())
+    if gray and auto_augment is not None and not fills_in_colour:
+        steps.append(FirstChannel())
     if random_erase > 0:
-        fill = [sum(mean) / len(mean)] if gray else three_values(mean)
-        steps.append(v2.RandomErasing(p=random_erase, value=[round(255 * value) for value in fill]))
+        steps.append(v2.RandomErasing(p=random_erase, value=fill[:1] if gray and not fills_in_colour else fill))
     return v2.Compose(steps)
 
 
@@ -70,6 +78,20 @@ class ToTensor(nn.Module):
             return image
         pixels = torch.from_numpy(np.array(image))  # (H, W) or (H, W, 3)
         return pixels[None] if pixels.ndim == 2 else pixels.permute(2, 0, 1)
+
+
+class ThreeChannels(nn.Module):
+    """A grey image, PIL or tensor (1, H, W), as three equal channels."""
+
+    def forward(self, image: Image.Image | Tensor) -> Image.Image | Tensor:
+        return image.repeat(3, 1, 1) if isinstance(image, Tensor) else image.convert("RGB")
+
+
+class FirstChannel(nn.Module):
+    """A tensor (C, H, W) to (1, H, W)."""
+
+    def forward(self, image: Tensor) -> Tensor:
+        return image[:1]
 
 
 def evaluation_transform(

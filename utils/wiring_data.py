@@ -18,6 +18,9 @@ from utils.folders import LAYOUT, ImageFiles, check_same_classes, find_classes, 
 from utils.samplers import EvaluationSampler, TrainingSampler
 from utils.transforms import DrawCrop, evaluation_transform, resize_transform, training_transform
 
+# What the pixels of a cache depend on, but the files.
+CACHE_PARAMETERS = ("val_resize_size", "interpolation", "backend", "gray", "upper_8_bits")
+
 
 class Splits(NamedTuple):
     """`training` is None with --test-only."""
@@ -42,6 +45,7 @@ def open_splits(args: argparse.Namespace) -> Splits:
         transform_for_evaluation(args),
         on_bad_image="blank" if args.bad_images == "skip" else "error",
         gray=args.gray,
+        upper_8_bits=args.upper_8_bits,
         files=ImageFiles.find(root / evaluated, excluded.get(evaluated, frozenset())),
     )
     training = None
@@ -50,9 +54,10 @@ def open_splits(args: argparse.Namespace) -> Splits:
             root / "train",
             _training_transform(args),
             args.seed,
-            on_bad_image="next" if args.bad_images == "skip" else "error",
+            on_bad_image="replace" if args.bad_images == "skip" else "error",
             max_bad_images=args.max_bad_images,
             gray=args.gray,
+            upper_8_bits=args.upper_8_bits,
             files=ImageFiles.find(root / "train", excluded.get("train", frozenset())),
         )
         splits = {"train": training.classes, "val": evaluation.classes}
@@ -181,6 +186,12 @@ def check_cache_flags(args: argparse.Namespace) -> None:
                 f"--cache-dataset device: cannot follow --interpolation {args.interpolation}; give --cache-dataset "
                 f"host, or one of {', '.join(FILTERS)}."
             )
+        if args.interpolation == "bicubic" and args.backend == "pil":
+            raise UserError(
+                "--cache-dataset device: cannot follow --interpolation bicubic with --backend pil, whose rounding "
+                "differs between crops and between Pillow's versions; give --backend tensor, --interpolation bilinear "
+                "or --cache-dataset host."
+            )
 
 
 def use_cache(args: argparse.Namespace, splits: Splits, device: torch.device) -> None:
@@ -213,7 +224,8 @@ def _cache_build(args: argparse.Namespace, dataset: ImageFolder) -> CacheBuild:
         dataset.files,
         resize_transform(args.val_resize_size, interpolation=args.interpolation, backend=args.backend),
         gray=args.gray,
-        parameters={name: getattr(args, name) for name in ("val_resize_size", "interpolation", "backend", "gray")},
+        parameters={name: getattr(args, name) for name in CACHE_PARAMETERS},
         max_bad_images=args.max_bad_images if args.bad_images == "skip" else None,
         workers=min(args.workers * distributed.local_world_size(), os.cpu_count() or 1),
+        upper_8_bits=args.upper_8_bits,
     )

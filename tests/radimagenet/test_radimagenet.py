@@ -22,9 +22,9 @@ from tests.radimagenet import (
     rows_of,
     write_lists,
 )
-from utils.cache_build import fingerprint
 from utils.data import ImageFolder
 from utils.errors import UserError, run_script
+from utils.fingerprint import fingerprint
 from utils.folders import ImageFiles, check_same_classes, find_classes
 from utils.radimagenet import images as radimagenet_images
 from utils.radimagenet.__main__ import main, prepare
@@ -74,14 +74,15 @@ def test_links_are_right_through_links_to_folders(source, tmp_path):
     assert contents(tmp_path / "far" / "away" / "output") == expected(source)
 
 
-def test_a_cache_takes_links_copies_and_unpacked_images_for_the_same(source, tmp_path):
+def test_each_prepared_folder_has_a_cache_of_its_own(source, tmp_path):
     prints = set()
     for link in ("symlink", "hardlink", "copy"):
         prepare(tmp_path / link, source, link=link)
         prints.add(fingerprint(ImageFiles.find(tmp_path / link / "train"), {}))
     prepare(tmp_path / "unpacked", archive=pack(source, tmp_path / "images.tar"))
     prints.add(fingerprint(ImageFiles.find(tmp_path / "unpacked" / "train"), {}))
-    assert len(prints) == 1
+    assert len(prints) == 4
+    assert fingerprint(ImageFiles.find(tmp_path / "copy" / "train"), {}) in prints
     os.utime(source / "radiology_ai/US/liver/train0.png")
     assert fingerprint(ImageFiles.find(tmp_path / "symlink" / "train"), {}) not in prints
 

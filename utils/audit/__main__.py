@@ -38,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     excluded = Path(os.path.abspath(options.exclude_list)) if options.exclude_list else None
     files = _open(root)
     _check_output(root, output, excluded, files, options.overwrite)
-    measured = [measure_all(split, options.workers) for split in files]
+    measured = [measure_all(split, options.workers, options.upper_8_bits) for split in files]
     census = take_census(
         files, *_joined(measured), blank_below=options.blank, distance=None if options.exact else options.distance
     )
@@ -74,6 +74,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--exact", action="store_true", help="only images of the very same pixels are duplicates")
     add("--blank", type=non_negative_float, default=2.0, metavar="LEVELS", help="an image is blank whose standard "
         "deviation, of levels 0 to 255, is below this in every channel")  # fmt: skip
+    add("--upper-8-bits", action="store_true", help="of PNG and TIFF images of 12 or 16 bits a channel, keep the "
+        "upper 8 bits, as the training's flag does; without it they are unreadable")  # fmt: skip
     add("-j", "--workers", type=natural, default=os.cpu_count(), help="processes that decode; 0: none beside this one")
     return parser
 

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from utils.errors import UserError
 from utils.folders import ImageFiles
-from utils.images import open_image
+from utils.images import open_image, to_8_bits
 from utils.interruption import ride_out_signals
 from utils.progress import Progress
 
@@ -38,11 +38,12 @@ class Measured(NamedTuple):
     bad: dict[int, str]
 
 
-def measure(path: Path) -> np.void:
+def measure(path: Path, upper_8_bits: bool = False) -> np.void:
     """The RECORD of one image, of the pixels that `read_image` gives; raises its UserError."""
     record = np.zeros((), RECORD)
-    with open_image(path) as image:
+    with open_image(path, upper_8_bits) as image:
         record["format"], record["mode"] = image.format, image.mode
+        image = to_8_bits(image)
         image = image.convert("L" if image.mode == "L" else "RGB")
     red, *others = image.split()
     record["gray"] = all(red.tobytes() == other.tobytes() for other in others)
@@ -76,24 +77,24 @@ def difference_hash(image: Image.Image) -> np.ndarray:
 class _Measurer(Dataset):
     """Images of a split, a batch at once."""
 
-    def __init__(self, files: ImageFiles) -> None:
-        self.files = files
+    def __init__(self, files: ImageFiles, upper_8_bits: bool) -> None:
+        self.files, self.upper_8_bits = files, upper_8_bits
 
     def __getitems__(self, indices: Sequence[int]) -> Measured:
         records, bad = np.zeros(len(indices), RECORD), {}
         for position, index in enumerate(indices):
             try:
-                records[position] = measure(self.files.path(index))
+                records[position] = measure(self.files.path(index), self.upper_8_bits)
             except UserError as error:
                 bad[index] = str(error)
         return Measured(records, bad)
 
 
-def measure_all(files: ImageFiles, workers: int) -> Measured:
+def measure_all(files: ImageFiles, workers: int, upper_8_bits: bool = False) -> Measured:
     """The records of all images of a split, (N,) in its order, measured by so many processes beside this one."""
     starts = range(0, len(files), BATCH)
     loader = DataLoader(
-        _Measurer(files),
+        _Measurer(files, upper_8_bits),
         batch_sampler=[range(start, min(start + BATCH, len(files))) for start in starts],
         num_workers=workers,
         collate_fn=_as_it_is,
