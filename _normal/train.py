@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import DataLoader
 
-from utils import arguments, distributed, models, optim, provenance, run, wiring, wiring_data
+from utils import arguments, distributed, models, optim, provenance, run, run_lock, wiring, wiring_data
 from utils.bad_images import BadImages
 from utils.data import batches
 from utils.errors import agreed, join_processes, run_script
@@ -79,10 +79,12 @@ def train_one_epoch(
     return {**meters.read(), **update.read_skipped(), "images_per_second": progress.images_per_second()}
 
 
+@run_lock.released_at_end()
 def main(argv: Sequence[str] | None = None) -> None:
     parser = build_parser()
     given = arguments.parse_given(parser, argv)
     device = join_processes(given.get("device"), given.get("timeout", parser.get_default("timeout")))
+    run.lock_output_dir(given)
     given = run.find_checkpoint(given, SCRIPT)
     with agreed():
         args, state, weights = run.choose_start(parser, given, SCRIPT)

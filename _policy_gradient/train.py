@@ -27,7 +27,7 @@ from _policy_gradient.policy import (
     policy_health,
     warn_of_bounds,
 )
-from utils import arguments, distributed, models, optim, provenance, run, wiring, wiring_data
+from utils import arguments, distributed, models, optim, provenance, run, run_lock, wiring, wiring_data
 from utils.bad_images import BadImages
 from utils.checkpoint import Weights
 from utils.data import ImageFolder, batches
@@ -167,10 +167,12 @@ def test(
     return results
 
 
+@run_lock.released_at_end()
 def main(argv: Sequence[str] | None = None) -> None:
     parser = build_parser()
     given = arguments.parse_given(parser, argv)
     device = join_processes(given.get("device"), given.get("timeout", parser.get_default("timeout")))
+    run.lock_output_dir(given)
     given = run.find_checkpoint(given, SCRIPT)
     with agreed():
         args, state, weights = run.choose_start(parser, given, SCRIPT)

@@ -24,7 +24,7 @@ export PYTHONUNBUFFERED=1 OMP_NUM_THREADS=1
 mkdir -p "$OUT"
 
 running="" stopped="" failed=0
-trap 'stopped=1; [ -z "$running" ] || kill -TERM "$running" 2> /dev/null || true' INT TERM
+trap 'stopped=1; [ -z "$running" ] || kill -TERM "$running" 2> /dev/null || true' INT TERM HUP
 end=$((SECONDS + MINUTES * 60))
 for plan in "$@"; do
     left=$(((end - SECONDS) / 60))

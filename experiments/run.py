@@ -27,6 +27,7 @@ from utils.errors import UserError, run_script
 from utils.files import write_atomically
 from utils.folders import LAYOUT
 from utils.interruption import EXIT_CODE as INTERRUPTED
+from utils.interruption import stopping_signals
 
 FINISHED = "finished.json"
 PROGRESS = "progress.json"  # of a run that has begun
@@ -233,9 +234,9 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def run_plan(plan: Plan, options: argparse.Namespace) -> dict[tuple[str, int], str]:
-    """How far each run came that was not finished; SIGTERM, SIGINT and the deadline stop all, with checkpoints."""
+    """How far each run came that was not finished; a signal that stops one run, or the deadline, stops all."""
     machine = Machine(options.jobs, options.minutes)
-    for signal_number in (signal.SIGTERM, signal.SIGINT):
+    for signal_number in stopping_signals():
         signal.signal(signal_number, machine.stop)
     left = []
     for arm, seed in plan.runs():

@@ -148,23 +148,24 @@ def test_torchrun_brings_all_back_after_a_rank_was_killed(whole, tmp_path):
 
 
 @pytest.mark.slow
-def test_sigterm_to_torchrun_saves_a_checkpoint_within_the_epoch(whole, tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_to_torchrun_saves_a_checkpoint_within_the_epoch(whole, tmp_path, number):
     folder = tmp_path / "run"
     command = soak.command(whole.data, folder, 2, *AGAIN, "--workers", 1)
     life = Life(command, tmp_path / "torchrun.txt")
     try:
         assert watch(life, folder, Aim(steps=STEPS + 2)), life.output.read_text()
-        life.process.terminate()
+        life.process.send_signal(number)
         assert life.process.wait(PATIENCE) != 0
     finally:
         life.kill()
     done = life.steps()[-1] + 1
     found = status(folder)
     assert found["status"] == "interrupted", (found, life.output.read_text())
-    assert "SIGTERM" in found["message"]
+    assert number.name in found["message"]
     assert (found["epoch"], found["step"]) == divmod(done, STEPS)  # no step was lost
     assert max(positions(folder)[0]) == (found["epoch"], found["step"])
-    assert "Traceback" not in life.output.read_text().split("SIGTERM")[0]
+    assert "Traceback" not in life.output.read_text().split(number.name)[0]
     again = WarmLife(command, tmp_path / "again.txt")
     assert again.exit_code() == 0, again.output.read_text()
     assert again.steps() == list(range(done, EPOCHS * STEPS))

@@ -54,6 +54,14 @@ def test_guard_remembers_no_more_batches_than_since_it_was_last_asked():
     assert not guard.recent
 
 
+@pytest.fixture(autouse=True)
+def hangup_is_not_ignored():
+    """As without nohup, under which the tests may run."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
 @pytest.mark.parametrize("number", SIGNALS)
 def test_a_signal_is_noted_and_agreed_on_at_the_end_of_its_step(number):
     before = signal.getsignal(number)
@@ -66,6 +74,16 @@ def test_a_signal_is_noted_and_agreed_on_at_the_end_of_its_step(number):
         assert guard.stop_agreed()
         assert stop.asked == signal.Signals(number).name
     assert signal.getsignal(number) is before
+
+
+def test_a_hangup_that_is_ignored_stays_ignored():
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    with StopRequest() as stop:
+        os.kill(os.getpid(), signal.SIGHUP)
+        assert stop.asked is None
+        os.kill(os.getpid(), signal.SIGUSR1)
+        assert stop.asked == "SIGUSR1"
+    assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
 
 
 def test_on_a_device_that_runs_behind_the_stop_is_read_two_steps_later():

@@ -109,7 +109,9 @@ def test_a_run_that_was_cut_off_shows_what_is_there(tmp_path):
     with (folder / "log.jsonl").open("a") as log:
         log.write('{"epoch": 1, "train_lo')
     page = " ".join(page_of(folder).split())
-    assert "Running, or killed: a killed run cannot say so; 1 epoch in the log; last saved with 0 epochs and 40" in page
+    assert (
+        "Killed: it no longer holds the lock of its folder; 1 epoch in the log; last saved with 0 epochs and 40" in page
+    )
     assert "Not tested yet" in page
     for name in ("log.jsonl", "status.json"):
         (folder / name).unlink()

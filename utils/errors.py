@@ -16,6 +16,7 @@ from utils import distributed
 from utils.allocator import keep_freed_memory
 from utils.interruption import EXIT_CODE as INTERRUPTED_EXIT_CODE
 from utils.interruption import Interrupted
+from utils.output import drop_lost_output
 
 EXIT_CODE = 2
 GRACE_SECONDS = 10
@@ -65,12 +66,14 @@ def join_processes(device_name: str | None, timeout_seconds: float = 600) -> tor
     return device
 
 
-def run_script(main: Callable[[], None]) -> None:
+def run_script(main: Callable[[], None], *, prints_result: bool = False) -> None:
     """Run `main`, then leave the process group; a UserError becomes one sentence on stderr and exit code 2.
 
     A rank that fails alone speaks for itself, and leaves word for the others, so that they stop without a traceback of
-    the broken connection.
+    the broken connection. Lost output (a closed pipe, a full disk) does not end the process; with prints_result, where
+    stdout carries the result, only a lost stderr does not.
     """
+    drop_lost_output("stderr", *([] if prints_result else ["stdout"]))
     if hasattr(sys.stdout, "reconfigure"):  # which a stream in a notebook lacks
         sys.stdout.reconfigure(errors="backslashreplace")  # the names of files may be no text
     try:

@@ -11,6 +11,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -154,6 +155,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     output = None if options["output"] is None else Path(options["output"])
     if output is not None and os.path.lexists(output) and not options["overwrite"]:
         raise UserError(f"{output}: is there already; give another --output, or --overwrite.")
+    if output is None and sys.stdout is None:
+        raise UserError("stdout is closed: open it, or give --output FILE.")
     try:
         device = resolve_device(options["device"])
     except ValueError as error:
@@ -205,13 +208,23 @@ def write_lines(lines: Iterator[str], output: Path | None) -> None:
         with opened_atomically(output) as file:
             file.writelines(lines)
         return
-    try:
-        for line in lines:
+    for line in lines:
+        with _needed_stdout():
             sys.stdout.write(line)
+    with _needed_stdout():
         sys.stdout.flush()
-    except BrokenPipeError:
+
+
+@contextmanager
+def _needed_stdout() -> Iterator[None]:
+    """End the command where its result cannot be written: at a closed pipe without a word."""
+    try:
+        yield
+    except OSError as error:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains when it closes stdout
-        sys.exit(128 + signal.SIGPIPE)
+        if isinstance(error, BrokenPipeError):
+            sys.exit(128 + signal.SIGPIPE)
+        raise UserError(f"stdout: cannot be written ({error.strerror}); free space, or give --output FILE.") from None
 
 
 def _say(message: str) -> None:
@@ -220,4 +233,4 @@ def _say(message: str) -> None:
 
 
 if __name__ == "__main__":
-    run_script(main)
+    run_script(main, prints_result=True)

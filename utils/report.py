@@ -11,7 +11,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from utils import class_plots, figures, html, plots
+from utils import class_plots, figures, html, plots, run_lock
 from utils.errors import UserError, run_script
 from utils.files import write_atomically
 from utils.intervals import LEVEL, Outcome, bootstrap_intervals
@@ -81,12 +81,20 @@ def status(run: RunFolder) -> str:
     """How far the run came, in a sentence."""
     epochs = f"{len(run.log)} {'epoch' if len(run.log) == 1 else 'epochs'} in the log"
     told = run.status.get("status")
+    lock = run_lock.look_at(run.folder)
+    holder = f" ({lock.holder})" if lock.holder else ""
+    if told is None and lock.held:
+        return f"Running{holder}: nothing is saved yet; {epochs}."
     if told is None:
         return f"Not known: there is no status.json; {epochs}."
     done = f"{run.status.get('epoch')} epochs and {run.status.get('step')} steps"
     where = f"last saved with {done} done, {run.status.get('time')}"
+    if lock.held:  # status.json may still be of the start before
+        return f"Running{holder}; {epochs}; {where}."
+    if told == "running" and lock.held is None:
+        return f"Running, or killed{holder}: the lock of its folder cannot be tested here; {epochs}; {where}."
     if told == "running":
-        return f"Running, or killed: a killed run cannot say so; {epochs}; {where}."
+        return f"Killed{holder}: it no longer holds the lock of its folder; {epochs}; {where}."
     message = run.status.get("message")
     return f"{told.capitalize()}; {epochs}; {where}.{f' {message}' if message and told == 'failed' else ''}"
 

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from utils import arguments, checkpoint, distributed, events, progress
+from utils import arguments, checkpoint, distributed, events, progress, run_lock
 from utils.checkpoint import NotDamaged, Weights
 from utils.errors import UserError, agreed
 from utils.files import remove_temporaries, write_atomically
@@ -24,6 +24,19 @@ class Start(NamedTuple):
     args: argparse.Namespace
     state: dict[str, Any] | None
     weights: Weights | None
+
+
+def lock_output_dir(given: dict[str, Any]) -> None:
+    """Lock the folder that the run will write to, on rank 0, before anything in it is read; not with --test-only.
+
+    `begin_run` makes and locks one that does not exist yet. Raises UserError, on all ranks, if another run holds it.
+    """
+    resume = given.get("resume", AUTO)
+    folder = Path(given.get("output_dir", "." if resume == AUTO else os.path.dirname(resume)))
+    with agreed():
+        if distributed.is_main_process() and not given.get("test_only") and os.path.isdir(folder):
+            make_output_dir(folder)
+            run_lock.acquire(folder)
 
 
 def find_checkpoint(given: dict[str, Any], script: str) -> dict[str, Any]:
@@ -104,7 +117,7 @@ def make_output_dir(output_dir: Path) -> None:
 
 
 def begin_run(output_dir: Path, script: str, resume: str | None, start: Position, epochs: int) -> None:
-    """Claim the folder for this run, on rank 0, when nothing else can fail any more: its log up to the start's epoch.
+    """Claim and lock the folder for this run, on rank 0, when nothing else can fail: its log up to the start's epoch.
 
     A run resumed into another folder takes its log, its best model and its checkpoint along. Raises UserError, before
     anything is written, where another run is there or fewer epochs are asked for than are begun.
@@ -117,10 +130,13 @@ def begin_run(output_dir: Path, script: str, resume: str | None, start: Position
         return
     source = None if afresh else Path(resume).parent
     moves = source is None or not output_dir.exists() or not source.samefile(output_dir)
-    if moves:
-        _refuse_another_run(output_dir, resume)
+    if source and moves:
+        _refuse_live_source(source)
     log = progress.read_log(source) if source else []
     make_output_dir(output_dir)
+    run_lock.acquire(output_dir)
+    if moves:
+        _refuse_another_run(output_dir, resume)
     remove_temporaries(output_dir)
     if not moves and Path(resume).name == checkpoint.PREVIOUS:
         checkpoint.replace_damaged(output_dir, script)
@@ -129,6 +145,16 @@ def begin_run(output_dir: Path, script: str, resume: str | None, start: Position
         if (source / checkpoint.BEST).exists():
             write_atomically(output_dir / checkpoint.BEST, (source / checkpoint.BEST).read_bytes())
         write_atomically(output_dir / checkpoint.CHECKPOINT, Path(resume).read_bytes())
+
+
+def _refuse_live_source(source: Path) -> None:
+    """Raise UserError if the run to take over still writes: checkpoint, log and best model would not fit together."""
+    lock = run_lock.look_at(source)
+    if lock.held:
+        raise UserError(
+            f"--resume: the run in {source} is still running ({lock.holder or 'by an unknown process'}). Stop it, or "
+            "copy the checkpoint to another folder and resume from the copy."
+        )
 
 
 def _refuse_another_run(output_dir: Path, resume: str | None) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from utils import checkpoint, distributed, progress
+from utils import checkpoint, distributed, progress, run_lock
 from utils.errors import UserError, agreed, lost_contact
 from utils.evaluation import format_metrics
 from utils.files import write_atomically
@@ -57,6 +57,7 @@ class Saver:
         with agreed():
             if distributed.is_main_process():
                 self._write_status("running", "")
+        self.lock_holder = distributed.broadcast_object(run_lock.look_at(self.output_dir).holder)
         self.stop.__enter__()
         return self
 
@@ -174,6 +175,9 @@ class Saver:
         self._write_status(status, message)
 
     def _is_running(self) -> bool:
+        """Whether status.json says so of this start; by now another one may have taken the folder over."""
+        if run_lock.look_at(self.output_dir).holder not in (None, self.lock_holder):
+            return False
         with suppress(OSError, ValueError):
             return json.loads((self.output_dir / STATUS).read_text())["status"] == "running"
         return False
