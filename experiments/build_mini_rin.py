@@ -124,7 +124,7 @@ def prepare_folders(output: Path, places: Collection[Path]) -> None:
         contents[place.parent.parent].add(place.parent.name)
         contents[place.parent].add(place.name)
     for folder, names in contents.items():
-        others = find_there(str(output / folder)) - names
+        others = find_there(str(output / folder), PassedOver()) - names
         if others:
             raise UserError(f"{output / folder / min(others)}: is not of mini-RIN; remove it, or give another OUTPUT.")
         try:

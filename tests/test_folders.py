@@ -9,6 +9,8 @@ import pytest
 
 from _normal import train as normal
 from benchmarks.images import png_files
+from experiments.plan import Subset
+from experiments.subsets import link_subset
 from tests.conftest import SMALL, write_image, write_image_folder
 from utils import predict
 from utils.errors import UserError
@@ -86,6 +88,15 @@ def test_predict_skips_hidden_entries_below_a_folder_but_not_what_is_named(tmp_p
     assert capsys.readouterr().err == ""
     with pytest.raises(UserError, match=r"only: no image .* \(ignored: 2 \.dcm\)"):
         predict.find_all([str(touch(tmp_path / "only", "1.dcm", "2.dcm"))])
+
+
+def test_subsets_hold_no_hidden_images_and_cope_with_an_empty_test_class(tmp_path):
+    for split in ("train", "val", "test"):
+        touch(tmp_path / "data" / split, "a/1.png", "a/._1.png", "b/1.png", ".ipynb_checkpoints/1.png")
+    (tmp_path / "data" / "test" / "b" / "1.png").unlink()
+    link_subset(tmp_path / "data", Subset(), tmp_path / "subset")
+    found = sorted(str(path.relative_to(tmp_path / "subset")) for path in (tmp_path / "subset").rglob("*.png"))
+    assert found == ["test/a/1.png", "train/a/1.png", "train/b/1.png", "val/a/1.png", "val/b/1.png"]
 
 
 def test_benchmarks_take_no_hidden_images(tmp_path):
