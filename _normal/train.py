@@ -91,7 +91,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         start = Position.of(state)
         output_dir = Path(args.output_dir)
         wiring.seed_everything(args)
-        splits = wiring_data.open_splits(args)
+        trained_on = (weights.classes, weights.path) if args.test_only else ()
+        splits = wiring_data.open_splits(args, *trained_on)
         wiring_data.check_same_data(splits, state, args.resume)
         model = wiring.classifier(args, splits.classes, state, weights, device)
         if args.test_only:

@@ -47,12 +47,13 @@ class Stage(NamedTuple):
 def choose_examples(split: ImageFolder, classes: Sequence[str] | None = None, images_per_class: int = 1) -> Examples:
     """The first images of each of the classes, through the split's transform; what cannot be read is passed over.
 
-    classes: None: all, or 16 of them evenly chosen. Raises UserError for an unknown class, and for one of which no
-    image can be read.
+    classes: None: all that have images, or 16 of them evenly chosen. Raises UserError for an unknown class, and for one
+    of which no image can be read.
     """
     if classes is None:
-        shown = min(MOST_CLASSES, len(split.classes))
-        numbers = np.linspace(0, len(split.classes) - 1, shown).round().astype(int).tolist()
+        filled = np.unique(split.targets)
+        shown = min(MOST_CLASSES, len(filled))
+        numbers = filled[np.linspace(0, len(filled) - 1, shown).round().astype(int)].tolist()
     else:
         unknown = [name for name in classes if name not in split.classes]
         if unknown:
@@ -66,7 +67,7 @@ def choose_examples(split: ImageFolder, classes: Sequence[str] | None = None, im
 
 def _first_readable(split: ImageFolder, number: int, count: int) -> list[tuple[int, Tensor]]:
     """Indices and images of a class, at most `count`; raises the UserError of the last image if there is none."""
-    found, problem = [], None
+    found, problem = [], UserError(f"{split.root}: has no image of the class {split.classes[number]}.")
     for index in np.flatnonzero(split.targets == number).tolist():
         try:
             found.append((index, split[SampleKey(index)][0]))

@@ -5,7 +5,9 @@ and the masked image, before training and as the checkpoint has them.
 """
 
 import argparse
+import sys
 from collections.abc import Sequence
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +75,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     path = options.run / checkpoint.CHECKPOINT if options.run.is_dir() else options.run
     output = output_path(options.output, path.parent / "plots" / "masks.png", options.overwrite)
     args, state = read_run(path, options.data_path, options.split)
-    split = wiring_data.open_splits(args).evaluation
+    with redirect_stdout(sys.stderr):  # only the picture's path goes to stdout
+        split = wiring_data.open_splits(args, state["classes"], str(path)).evaluation
     examples = choose_examples(split, options.classes and options.classes.split(","), options.images_per_class)
     normalize = Normalize(args.mean, args.std)
     stages = compute_stages(args, state, examples, normalize)

@@ -9,6 +9,7 @@ from PIL import Image
 from benchmarks.setting import Setting
 from utils import phantoms
 from utils.folders import find_classes, list_images
+from utils.listing import is_hidden
 
 CLASSES = 4
 
@@ -24,7 +25,7 @@ def png_files(setting: Setting, count: int) -> list[Path]:
         sources = _real_images(setting, count) if setting.data else _generated_images(setting, count)
         for number, source in enumerate(sources):
             _save_grey(source, folder / f"{number:05d}.png", setting.size * 8 // 7)
-    return sorted(folder.iterdir())[:count]
+    return sorted(path for path in folder.iterdir() if not is_hidden(path.name))[:count]
 
 
 def _real_images(setting: Setting, count: int) -> list[Path]:

@@ -26,8 +26,8 @@ from tqdm import tqdm
 
 from utils.errors import UserError, run_script
 from utils.files import write_atomically
-from utils.folders import find_images
 from utils.images import read_image
+from utils.listing import PassedOver, find_images
 from utils.radimagenet.images import find_there
 from utils.text import printable
 
@@ -76,7 +76,7 @@ def build(downloads: dict[str, Path], output: Path, manifest: Path = MANIFEST) -
 
 def read_manifest(path: Path) -> dict[str, Path]:
     """By id, in the manifest's order, the image's place in OUTPUT: <split>/<class>/<id>.jpg."""
-    with path.open(newline="", encoding="utf-8") as file:
+    with path.open(newline="", encoding="utf-8-sig") as file:
         return {row["id"]: Path(row["split"], row["class"], f"{row['id']}.jpg") for row in csv.DictReader(file)}
 
 
@@ -86,12 +86,15 @@ def find_sources(download: str, folder: Path, wanted: Collection[str]) -> dict[s
     Raises UserError if there is none, or one twice, and as `find_images`.
     """
     sources: dict[str, str] = {}
-    for path in find_images(Path(os.path.abspath(folder))):
+    passed_over = PassedOver()
+    for path in find_images(Path(os.path.abspath(folder)), passed_over):
         image = image_id(source_path(download, path))
         if image in wanted:
             if image in sources:
                 raise UserError(f"{path}: by its name the same image as {sources[image]}; give a folder that has one.")
             sources[image] = path
+    if content := passed_over.describe():
+        print(f"--{download} {printable(str(folder))}: {content}")
     if not sources:
         raise UserError(f"--{download} {folder}: holds no image of mini-RIN; expected {EXPECTED[download]}.")
     return sources
@@ -121,7 +124,7 @@ def prepare_folders(output: Path, places: Collection[Path]) -> None:
         contents[place.parent.parent].add(place.parent.name)
         contents[place.parent].add(place.name)
     for folder, names in contents.items():
-        others = find_there(str(output / folder)) - names
+        others = find_there(str(output / folder), PassedOver()) - names
         if others:
             raise UserError(f"{output / folder / min(others)}: is not of mini-RIN; remove it, or give another OUTPUT.")
         try:

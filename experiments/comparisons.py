@@ -22,7 +22,7 @@ def scores(
     targets: (N,) classes below C; predictions: (R, N); hard: (C,) bool; weights: (N,) integers; None: each image once.
     hard_top1 and hard_balanced_accuracy are of the images of hard classes, wherever the prediction falls; hard_f1 is
     the mean F1 of the hard classes, to which the predictions of all images count. As in `utils.intervals.metrics_of`, a
-    class counts to F1 if it occurs in targets or predictions, and to balanced accuracy if it occurs in targets.
+    class counts if it occurs in targets.
     """
     weights = np.ones(len(targets)) if weights is None else weights.astype(float)
     runs, classes = len(predictions), len(hard)
@@ -34,7 +34,6 @@ def scores(
     images = np.bincount(targets, weights, minlength=classes)  # (C,)
     recall = right / np.maximum(images, 1)
     f1 = 2 * right / np.maximum(images + predicted, 1)
-    occurs = images + predicted > 0
     columns = []
     with np.errstate(invalid="ignore"):
         for which in (np.full(classes, True), hard):
@@ -42,7 +41,7 @@ def scores(
             columns += [
                 right[:, which].sum(1) / images[which].sum(),
                 recall[:, present].sum(1) / present.sum(),
-                f1[:, which].sum(1) / occurs[:, which].sum(1),  # where a class does not occur, its F1 is 0 here
+                f1[:, present].sum(1) / present.sum(),
             ]
     return np.stack(columns, axis=1)
 

@@ -147,7 +147,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise UserError("--kernel and --sigma: are of the uniform masks of --grid; give that too.")
     path = options.run / checkpoint.CHECKPOINT if options.run.is_dir() else options.run
     args, state = read_run(path, options.data_path, options.split)
-    split = wiring_data.open_splits(args).evaluation
+    split = wiring_data.open_splits(args, state["classes"], str(path)).evaluation
     examples = choose_examples(split, None, options.images_per_class)
     classifier = wiring.classifier(args, split.classes, state, None, CPU).eval()
     policy = build_policy(args, state, None, CPU) if options.grid is None else uniform(args, options)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from experiments.plan import Subset
 from utils.errors import UserError
-from utils.folders import SPLITS, ImageFiles, read_excluded
+from utils.folders import SPLITS, ImageFiles, find_classes, read_excluded
 
 
 def matches(name: str, patterns: str) -> bool:
@@ -52,7 +52,8 @@ def _choose_images(data: Path, subset: Subset, exclude: Path | None) -> list[str
     excluded = read_excluded(exclude) if exclude else {}
     images = []
     for split in SPLITS:
-        files = ImageFiles.find(data / split, frozenset(excluded.get(split, ())))
+        classes = find_classes(data / split) if split == "test" else None  # of test some may be empty
+        files = ImageFiles.find(data / split, frozenset(excluded.get(split, ())), classes)
         names: dict[str, list[str]] = {}
         for index, target in enumerate(files.targets.tolist()):
             names.setdefault(files.classes[target], []).append(files.path_as_text(index))

@@ -51,9 +51,9 @@ def test_an_image_of_weight_two_is_two_images_and_absent_classes_do_not_count():
     weights = np.random.default_rng(1).integers(3, size=12)
     repeated = scores(targets.repeat(weights), predictions.repeat(weights, axis=1), HARD)
     assert scores(targets, predictions, HARD, weights) == pytest.approx(repeated)
-    # Class 4 has no image and is never predicted; class 2 has none, but one prediction.
+    # Classes 2 and 4 have no image; class 2 is predicted once.
     found = scores(np.array([0, 0, 1, 3]), np.array([[0, 2, 1, 3]]), HARD)[0]
-    assert found == pytest.approx([3 / 4, (0.5 + 1 + 1) / 3, (2 / 3 + 1 + 0 + 1) / 4, 0.5, 0.5, (2 / 3 + 0) / 2])
+    assert found == pytest.approx([3 / 4, (0.5 + 1 + 1) / 3, (2 / 3 + 1 + 1) / 3, 0.5, 0.5, 2 / 3])
     assert np.isnan(scores(np.array([1, 3]), np.array([[1, 3]]), HARD)[0, 3:]).all()  # nothing is hard here
 
 

@@ -42,13 +42,13 @@ def augmented(folder: Path, seed: int = 0) -> ImageFolder:
 
 
 def test_classes_and_paths_are_sorted_by_name(tmp_path):
-    names = ("b/2.png", "b/10.png", "b/deeper/0.jpg", "a/x.JPEG", "C/y.bmp")
+    names = ("b/2.png", "b/10.png", "b/3.jpg", "a/x.JPEG", "C/y.bmp")
     write_files(tmp_path, *names)
     (tmp_path / "b" / "notes.txt").write_text("no image")
     (tmp_path / "stray.png").write_text("no class")
     dataset = ImageFolder(tmp_path, TO_TENSOR)
     assert dataset.classes == ["C", "a", "b"]
-    expected = ["C/y.bmp", "a/x.JPEG", "b/10.png", "b/2.png", "b/deeper/0.jpg"]
+    expected = ["C/y.bmp", "a/x.JPEG", "b/10.png", "b/2.png", "b/3.jpg"]
     assert [dataset.path(index) for index in range(len(dataset))] == [tmp_path / name for name in expected]
     assert dataset.targets.tolist() == [0, 1, 2, 2, 2]
     assert find_classes(tmp_path) == dataset.classes
@@ -244,7 +244,7 @@ def test_a_class_without_images_is_named(tmp_path):
 
 def test_a_list_leaves_out_images_whatever_their_names(tmp_path):
     odd = os.fsdecode(b"a/caf\xe9 1.png")
-    write_files(tmp_path / "train", odd, "a/#2.png", "a/deep/3.png", "b/4.png")
+    write_files(tmp_path / "train", odd, "a/#2.png", "a/3.png", "b/4.png")
     listed = tmp_path / "list.txt"
     listed.write_bytes(
         b"# twins\n  train/a/caf\xe9 1.png \r\ntrain/a/#2.png\ntrain/b/absent.png\nval/b/4.png\nelse\n\n"
@@ -252,7 +252,7 @@ def test_a_list_leaves_out_images_whatever_their_names(tmp_path):
     excluded = read_excluded(listed)
     assert excluded == {"train": {odd, "a/#2.png", "b/absent.png"}, "val": {"b/4.png"}, "test": set(), "": {"else"}}
     dataset = ImageFolder(tmp_path / "train", TO_TENSOR, files=ImageFiles.find(tmp_path / "train", excluded["train"]))
-    assert [dataset.path(index) for index in range(2)] == [tmp_path / "train/a/deep/3.png", tmp_path / "train/b/4.png"]
+    assert [dataset.path(index) for index in range(2)] == [tmp_path / "train/a/3.png", tmp_path / "train/b/4.png"]
     assert dataset.targets.tolist() == [0, 1]
     assert (len(dataset), dataset.files.excluded) == (2, 2)
     with pytest.raises(UserError, match=f"^{tmp_path}/train/b: --exclude leaves this class no image"):

@@ -23,6 +23,7 @@ from utils.errors import UserError
 from utils.evaluation import measure, predict
 from utils.folders import list_images
 from utils.images import read_image
+from utils.listing import PassedOver, find_images
 from utils.models import create_classifier
 from utils.samplers import EvaluationSampler, SampleKey, TrainingSampler
 from utils.transforms import Normalize, evaluation_transform, training_transform
@@ -211,7 +212,10 @@ def test_links_to_images_and_folders_elsewhere_are_followed(tmp_path):
     write_image(tmp_path / "a" / "folder.png" / "1.png", np.zeros((4, 4)))  # a folder, whatever it is called
     (tmp_path / "a" / "link").symlink_to(tmp_path / "elsewhere")
     (tmp_path / "a" / "2.png").symlink_to(tmp_path / "elsewhere" / "0.png")
-    assert [Path(path).name for path in list_images(tmp_path / "a")] == ["2.png", "1.png", "0.png"]
+    found = find_images(tmp_path / "a", PassedOver())
+    assert [Path(path).name for path in found] == ["2.png", "1.png", "0.png"]
+    (tmp_path / "b").symlink_to(tmp_path / "elsewhere")
+    assert list_images(tmp_path / "b") == [str(tmp_path / "b" / "0.png")]
 
 
 def test_folders_that_may_not_be_read(tmp_path, monkeypatch):

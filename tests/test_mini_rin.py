@@ -2,6 +2,7 @@
 
 import csv
 import hashlib
+import shutil
 from collections import Counter
 from pathlib import Path
 
@@ -144,6 +145,15 @@ def test_an_image_that_stands_twice_is_refused(downloads, manifest, tmp_path):
     put(downloads["mednist"] / "MedNIST/Hand/000012.jpeg", Image.new("L", (64, 64), 9))
     with pytest.raises(UserError, match=r"resized/Hand/000012\.jpeg: by its name the same image as .*MedNIST"):
         build(downloads, tmp_path / "mini-rin", manifest)
+
+
+def test_hidden_files_of_downloads_and_output_do_not_count(downloads, manifest, tmp_path, capsys):
+    for folder in (".ipynb_checkpoints", "__MACOSX"):
+        shutil.copytree(downloads["busi"] / "data", downloads["busi"] / folder / "data")
+    (tmp_path / "out" / "train" / ".ipynb_checkpoints").mkdir(parents=True)
+    build(downloads, tmp_path / "out", manifest)
+    assert files(tmp_path / "out") == sorted(places())
+    assert f"--busi {downloads['busi']}: skipped: 2 hidden files or folders\n" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("other", ["train/xr-hand-any/mine.jpg", "val/mine/1.jpg"])

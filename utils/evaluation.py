@@ -17,6 +17,7 @@ from utils.files import write_atomically
 from utils.folders import ImageFiles
 from utils.metrics import Metrics, classification_metrics, per_class_table, prediction_table, table_as_csv
 from utils.progress import Progress, say
+from utils.text import list_names
 
 STOP_STEPS = 10  # between two looks at whether a signal came
 
@@ -122,10 +123,27 @@ def report_test(
         write_atomically(output_dir / f"predictions{suffix}.csv", table_as_csv(table))
         say(f"{split}, {images} images, {name}: {format_metrics(metrics[name])}")
         width = max(len(row["class"]) for row in rows)
+        absent = [row["class"] for row in rows if not row["images"]]
         for row in rows:
+            if row["class"] in absent:
+                continue
             scores = "  ".join(f"{key} {row[key]:.4f}" for key in ("precision", "recall", "f1"))
             say(f"  {row['class']:<{width}}  {row['images']:>6} images  {scores}")
-    summary = {"split": split, "images": images, "weights": weights, "metrics": metrics, "origin": origin}
+    if absent:
+        present = len(files.classes) - len(absent)
+        say(
+            f"{split}: macro metrics are over the {present} of {len(files.classes)} classes that have images here; "
+            f"without: {list_names(absent)}."
+        )
+    summary = {
+        "split": split,
+        "images": images,
+        "weights": weights,
+        "classes": len(files.classes),
+        "absent_classes": absent,
+        "metrics": metrics,
+        "origin": origin,
+    }
     write_atomically(output_dir / "metrics.json", (json.dumps(summary, indent=2) + "\n").encode())
     return metrics
 

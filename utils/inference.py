@@ -1,7 +1,6 @@
 """A classifier out of a file of weights, with the classes it tells apart and the preprocessing it was made for."""
 
 import argparse
-import os
 import sys
 from collections import Counter
 from pathlib import Path
@@ -15,6 +14,7 @@ from utils.checkpoint import Weights
 from utils.errors import UserError
 from utils.flag_types import positive_float, positive_int
 from utils.folders import find_classes
+from utils.text import decode_text, explain_forms
 
 # How a file's pixels become the classifier's input; evaluation does without the other flags.
 INPUT = ("val_resize_size", "val_crop_size", "interpolation", "gray", "backend", "mean", "std")
@@ -98,7 +98,8 @@ def _class_names(weights: Weights, given: str | None) -> list[str]:
             "folders), in the order of the training."
         )
     if weights.classes is not None and named not in (None, weights.classes):
-        raise UserError(f"--classes {given}: {weights.path} names other classes; leave the flag out.")
+        forms = explain_forms(named, weights.classes)
+        raise UserError(f"--classes {given}: {weights.path} names other classes; leave the flag out.{forms}")
     return named or weights.classes
 
 
@@ -110,9 +111,10 @@ def read_class_names(path: Path) -> list[str]:
     if path.is_dir():
         return find_classes(path)
     try:
-        text = os.fsdecode(path.read_bytes()).removeprefix("\ufeff")  # names of folders may be no valid text
-    except OSError as error:
-        raise UserError(f"--classes {path}: cannot be read ({error.strerror}).") from None
+        text = decode_text(path.read_bytes())  # names of folders may be no valid text
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise UserError(f"--classes {path}: cannot be read ({reason}).") from None
     names = text.replace("\r\n", "\n").removesuffix("\n").split("\n")
     name, times = Counter(names).most_common(1)[0]
     if "" in names or times > 1:

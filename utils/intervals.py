@@ -30,17 +30,17 @@ def metrics_of(outcome: Outcome, weights: np.ndarray | None = None) -> dict[str,
     cells = outcome.targets * outcome.num_classes + outcome.predictions  # (N,)
     confusion = np.bincount(cells, weights, minlength=outcome.num_classes**2).reshape(outcome.num_classes, -1)  # (C, C)
     right, images, predicted = confusion.diagonal(), confusion.sum(1), confusion.sum(0)
-    present, occurring = images > 0, images + predicted > 0
-    recall = right / np.maximum(images, 1)  # (C,), 0 where undefined
+    present = images > 0
+    recall = float((right / np.maximum(images, 1))[present].mean())
     total = weights.sum()
     return {
         "loss": float(weights @ outcome.losses / total),
         "top1": float(right.sum() / total),
         "top5": float(weights @ (outcome.true_ranks <= 5) / total),
-        "precision": float((right / np.maximum(predicted, 1))[occurring].mean()),
-        "recall": float(recall[occurring].mean()),
-        "f1": float((2 * right / np.maximum(images + predicted, 1))[occurring].mean()),
-        "balanced_accuracy": float(recall[present].mean()),
+        "precision": float((right / np.maximum(predicted, 1))[present].mean()),
+        "recall": recall,
+        "f1": float((2 * right / np.maximum(images + predicted, 1))[present].mean()),
+        "balanced_accuracy": recall,
     }
 
 

@@ -67,17 +67,19 @@ def batch_accuracy(logits: Tensor, targets: Tensor) -> Tensor:
 def classification_metrics(logits: Tensor, targets: Tensor, auroc: bool = False) -> Metrics:
     """Metrics of a whole split: logits (N, C), targets (N,) int64, on the CPU. Fractions in [0, 1].
 
-    top1, top5 (top-C with fewer than five classes), precision, recall and f1 (macro, over the classes that occur in
-    targets or predictions), balanced_accuracy (mean recall of the classes that occur in targets), loss (cross-entropy,
-    nats; None if it is not finite) and, if asked for, auroc: macro, one-vs-one, over the classes present; None with a
-    single one, or where a logit is not finite.
+    top1, top5 (top-C with fewer than five classes), loss (cross-entropy, nats; None if it is not finite), and over the
+    classes that occur in the targets: precision, recall and f1 (macro), balanced_accuracy (mean recall) and, if asked
+    for, auroc (macro, one-vs-one; None with a single class, or where a logit is not finite).
     """
     from sklearn.metrics import accuracy_score, precision_recall_fscore_support, recall_score
 
     log_probabilities = logits.double().log_softmax(1).numpy()
     predictions = logits.argmax(1).numpy()
     truth = targets.numpy()
-    precision, recall, f1, _ = precision_recall_fscore_support(truth, predictions, average="macro", zero_division=0)
+    present = np.unique(truth)
+    precision, recall, f1, _ = precision_recall_fscore_support(
+        truth, predictions, labels=present, average="macro", zero_division=0
+    )
     metrics: Metrics = {
         "loss": _finite(float(-log_probabilities[np.arange(len(truth)), truth].mean())),
         "top1": float(accuracy_score(truth, predictions)),
@@ -85,9 +87,7 @@ def classification_metrics(logits: Tensor, targets: Tensor, auroc: bool = False)
         "precision": float(precision),
         "recall": float(recall),
         "f1": float(f1),
-        "balanced_accuracy": float(
-            recall_score(truth, predictions, labels=np.unique(truth), average="macro", zero_division=0)
-        ),
+        "balanced_accuracy": float(recall_score(truth, predictions, labels=present, average="macro", zero_division=0)),
     }
     if auroc:
         metrics["auroc"] = _auroc(truth, np.exp(log_probabilities))
@@ -133,7 +133,10 @@ def _auroc_of_one(truth: np.ndarray, scores: np.ndarray) -> float | None:
 def per_class_table(
     logits: Tensor, targets: Tensor, classes: Sequence[str]
 ) -> list[dict[str, str | int | float | None]]:
-    """One row a class: name, images, precision, recall, f1 (0 where undefined), auroc (one-vs-rest; None likewise)."""
+    """One row a class: name, images, precision, recall, f1 (0 where undefined), auroc (one-vs-rest).
+
+    auroc is None where it is undefined, and all metrics of a class without images are.
+    """
     from sklearn.metrics import precision_recall_fscore_support
 
     truth = targets.numpy()
@@ -142,10 +145,12 @@ def per_class_table(
     )
     probabilities = logits.double().softmax(1).numpy()  # (N, C)
     aurocs = [_auroc_of_one(truth == number, probabilities[:, number]) for number in range(len(classes))]
-    return [
-        {"class": name, "images": int(n), "precision": float(p), "recall": float(r), "f1": float(f), "auroc": auroc}
-        for name, p, r, f, n, auroc in zip(classes, *columns, aurocs, strict=True)
-    ]
+    rows = []
+    for name, *scores, images, auroc in zip(classes, *columns, aurocs, strict=True):
+        scores = map(float, scores) if images else [None] * 3
+        named = dict(zip(("precision", "recall", "f1"), scores, strict=True))
+        rows.append({"class": name, "images": int(images), **named, "auroc": auroc})
+    return rows
 
 
 def prediction_table(

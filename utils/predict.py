@@ -26,8 +26,9 @@ from utils.distributed import resolve_device
 from utils.errors import UserError, run_script
 from utils.files import opened_atomically
 from utils.flag_types import natural, positive_int
-from utils.folders import ImageFiles, find_images
+from utils.folders import ImageFiles
 from utils.inference import Classifier, add_weights_flags, is_heated, open_classifier
+from utils.listing import PassedOver, find_images
 from utils.samplers import EvaluationSampler
 from utils.text import printable
 
@@ -55,15 +56,24 @@ def build_parser() -> arguments.Parser:
 
 
 def find_all(names: list[str]) -> list[str]:
-    """The files as they are, of folders all images below; raises UserError for what is not there or holds none."""
+    """The files as they are, of folders all images below without hidden ones; says on stderr what is passed over.
+
+    Raises UserError for what is not there or holds no image.
+    """
     paths: list[str] = []
+    passed_over = PassedOver()
     for name in names:
         if not os.path.exists(name):
             raise UserError(f"{name}: no such file or folder; expected an image, or a folder of images.")
-        found = find_images(Path(name)) if os.path.isdir(name) else [name]
+        inside = PassedOver()
+        found = find_images(Path(name), inside) if os.path.isdir(name) else [name]
         if not found:
-            raise UserError(f"{name}: no image in this folder or below it.")
+            content = inside.describe()
+            raise UserError(f"{name}: no image in this folder or below it{f' ({content})' if content else ''}.")
         paths += found
+        passed_over.add(inside)
+    if content := passed_over.describe():
+        _say(f"{len(paths)} images; {content}")
     return paths
 
 

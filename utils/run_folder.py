@@ -73,7 +73,9 @@ def describe_tested(tested: dict[str, Any], name: str) -> str:
     """What a result of metrics.json is of: "val, with mean masks, weights model_best.pth (chosen on this split)"."""
     weights = PurePath(str(tested["weights"])).name
     chosen = " (chosen on this split)" if (weights, tested["split"]) == (BEST, "val") else ""
-    return f"{tested['split']}, {TITLES.get(name, name)}, weights {weights}{chosen}"
+    absent = tested.get("absent_classes")
+    lacking = f", without images of {len(absent)} of {tested['classes']} classes" if absent else ""
+    return f"{tested['split']}, {TITLES.get(name, name)}, weights {weights}{chosen}{lacking}"
 
 
 def read_tested(folder: Path, name: str) -> tuple[Evaluation, str]:
@@ -115,6 +117,8 @@ def _is_result(content: dict[str, Any]) -> bool:
     return (
         all(value is None or isinstance(value, (int, float)) for value in values)
         and all(name in content for name in ("split", "weights"))
+        and isinstance(content.get("absent_classes", []), list)
+        and isinstance(content.get("classes", 0), int)
         and ("origin" not in content or _is_start(content["origin"]))
     )
 
@@ -145,7 +149,7 @@ def read_evaluation(folder: Path, name: str = "clean", metrics: dict[str, float 
 def read_table(path: Path, columns: tuple[str, ...]) -> list[dict[str, str]]:
     """The rows of a CSV; raises UserError unless it holds one or more, with these columns among others."""
     try:
-        with path.open(newline="", encoding="utf-8") as file:
+        with path.open(newline="", encoding="utf-8-sig") as file:
             rows = list(csv.DictReader(file, strict=True))
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; --test-only with --output-dir {path.parent} writes it.") from None

@@ -20,6 +20,7 @@ from utils.progress import Position
 from utils.samplers import TrainingSampler
 from utils.saving import Saver
 from utils.state import TrainingState
+from utils.text import explain_forms
 from utils.transforms import BatchMixing, Normalize
 from utils.wiring_data import Splits, digests
 
@@ -64,7 +65,8 @@ def load_weights(model: nn.Module, weights: Weights, classes: list[str], test_on
     if rows is not None and rows != len(classes):
         difference = f"{rows} classes instead of {len(classes)}"
     elif weights.classes is not None and weights.classes != classes:
-        difference = f"classes of other names ({', '.join(sorted(set(weights.classes) ^ set(classes))[:4])}, ...)"
+        names = ", ".join(sorted(set(weights.classes) ^ set(classes))[:4])
+        difference = f"classes of other names ({names}, ...)"
     else:
         models.load_classifier(model, weights.model, weights.path)
         if weights.classes is None:
@@ -73,7 +75,8 @@ def load_weights(model: nn.Module, weights: Weights, classes: list[str], test_on
     if test_only:
         raise UserError(f"{weights.path}: was trained on {difference}; --test-only needs the classes of the data.")
     models.load_classifier(model, weights.model, weights.path, renew_head=True)
-    progress.say(f"{weights.path} was trained on {difference}: the head is new, the body keeps its weights.")
+    forms = explain_forms(classes, weights.classes or [])
+    progress.say(f"{weights.path} was trained on {difference}: the head is new, the body keeps its weights.{forms}")
 
 
 def optimizer(args: argparse.Namespace, model: nn.Module, lr: float) -> Optimizer:

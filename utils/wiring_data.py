@@ -14,8 +14,16 @@ from utils.cache_build import CacheBuild, build_together
 from utils.data import ImageFolder, build_loader
 from utils.device_images import FILTERS, DeviceImages
 from utils.errors import UserError, agreed
-from utils.folders import LAYOUT, ImageFiles, check_same_classes, find_classes, read_excluded
+from utils.folders import (
+    LAYOUT,
+    ImageFiles,
+    check_same_classes,
+    check_several_classes,
+    find_classes,
+    read_excluded,
+)
 from utils.samplers import EvaluationSampler, TrainingSampler
+from utils.text import explain_forms, list_names
 from utils.transforms import DrawCrop, evaluation_transform, resize_transform, training_transform
 
 # What the pixels of a cache depend on, but the files.
@@ -30,23 +38,32 @@ class Splits(NamedTuple):
     classes: list[str]
 
 
-def open_splits(args: argparse.Namespace) -> Splits:
-    """The splits that the run needs, checked; the generated phantoms without --data-path.
+def open_splits(args: argparse.Namespace, trained_classes: list[str] | None = None, source: str = "") -> Splits:
+    """The splits that the run needs, checked and described; the generated phantoms without --data-path.
 
-    Raises UserError for missing folders, classes that differ between the splits, --num-classes unlike the data, and an
-    --exclude that names no image or leaves a class none.
+    trained_classes: with --test-only those of the training, as the file `source` names them; None: those of the train
+    folder, or the evaluated split's own where there is none. That split may lack some of them.
+
+    Raises UserError for missing folders, a single class, classes that differ between the splits, --num-classes unlike
+    the data, and an --exclude that names no image or leaves a class none.
     """
     check_cache_flags(args)
     root = _data_root(args.data_path)
     evaluated = args.split if args.test_only else "val"
     excluded = read_excluded(Path(args.exclude)) if args.exclude else {}
+    classes, named_by, whose = None, root, "'train'"
+    if args.test_only and trained_classes is not None:
+        classes, named_by = trained_classes, source
+        whose = f"{source}, which was trained on classes of other names"
+    elif args.test_only and evaluated != "train" and (root / "train").is_dir():
+        classes = find_classes(root / "train")
     evaluation = ImageFolder(
         root / evaluated,
         transform_for_evaluation(args),
         on_bad_image="blank" if args.bad_images == "skip" else "error",
         gray=args.gray,
         upper_8_bits=args.upper_8_bits,
-        files=ImageFiles.find(root / evaluated, excluded.get(evaluated, frozenset())),
+        files=ImageFiles.find(root / evaluated, excluded.get(evaluated, frozenset()), classes, whose),
     )
     training = None
     if not args.test_only:
@@ -60,16 +77,33 @@ def open_splits(args: argparse.Namespace) -> Splits:
             upper_8_bits=args.upper_8_bits,
             files=ImageFiles.find(root / "train", excluded.get("train", frozenset())),
         )
-        splits = {"train": training.classes, "val": evaluation.classes}
-        if (root / "test").is_dir():
-            splits["test"] = find_classes(root / "test")
-        check_same_classes(root, splits)
+        check_same_classes(root, {"train": training.classes, "val": evaluation.classes})
+    check_several_classes(evaluation.root if training is None else training.root, evaluation.classes)
+    opened = [split.files for split in (training, evaluation) if split is not None]
+    if training is not None and (root / "test").is_dir():  # rather than after the training
+        opened.append(ImageFiles.find(root / "test", excluded.get("test", frozenset()), training.classes))
+    for files in opened:
+        _say_found(files)
     if args.exclude:
         _say_excluded(args.exclude, excluded, [split for split in (training, evaluation) if split is not None])
     found = len(evaluation.classes)
     if args.num_classes is not None and args.num_classes != found:
-        raise UserError(f"--num-classes {args.num_classes}: {root} has {found} classes; correct or leave out the flag.")
+        raise UserError(
+            f"--num-classes {args.num_classes}: {named_by} has {found} classes; correct or leave out the flag."
+        )
     return Splits(training, evaluation, evaluation.classes)
+
+
+def _say_found(files: ImageFiles) -> None:
+    """Print what a split holds, what of it is passed over, and which classes of the training it lacks."""
+    progress.say(files.describe())
+    if ignored := files.describe_ignored():
+        progress.say(f"warning: {ignored}")
+    if empty := files.empty_classes():
+        progress.say(
+            f"{files.root.name}: no images of {list_names(empty)} ({len(empty)} of the training's {len(files.classes)} "
+            "classes); macro metrics are over the other classes."
+        )
 
 
 def _say_excluded(path: str, excluded: dict[str, set[str]], opened: list[ImageFolder]) -> None:
@@ -92,7 +126,7 @@ def check_same_data(splits: Splits, state: dict[str, Any] | None, source: str) -
     if state["classes"] != splits.classes:
         raise UserError(
             f"{source}: the run began with other classes than the data has now; start a new run from its weights with "
-            "_normal/train.py --finetune."
+            f"_normal/train.py --finetune.{explain_forms(splits.classes, state['classes'])}"
         )
     if state["train_images"] != len(splits.training):
         raise UserError(

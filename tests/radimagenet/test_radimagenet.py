@@ -227,7 +227,8 @@ def test_missing_images_are_listed_and_may_come_later(source, output, tmp_path, 
         f"{output}/missing.csv: 7 images that the lists name are missing, of 17; get them"
     )
     printed = capsys.readouterr().out
-    assert "warning: 2 classes lack images in a split, where training refuses the set: MR__knee__acl, US__l" in printed
+    assert "warning: 1 classes lack images in train or val, where training refuses the set: MR__knee__acl.\n" in printed
+    assert "warning: 2 classes lack images in test, whose metrics are over the others: MR__knee__acl, US__l" in printed
     assert rows_of(output / "missing.csv") == [
         *(["train", f"radiology_ai/MR/knee/acl/train{number}.png"] for number in range(3)),
         *(["val", f"radiology_ai/MR/knee/acl/val{number}.png"] for number in range(2)),

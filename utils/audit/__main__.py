@@ -19,7 +19,7 @@ from utils.audit.rule import Census, take_census
 from utils.errors import UserError, run_script
 from utils.files import write_atomically
 from utils.flag_types import natural, non_negative_float
-from utils.folders import LAYOUT, SPLITS, ImageFiles
+from utils.folders import LAYOUT, SPLITS, ImageFiles, find_classes
 from utils.text import printable
 
 BITS = 242  # of an image's two difference hashes
@@ -85,7 +85,11 @@ def _open(root: Path) -> list[ImageFiles]:
     if not root.is_dir():
         raise UserError(f"{root}: no such folder; expected {LAYOUT}.")
     splits = [root / name for name in SPLITS if (root / name).is_dir()]
-    return [ImageFiles.find(split) for split in splits or [root]]
+    # As in the training, only test may hold a class folder without images.
+    return [
+        ImageFiles.find(split, classes=find_classes(split) if split.name == "test" else None)
+        for split in splits or [root]
+    ]
 
 
 def _check_output(root: Path, output: Path, excluded: Path | None, files: list[ImageFiles], overwrite: bool) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from utils import html
-from utils.audit.report import Section
+from utils.audit.report import Section, kept_sentences
 from utils.audit.rule import REASONS, STAYS, Census, evaluated_split
 from utils.errors import UserError
 from utils.images import read_image
@@ -25,6 +25,7 @@ RULE = """\
 # nobody can tell which is right; of those of one label in one split the first by name stays. An image of val goes that
 # is a copy of one of test, and one of train that is a copy of one of test or of val that stays: directly, not by a
 # chain of copies. Near copies within a split all stay, whatever their labels: neighbouring slices may be such.
+# A class that this would leave without an image in a split keeps all of its images there that can be read.
 """
 RULE_OF_EVALUATION = """\
 # But of {fixed}, the evaluated split, all that can be read stays, so that figures compare with those of others; images
@@ -91,7 +92,8 @@ def exclude_list(census: Census, searched: str) -> bytes:
     """The lines of --exclude, a heading above those of each reason; names that hold a line break cannot be listed."""
     fixed = evaluated_split(census.splits)
     parts = [RULE, RULE_OF_EVALUATION.format(fixed=fixed) if fixed else ""]
-    parts += [f"# {line}\n" for line in textwrap.wrap(searched, 117)]
+    lines = [line for text in (searched, *kept_sentences(census)) for line in textwrap.wrap(text, 117)]
+    parts += [f"# {line}\n" for line in lines]
     for reason, heading in enumerate(REASONS):
         names = [census.name(index) for index in np.flatnonzero(census.reason == reason)] if reason != STAYS else []
         listed = [name for name in names if "\n" not in name]

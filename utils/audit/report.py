@@ -7,7 +7,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from utils.audit.rule import REASONS, Census
-from utils.text import printable
+from utils.folders import LAYOUT
+from utils.text import list_names, printable
 
 SHOWN_NAMES = 20
 
@@ -52,14 +53,22 @@ def _splits(census: Census) -> Section:
     for number, name in enumerate(census.splits):
         here = census.split == number
         bad, blank = (int((here & mask).sum()) for mask in (~census.readable(), census.blank))
-        rows.append([name, int(here.sum()), len(census.files[number].classes), bad, blank])
-    return Section("Splits", [], ["split", "images", "classes", "unreadable", "blank"], rows)
+        rows.append([name, int(here.sum()), len(np.unique(census.label[here])), bad, blank])
+    sentences = []
+    for files in census.files:
+        if passed_over := files.passed_over.describe():
+            sentences.append(f"{files.root.name}: {passed_over}.")
+        if ignored := files.describe_ignored():
+            sentences.append(f"Warning: {ignored}")
+    return Section("Splits", sentences, ["split", "images", "classes", "unreadable", "blank"], rows)
 
 
 def _classes(census: Census) -> Section:
     counts = np.zeros((len(census.splits), len(census.classes)), np.int64)
     np.add.at(counts, (census.split, census.label), 1)
     sentences = []
+    if len(census.classes) == 1:
+        sentences.append(f"A single class, {census.classes[0]}: the training refuses this set. Expected {LAYOUT}.")
     for name, of_split in zip(census.splits, counts, strict=True):
         present = of_split[of_split > 0]
         sentences.append(
@@ -182,19 +191,28 @@ def _leaks(census: Census) -> list[str]:
 def _left_out(census: Census) -> Section:
     counts = np.zeros((len(REASONS), len(census.splits)), np.int64)
     np.add.at(counts, (census.reason, census.split), 1)
-    emptied = [
-        f"{split}/{name}"
-        for number, split in enumerate(census.splits)
-        for label, name in enumerate(census.classes)
-        if (of_class := census.reason[(census.split == number) & (census.label == label)]).size and of_class.all()
-    ]
     sentences = ["What a list of --exclude-list leaves out; its rule stands in its head."]
-    if emptied:
-        sentences.append(f"It leaves no image to {', '.join(emptied)}: the training refuses it, so shorten it there.")
+    sentences += kept_sentences(census)
     if unlisted := len(census.unlisted()):
         sentences.append(f"{unlisted} of these have names that hold a line break, which no list can: rename them.")
     rows = [[reason, *map(int, row)] for reason, row in zip(REASONS, counts, strict=True)]
     return Section("What to leave out", sentences, ["reason", *census.splits], rows)
+
+
+def kept_sentences(census: Census) -> list[str]:
+    """Which classes the rule would have left without an image in a split, and what stays of them."""
+    sentences = []
+    if kept := census.kept_classes(readable=True):
+        sentences.append(
+            "Kept against the rule, which would leave these classes no image that can be read: "
+            f"{list_names(kept, SHOWN_NAMES)}."
+        )
+    if unreadable := census.kept_classes(readable=False):
+        sentences.append(
+            "Not listed, though no image of these classes can be read: "
+            f"{list_names(unreadable, SHOWN_NAMES)}; replace the images, or remove the classes."
+        )
+    return sentences
 
 
 def _named(title: str, census: Census, indices: np.ndarray, why: dict[int, str]) -> Section:

@@ -1,6 +1,7 @@
 """What an audit goes by: all images of all splits in flat arrays, their groups, and the rule that leaves images out."""
 
 import os
+from collections import Counter
 from dataclasses import dataclass
 
 import numpy as np
@@ -24,7 +25,8 @@ class Census:
     """N images, split after split; each array has one entry an image, and each group the positions of its images.
 
     split, label: uint8 and int32 indices into `splits` and `classes`; records: of images.RECORD; bad: why, by
-    position; blank: bool; reason: uint8 index into REASONS; group: int64 index into `groups`, -1 in none.
+    position; blank: bool; reason: uint8 index into REASONS; group: int64 index into `groups`, -1 in none; kept: bool,
+    whether the image stays only because its class would be left without any in its split.
     """
 
     splits: list[str]
@@ -38,6 +40,7 @@ class Census:
     groups: list[np.ndarray]
     group: np.ndarray
     reason: np.ndarray
+    kept: np.ndarray
 
     def name(self, index: int) -> str:
         """<split>/<class>/<image>."""
@@ -51,6 +54,18 @@ class Census:
     def unlisted(self) -> list[int]:
         """The images to leave out that a list, which has one a line, cannot name."""
         return [index for index in np.flatnonzero(self.reason != STAYS).tolist() if "\n" in self.name(index)]
+
+    def kept_classes(self, readable: bool) -> list[str]:
+        """Such as `train/a (3 images)`: the classes that keep images, because these are all that can be read of it.
+
+        readable: False: those of which none can be read, so that all are kept.
+        """
+        kept = np.flatnonzero(self.kept & (self.readable() == readable))
+        counts = Counter(zip(self.split[kept].tolist(), self.label[kept].tolist(), strict=True))
+        return [
+            f"{self.splits[split]}/{self.classes[label]} ({count} {'image' if count == 1 else 'images'})"
+            for (split, label), count in sorted(counts.items())
+        ]
 
     def readable(self) -> np.ndarray:
         return self.records["width"] > 0
@@ -94,6 +109,7 @@ def take_census(
         groups=[],
         group=np.full(len(records), -1),
         reason=np.zeros(len(records), np.uint8),
+        kept=np.zeros(len(records), np.bool_),
     )
     compared = np.flatnonzero(readable & ~blank)
     field = "pixels" if distance is None else "likeness"
@@ -120,6 +136,7 @@ def _apply_rule(census: Census, alike: list[np.ndarray], hashes: np.ndarray, dis
     goes whose hash differs in at most `distance` bits from that of an image of test, and one of train so near to an
     image of test or of val that stays; directly, whatever chains a group consists of. Of images of the very same
     pixels that are left in one split, the first stays. Near copies within a split all stay: neighbouring slices are.
+    A class that would be left without an image in a split keeps those that can be read, or all if none can.
     """
     fixed = evaluated_split(census.splits)
     evaluated = census.split == (census.splits.index(fixed) if fixed else -1)
@@ -128,25 +145,39 @@ def _apply_rule(census: Census, alike: list[np.ndarray], hashes: np.ndarray, dis
     for group in alike:
         if not evaluated[group].any() and census.crosses(group)[1]:
             census.reason[group] = CONTRADICTING
-    for group in census.groups:
-        _leave_out_leaks(census, group, hashes, distance)
+    for place in (1, 0):  # val before train: only what stays of val counts as evaluated
+        for group in census.groups:
+            _leave_out_leaks(census, group, place, hashes, distance)
+        _keep_classes(census)
     for group in alike:
         left = group[(census.reason[group] == STAYS) & ~evaluated[group]]
-        census.reason[left[1:]] = REPEATED
+        first = np.unique(census.split[left], return_index=True)[1]  # of each split
+        census.reason[np.delete(left, first)] = REPEATED
+    _keep_classes(census)
 
 
-def _leave_out_leaks(census: Census, group: np.ndarray, hashes: np.ndarray, distance: int) -> None:
-    """Of a group's images, those of val first: only what stays of it counts as evaluated against train."""
+def _leave_out_leaks(census: Census, group: np.ndarray, place: int, hashes: np.ndarray, distance: int) -> None:
+    """Of a group's images, those of one place (of `_places`) that are copies of images of later places."""
     places = _places(census, group)
-    for place in range(places.max() - 1, -1, -1):
-        stays = census.reason[group] == STAYS
-        mine, kept = group[stays & (places == place)], group[stays & (places > place)]
-        # Each hash once, since a thousand copies of one image would be compared a million times.
-        unique, inverse = np.unique(hashes[mine], axis=0, return_inverse=True)
-        leaks = np.zeros(len(unique), np.bool_)
-        for _, found in near_pairs(np.unique(hashes[kept], axis=0), unique, distance):
-            leaks[found] = True
-        census.reason[mine[leaks[inverse.ravel()]]] = LEAKING
+    if place >= places.max():
+        return
+    stays = census.reason[group] == STAYS
+    mine, later = group[stays & (places == place)], group[stays & (places > place)]
+    # Each hash once, since a thousand copies of one image would be compared a million times.
+    unique, inverse = np.unique(hashes[mine], axis=0, return_inverse=True)
+    leaks = np.zeros(len(unique), np.bool_)
+    for _, found in near_pairs(np.unique(hashes[later], axis=0), unique, distance):
+        leaks[found] = True
+    census.reason[mine[leaks[inverse.ravel()]]] = LEAKING
+
+
+def _keep_classes(census: Census) -> None:
+    """Take back what leaves a class without an image in a split; see `_apply_rule`."""
+    key = census.split.astype(np.int64) * len(census.classes) + census.label
+    stays, readable = (np.bincount(key, mask) > 0 for mask in (census.reason == STAYS, census.readable()))
+    back = ~stays[key] & (census.readable() | ~readable[key])
+    census.reason[back] = STAYS
+    census.kept = (census.kept | back) & (census.reason == STAYS)
 
 
 def _places(census: Census, group: np.ndarray) -> np.ndarray:

@@ -14,6 +14,7 @@ from utils.files import write_atomically
 from utils.radimagenet.archive import Member, is_archive, read_archive
 from utils.radimagenet.lists import ROOT, SPLITS, ImageLists, list_name
 from utils.radimagenet.routes import KINDS, Masks, Tree, place_archive, place_folder
+from utils.text import list_names
 
 DESCRIPTION = """\
 Make OUTPUT/{train,val,test}/<class>/<image> of RadImageNet as it is handed out: radiology_ai/{CT,MR}/<anatomy>/<label>
@@ -60,6 +61,8 @@ def prepare(
     if masks:
         found = {name: {image for image in images if masks.has(name, image)} for name, images in found.items()}
     tree.check_all_made(found)
+    if tree.passed_over.hidden:
+        print(f"Hidden files or folders skipped in the source and in {output}: {tree.passed_over.hidden}.")
     _summarise(output, lists, found)
     what = "images that the lists name are missing" + (", or their masks" if masks else "")
     _report_missing(output, lists, found, what, allow_missing)
@@ -141,6 +144,8 @@ def _say_lists(lists: ImageLists) -> None:
     totals = {split: sum(len(names[split]) for names in lists.names.values()) for split in SPLITS}
     counts = ", ".join(f"{split} {total}" for split, total in totals.items())
     print(f"The lists name {len(lists)} images of {len(lists.folders)} classes: {counts}.", flush=True)
+    if lists.hidden:
+        print(f"The lists name {lists.hidden} hidden files, which are skipped.", flush=True)
 
 
 def _summarise(output: Path, lists: ImageLists, found: dict[str, set[str]]) -> None:
@@ -162,10 +167,12 @@ def _summarise(output: Path, lists: ImageLists, found: dict[str, set[str]]) -> N
         print(f"warning: {shared} images stand in several splits (repeated.csv): what is learned from is tested on.")
     if len(repeated) > shared:
         print(f"warning: {len(repeated) - shared} images are named more than once in one list (repeated.csv).")
-    uneven = [name for name, *numbers in rows if not all(numbers)]
-    if uneven:
-        names = ", ".join(uneven[:NAMES_SHOWN]) + (", ..." if len(uneven) > NAMES_SHOWN else "")
-        print(f"warning: {len(uneven)} classes lack images in a split, where training refuses the set: {names}.")
+    for where, lacking in (
+        ("train or val, where training refuses the set", [name for name, *numbers in rows if not all(numbers[:2])]),
+        ("test, whose metrics are over the others", [name for name, *_, in_test in rows if not in_test]),
+    ):
+        if lacking:
+            print(f"warning: {len(lacking)} classes lack images in {where}: {list_names(lacking, NAMES_SHOWN)}.")
 
 
 def _report_missing(

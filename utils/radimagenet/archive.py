@@ -2,6 +2,7 @@
 
 import gzip
 import os
+import sys
 import tarfile
 import zlib
 from collections.abc import Iterator
@@ -11,6 +12,7 @@ from typing import NamedTuple
 from tqdm import tqdm
 
 from utils.errors import UserError
+from utils.listing import is_hidden
 
 GZIP_MAGIC = b"\x1f\x8b"
 MAX_BYTES = 2**26  # of a member that is read, of which some 33 are held at once
@@ -47,6 +49,7 @@ class BoundedTarInfo(tarfile.TarInfo):
 def read_archive(archive: Path, endings: tuple[str, ...], label: str) -> Iterator[Member]:
     """The regular files of an archive whose names end so (in small letters), in its order, under a bar of its bytes.
 
+    Hidden ones are skipped, and their number is printed at the end.
     Raises UserError for a member that would leave the folder it is unpacked in, or is a link or a device, wherever it
     stands; for a file too long; and for an archive that is damaged or cut short, which may be only after its last
     whole member was given.
@@ -58,10 +61,13 @@ def read_archive(archive: Path, endings: tuple[str, ...], label: str) -> Iterato
             _decompressed(raw) as stream,
             tarfile.open(fileobj=stream, mode="r|", tarinfo=BoundedTarInfo) as tar,
         ):
+            hidden = 0
             while (member := tar.next()) is not None:
                 tar.members.clear()  # which would grow to gigabytes
                 _check(archive, member)
-                if member.isreg() and member.name.lower().endswith(endings):
+                if _is_hidden(member.name):
+                    hidden += 1
+                elif member.isreg() and member.name.lower().endswith(endings):
                     if member.size > (MAX_LIST_BYTES if member.name.lower().endswith(".csv") else MAX_BYTES):
                         raise UserError(f"{archive}: its member {member.name!r} has {member.size} bytes; remove it.")
                     data = tar.extractfile(member).read()
@@ -69,6 +75,8 @@ def read_archive(archive: Path, endings: tuple[str, ...], label: str) -> Iterato
                     yield Member(os.path.normpath(member.name), data, changed)
                 bar.update(raw.tell() - bar.n)
             _check_end(archive, tar)
+            if hidden:
+                tqdm.write(f"{archive}: skipped {hidden} hidden members", file=sys.stdout)
             bar.update(raw.tell() - bar.n)
     except (tarfile.TarError, EOFError, zlib.error, gzip.BadGzipFile, RecursionError) as error:  # header after header
         raise UserError(f"{archive}: is no tar archive, damaged or cut short ({error}); get it again.") from None
@@ -78,6 +86,12 @@ def read_archive(archive: Path, endings: tuple[str, ...], label: str) -> Iterato
 
 def is_archive(path: Path) -> bool:
     return path.is_file() and path.name.lower().endswith((".tar", ".tar.gz", ".tgz"))
+
+
+def _is_hidden(name: str) -> bool:
+    """Whether the member is hidden or in a folder such as __MACOSX. Folders with a dot may hold the whole archive."""
+    *folders, last = name.removeprefix("./").split("/")
+    return is_hidden(last) or any(is_hidden(folder) for folder in folders if not folder.startswith("."))
 
 
 def _decompressed(raw) -> gzip.GzipFile:

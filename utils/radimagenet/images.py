@@ -13,6 +13,7 @@ from typing import NamedTuple, TypeVar
 from utils.errors import UserError
 from utils.files import temporary_path
 from utils.images import read_image
+from utils.listing import PassedOver
 from utils.radimagenet.archive import Member
 from utils.radimagenet.masks import MAX_BYTES, correct, read_mask
 
@@ -133,18 +134,22 @@ def put_one(source: str, target: str, there: bool, put: Put) -> None:
         raise UserError(f"{target}: is there already, and is not what this run makes of {source}; remove it.")
 
 
-def find_files(folder: str) -> set[str]:
-    """The names of the regular files of a folder, and of links to such; none of a folder that is not there."""
+def find_files(folder: str, passed_over: PassedOver) -> set[str]:
+    """The names of the regular files of a folder, and of links to such, without hidden ones, which are counted.
+
+    None of a folder that is not there.
+    """
     try:
-        return {entry.name for entry in os.scandir(folder) if entry.is_file()}
+        files = {entry.name: entry.is_file() for entry in os.scandir(folder)}
+        return {name for name in passed_over.keep_visible(list(files)) if files[name]}
     except FileNotFoundError:
         return set()
     except OSError as error:
         raise UserError(f"{folder}: cannot read this folder ({error.strerror}).") from None
 
 
-def find_there(folder: str) -> set[str]:
-    """All names of a folder, without what a run that was killed has left half-written, which is removed."""
+def find_there(folder: str, passed_over: PassedOver) -> set[str]:
+    """All names of a folder but hidden ones, which are counted; what a killed run has left half-written is removed."""
     names = set()
     try:
         for entry in os.scandir(folder):
@@ -156,7 +161,7 @@ def find_there(folder: str) -> set[str]:
         pass
     except OSError as error:
         raise UserError(f"{error.filename or folder}: cannot be read or removed ({error.strerror}).") from None
-    return names
+    return set(passed_over.keep_visible(list(names)))
 
 
 def in_threads(function: Callable[[Item], Outcome], items: Iterable[Item]) -> Iterator[Outcome]:

@@ -1,18 +1,24 @@
 """RadImageNet's lists, RadiologyAI_{train,val,test}.csv: which image belongs to which class and split."""
 
+import codecs
 import csv
+import functools
 import io
 import itertools
 from typing import BinaryIO
 
-from torchvision.datasets.folder import IMG_EXTENSIONS
-
 from utils.errors import UserError
+from utils.listing import is_hidden, is_image
 
 SPLITS = ("train", "val", "test")
 ROOT = "radiology_ai"
 DEPTHS = {"CT": 4, "MR": 4, "US": 3}  # names in the path of a label's folder, of ROOT and the modality on
 LAYOUT = f"{ROOT}/{{CT,MR}}/<anatomy>/<label>/<image>.png or {ROOT}/US/<label>/<image>.png"
+
+
+@functools.cache
+def _lies_hidden(folder: str) -> bool:
+    return any(is_hidden(part) for part in folder.split("/") if part not in (".", ".."))
 
 
 def list_name(split: str) -> str:
@@ -23,13 +29,15 @@ class ImageLists:
     """What the lists name.
 
     `folders`: for each class, such as CT__abd__normal, the folder of its images, radiology_ai/CT/abd/normal;
-    `names[class][split]`: the names of its images; `again`: (split, filename) of what a list names once more.
+    `names[class][split]`: the names of its images; `again`: (split, filename) of what a list names once more;
+    `hidden`: how many hidden files they name, which are skipped.
     """
 
     def __init__(self) -> None:
         self.folders: dict[str, str] = {}
         self.names: dict[str, dict[str, set[str]]] = {}
         self.again: list[tuple[str, str]] = []
+        self.hidden = 0
 
     def __len__(self) -> int:
         return sum(len(names) for of_class in self.names.values() for names in of_class.values())
@@ -44,7 +52,10 @@ class ImageLists:
         shown: the list's name in messages. Raises UserError for a list that is empty or no such table, for paths of
         another layout, and for two folders that would become one class.
         """
-        text = io.TextIOWrapper(file, encoding="utf-8-sig", errors="surrogateescape", newline="")
+        is_utf16 = file.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+        file.seek(0)
+        encoding = "utf-16" if is_utf16 else "utf-8-sig"
+        text = io.TextIOWrapper(file, encoding=encoding, errors="surrogateescape", newline="")
         rows = csv.reader(text)
         folders: dict[str, set[str]] = {}
         try:
@@ -56,16 +67,19 @@ class ImageLists:
                 if len(row) <= column:
                     raise UserError(f"{shown}, line {rows.line_num}: has no column 'filename'; get the list again.")
                 folder, _, name = row[column].rpartition("/")
+                if is_hidden(name) or _lies_hidden(folder):
+                    self.hidden += 1
+                    continue
                 names = folders.get(folder)
                 if names is None:
                     names = folders[folder] = self._add_folder(split, folder, f"{shown}, line {rows.line_num}")
                 if name in names:
                     self.again.append((split, row[column]))
                     continue
-                if "\0" in name or not name.lower().endswith(IMG_EXTENSIONS):
+                if "\0" in name or not is_image(name):
                     raise UserError(f"{shown}, line {rows.line_num}: {row[column]!r} is no image; expected {LAYOUT}.")
                 names.add(name)
-        except csv.Error as error:
+        except (csv.Error, UnicodeError) as error:
             raise UserError(f"{shown}, line {rows.line_num}: cannot be read ({error}); get the list again.") from None
         if not folders:
             raise UserError(f"{shown}: names no image; get the list again.")

@@ -9,6 +9,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from utils.errors import UserError
+from utils.listing import PassedOver
 from utils.radimagenet.archive import Member, is_archive, read_archive
 from utils.radimagenet.images import (
     Batch,
@@ -37,13 +38,14 @@ class Tree:
     def __init__(self, output: Path, lists: ImageLists) -> None:
         """Makes the folders. Raises UserError if one cannot be made, or holds what the lists do not name."""
         self.output, self.lists = output, lists
+        self.passed_over = PassedOver()  # here and in the source
         self.there: dict[tuple[str, str], set[str]] = {}
         for split in SPLITS:
             classes = [name for name, splits in lists.names.items() if splits[split]]
-            _check_named(output / split, find_there(str(output / split)), set(classes))
+            _check_named(output / split, find_there(str(output / split), self.passed_over), set(classes))
             for name in classes:
                 folder = self.folder(name, split)
-                self.there[name, split] = find_there(folder)
+                self.there[name, split] = find_there(folder, self.passed_over)
                 _check_named(Path(folder), self.there[name, split], lists.names[name][split])
         try:
             for name, split in self.there:
@@ -90,7 +92,7 @@ class Masks:
         self.path, self.in_archive = path, not path.is_dir()
         self.images: set[str] = set()
         if not self.in_archive:
-            self.images = {stem(name) for name in find_files(str(path)) if name.endswith(".npy")}
+            self.images = {stem(name) for name in find_files(str(path), PassedOver()) if name.endswith(".npy")}
             if not self.images:
                 raise UserError(f"{path}: holds no correction mask (<image>.npy); give the folder that holds them.")
         elif not is_archive(path):
@@ -125,7 +127,10 @@ def stem(image: str) -> str:
 def place_folder(tree: Tree, source: Path, link: str, masks: Masks | None) -> dict[str, set[str]]:
     """Link, copy or correct the images below `source`; gives the names of those found, by class."""
     folders = tree.lists.folders.items()
-    found = {name: find_files(os.path.join(source, folder)) & tree.lists.listed(name) for name, folder in folders}
+    found = {
+        name: find_files(os.path.join(source, folder), tree.passed_over) & tree.lists.listed(name)
+        for name, folder in folders
+    }
     corrected = {name for name in found if masks and name.startswith(ULTRASOUND)}
     batches = list(_batches(tree, source, link, {name: found[name] for name in found.keys() - corrected}))
     with tqdm(total=sum(len(batch.names) for batch in batches), desc=link, unit=" images", disable=None) as bar:
