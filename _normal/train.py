@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader
 
 from utils import arguments, distributed, models, optim, provenance, run, wiring, wiring_data
 from utils.bad_images import BadImages
+from utils.command_line import expanded
 from utils.data import batches
 from utils.errors import agreed, join_processes, run_script
 from utils.evaluation import measure, predict, report_test
@@ -30,7 +31,8 @@ SCRIPT = "_normal"
 def build_parser() -> arguments.Parser:
     parser = arguments.shared_parser(__doc__)
     group = parser.add_argument_group("fine-tuning")
-    group.add_argument("--finetune", metavar="FILE", help="start from these weights; other classes get a new head")
+    group.add_argument("--finetune", type=expanded, metavar="FILE", help="start from these weights; other classes get "
+        "a new head")  # fmt: skip
     group.add_argument("--freeze-backbone", action="store_true", help="train the head only")
     return parser
 

@@ -100,7 +100,7 @@ def test_values_of_other_code_are_taken_only_if_they_fit():
         (("--lr", "-1"), "above 0"),
         (("--lr", "nan"), "above 0"),
         (("--momentum", "1.5"), "from 0 to 1"),
-        (("--epochs", "many"), "invalid positive_int value: 'many'"),
+        (("--epochs", "many"), "--epochs: 'many': expected a whole number"),
         (("--mean", "1", "2"), "--mean: expected one value or three, got 2"),
         (("--val-crop-size", "300"), "larger than --val-resize-size 256"),
         (("--ra-magnitude", "31"), "--ra-magnitude 31: expected 0 to 30"),

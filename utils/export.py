@@ -22,6 +22,7 @@ from torch import nn
 
 from utils import arguments, onnx_file
 from utils.checkpoint import Weights, safetensors_bytes
+from utils.command_line import expanded
 from utils.errors import UserError, run_script
 from utils.files import write_atomically
 from utils.inference import Classifier, add_mask_flags, add_weights_flags, is_heated, open_classifier
@@ -34,11 +35,14 @@ METHODS = {"learned": "gradientp", "prior": "prior", "uniform": "uniform"}
 
 
 def build_parser() -> arguments.Parser:
-    parser = arguments.Parser("Weights to pass on, in a folder that timm and the hub can read.")
-    parser.prog = "python -m utils.export"
+    parser = arguments.Parser(
+        "Weights to pass on, in a folder that timm and the hub can read.",
+        prog="python -m utils.export",
+        show_defaults=True,
+    )
     add_mask_flags(add_weights_flags(parser))
     add = parser.add_argument
-    add("-o", "--output", default=".", metavar="FOLDER", help="where the new folder is made")
+    add("-o", "--output", type=expanded, default=".", metavar="FOLDER", help="where the new folder is made")
     add("--data-name", help="of the training data, for the name; None: that of the file's --data-path")
     add("--license", default="unknown", help="of the weights, as the hub names it: cc-by-4.0, say")
     add("--onnx", action="store_true", help="also <name>.onnx; needs the packages onnx and onnxscript")

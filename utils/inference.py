@@ -12,6 +12,7 @@ from torch import nn
 
 from utils import arguments, checkpoint, models, wiring
 from utils.checkpoint import Weights
+from utils.command_line import expanded
 from utils.errors import UserError
 from utils.flag_types import positive_float, positive_int
 from utils.folders import find_classes
@@ -31,10 +32,11 @@ class Classifier(NamedTuple):
 
 def add_weights_flags(parser: arguments.Parser) -> argparse._ArgumentGroup:
     """The file, and what to say where it does not: model, classes and preprocessing. Returns the group of these."""
-    parser.add_argument("file", metavar="WEIGHTS", help="a .pth or .safetensors file; it may say all of the following")
+    parser.add_argument("file", type=expanded, metavar="WEIGHTS", help="a .pth or .safetensors file; it may say all of "
+        "the following")  # fmt: skip
     group = parser.add_argument_group("only where the file does not say it")
     group.add_argument("--model", help="any timm classifier")
-    group.add_argument("--classes", metavar="FILE", help="one name a line, or a folder of class folders")
+    group.add_argument("--classes", type=expanded, metavar="FILE", help="one name a line, or a folder of class folders")
     arguments.add_input_flags(group)
     return group
 

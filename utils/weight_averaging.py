@@ -1,6 +1,5 @@
 """Average the weights of several files: `python -m utils.weight_averaging A.pth B.pth C.pth -o OUT.pth`."""
 
-import argparse
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,6 +7,7 @@ from pathlib import Path
 import torch
 
 from utils.checkpoint import FORMAT_VERSION, StateDict, Weights, read_weights, save
+from utils.command_line import Parser, expanded
 from utils.errors import UserError, run_script
 
 
@@ -46,9 +46,13 @@ def _check_different(paths: list[str]) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m utils.weight_averaging", description=__doc__)
-    parser.add_argument("files", nargs="+", metavar="FILE", help="weights of one model, usually of its last epochs")
-    parser.add_argument("-o", "--output", required=True, help="where to write; --finetune and --test-only read it")
+    parser = Parser(__doc__, prog="python -m utils.weight_averaging")
+    parser.add_argument(
+        "files", nargs="+", type=expanded, metavar="FILE", help="weights of one model, usually of its last epochs"
+    )
+    parser.add_argument(
+        "-o", "--output", type=expanded, required=True, help="where to write; --finetune and --test-only read it"
+    )
     parser.add_argument("--overwrite", action="store_true", help="write over a file that is there already")
     options = parser.parse_args(argv)
     output = Path(options.output)
