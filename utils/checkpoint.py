@@ -18,9 +18,9 @@ from typing import Any, NamedTuple
 import safetensors
 import safetensors.torch
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from utils import verification
+from utils import foreign, verification
 from utils.errors import UserError
 from utils.files import temporary_path, write_atomically
 from utils.models import StateDict
@@ -173,47 +173,43 @@ class Weights(NamedTuple):
     args: dict[str, Any]  # what a command line can give; empty if the file holds none
     policy_net: StateDict | None
     path: str
+    notes: list[str]  # what was chosen among several contents of the file, in sentences
 
 
 def read_weights(path: str | Path) -> Weights:
-    """Weights from our files, the authors' checkpoints, a bare state dict or safetensors.
+    """Weights from our files, the authors', timm's, torchvision's, Lightning's, safetensors or a bare state dict.
 
-    From a full state with a moving average (`--model-ema`) these are the averaged weights, which were validated.
-    Raises UserError as `read` does, and for a file without a state dict of finite numbers.
+    Moving averages are preferred: those of `--model-ema`, which were validated, and as timm does those of other code.
+    Raises UserError as `read` does, and for a file without a state dict. Numbers of other code's files may still be NaN
+    or infinite (metrics keep such buffers among the weights): see `loading.fit`.
     """
     state = read(path)
-    wrapped = isinstance(state.get("model"), dict)
-    found = state
-    if wrapped:
-        found = state["model"] if state.get("model_ema") is None else state["model_ema"]
-    if not _is_state_dict(found):
+    ours = "format_version" in state
+    container = foreign.choose_container(path, state)
+    found = state if container is None else state[container]
+    if not foreign.is_state_dict(found):
         raise UserError(f"{path}: holds no state dict: expected tensors by name, or a dictionary with such a 'model'.")
     model = clean_keys(found)
     model.pop("n_averaged", None)  # in torchvision's state of a moving average, beside the weights
-    verification.check_state_dict(path, model)
-    args = state.get("args", {}) if wrapped else {}
-    args = vars(args) if isinstance(args, argparse.Namespace) else args
-    ours = "format_version" in state
+    verification.check_state_dict(path, model, finite=ours)
+    args, notes = {}, []
     if ours:
         verification.check_classes(path, state)
         verification.check_types(path, state, args=dict)
+        args = state["args"]
         if "policy_net" in state:
             verification.check_types(path, state, policy_net=dict)
             verification.check_state_dict(path, state["policy_net"])
+    elif container is not None:
+        args = foreign.arguments_of(state, container)
+        notes = foreign.describe_choice(path, state, container)
     return Weights(
         model=model,
         classes=state["classes"] if ours else None,
-        args={name: value for name, value in args.items() if _is_plain(value)} if isinstance(args, dict) else {},
+        args={name: value for name, value in args.items() if _is_plain(value)},
         policy_net=state.get("policy_net") if ours else None,
         path=str(path),
-    )
-
-
-def _is_state_dict(found: Any) -> bool:
-    return (
-        isinstance(found, dict)
-        and len(found) > 0
-        and all(isinstance(key, str) and isinstance(value, Tensor) for key, value in found.items())
+        notes=notes,
     )
 
 

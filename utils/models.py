@@ -13,9 +13,14 @@ from utils.errors import UserError
 StateDict = dict[str, Tensor]
 
 
+def is_known(name: str) -> bool:
+    """Whether timm has a model of this name."""
+    return timm.is_model(name)
+
+
 def check_model_name(name: str, flag: str = "--model") -> None:
     """Raise UserError, with the closest names, unless timm has this model."""
-    if not timm.is_model(name):
+    if not is_known(name):
         closest = difflib.get_close_matches(name, timm.list_models(), n=3)
         hint = f"did you mean {', '.join(closest)}?" if closest else "timm.list_models() lists all names."
         raise UserError(f"{flag} {name}: timm has no such model; {hint}")
@@ -84,7 +89,12 @@ def head_size(model: nn.Module, state_dict: StateDict) -> int | None:
     return next((weight.shape[0] for weight in weights if weight is not None and weight.ndim > 0), None)
 
 
-def _is_head_key(key: str, heads: list[str]) -> bool:
+def lacks_head(model: nn.Module, state_dict: StateDict) -> bool:
+    """Whether a state dict holds no weight under the name of a head of the model."""
+    return not any(f"{head}.weight" in state_dict for head in head_names(model))
+
+
+def is_head_key(key: str, heads: list[str]) -> bool:
     return any(key.startswith(f"{head}.") for head in heads)
 
 
@@ -95,8 +105,8 @@ def load_classifier(model: nn.Module, state_dict: StateDict, source: str, *, ren
     """
     if renew_head:
         heads = head_names(model)
-        fresh = {key: value for key, value in model.state_dict().items() if _is_head_key(key, heads)}
-        state_dict = {key: value for key, value in state_dict.items() if not _is_head_key(key, heads)} | fresh
+        fresh = {key: value for key, value in model.state_dict().items() if is_head_key(key, heads)}
+        state_dict = {key: value for key, value in state_dict.items() if not is_head_key(key, heads)} | fresh
     load_strictly(model, state_dict, source, " Give the --model and --train-crop-size they were made with.")
 
 
@@ -124,7 +134,7 @@ def freeze_backbone(model: nn.Module) -> None:
     """Let only the head learn: all other parameters stop requiring gradients (see `set_training_mode` for buffers)."""
     heads = head_names(model)
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(_is_head_key(name, heads))
+        parameter.requires_grad_(is_head_key(name, heads))
 
 
 def set_training_mode(model: nn.Module, backbone_frozen: bool = False) -> None:

@@ -7,13 +7,14 @@ from typing import Any, NamedTuple
 
 import torch
 
-from utils import arguments, checkpoint, distributed, progress
+from utils import arguments, checkpoint, distributed, loading, progress
 from utils.checkpoint import NotDamaged, Weights
 from utils.errors import UserError, agreed
 from utils.files import remove_temporaries, write_atomically
 from utils.progress import Position
 from utils.samplers import derive_seed
 from utils.state import restore_rng_state
+from utils.text import printable
 
 AUTO = "auto"
 
@@ -77,12 +78,26 @@ def choose_start(parser: arguments.Parser, given: dict[str, Any], script: str) -
     test_only = given.get("test_only", False)
     if finetune or (resume and test_only):
         weights = checkpoint.read_weights(resume or finetune)
-        args = arguments.for_weights(parser, given, weights.args, weights.path, test_only=test_only)
+        for note in weights.notes:
+            progress.say(note)
+        saved = loading.usable_args(weights, given, progress.say)
+        args = arguments.for_weights(parser, given, saved, weights.path, test_only=test_only)
+        if weights.classes is None:
+            _report_foreign_args(args, given, saved, weights.path)
         return Start(args, None, weights)
     if resume:
         state = checkpoint.read_checkpoint(resume, script)
         return Start(arguments.for_resume(parser, given, state["args"], resume), state, None)
     return Start(arguments.for_fresh_start(parser, given), None, None)
+
+
+def _report_foreign_args(args: argparse.Namespace, given: dict[str, Any], saved: dict[str, Any], path: str) -> None:
+    """Print which flags come from a file of other code, and which of the preprocessing are assumed."""
+    names = [name for name in arguments.MODEL_FLAGS if name in saved and name not in given]
+    taken = [arguments.typed(name, saved[name]) for name in names if getattr(args, name, None) == saved[name]]
+    if taken:
+        progress.say(printable(f"{path}: used of its arguments: {' '.join(taken)}"))
+    loading.report_preprocessing(args, given, saved, path, progress.say)
 
 
 def make_output_dir(output_dir: Path) -> None:

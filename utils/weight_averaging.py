@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from utils import verification
 from utils.checkpoint import FORMAT_VERSION, StateDict, Weights, read_weights, save
 from utils.command_line import Parser, expanded
 from utils.errors import UserError, run_script
@@ -62,6 +63,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise UserError(f"{output.parent}: no such folder.")
     _check_different(options.files)
     files = [read_weights(path) for path in options.files]
+    for weights in files:
+        verification.check_state_dict(weights.path, weights.model)
+        print(*weights.notes, sep="\n", end="\n" if weights.notes else "")
     last = files[-1]
     state = {"model": average(files), "args": last.args}
     if last.classes is not None:  # which the authors' files do not name
