@@ -232,7 +232,7 @@ def test_the_commands_read_weights_of_other_code(image_folder, tmp_path, capsys)
 
 def test_the_prefix_is_that_of_most_keys():
     state = {**state_of(0, "a."), "conv1.weight": torch.zeros(1), "b.fc.weight": torch.zeros(1)}
-    weights = Weights(state, None, {}, None, "file.pth", [])
+    weights = Weights(state, None, {}, None, "file.pth", False, [])
     said: list[str] = []
     assert loading.fit(network(), weights, said.append).keys() == network().state_dict().keys()
     assert any("left out, since they are not below 'a.': conv1.weight, b.fc.weight" in line for line in said)

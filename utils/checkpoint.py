@@ -173,6 +173,7 @@ class Weights(NamedTuple):
     args: dict[str, Any]  # what a command line can give; empty if the file holds none
     policy_net: StateDict | None
     path: str
+    full_state: bool  # whether the file is a checkpoint.pth, with optimisers and all
     notes: list[str]  # what was chosen among several contents of the file, in sentences
 
 
@@ -209,6 +210,7 @@ def read_weights(path: str | Path) -> Weights:
         args={name: value for name, value in args.items() if _is_plain(value)},
         policy_net=state.get("policy_net") if ours else None,
         path=str(path),
+        full_state="optimizers" in state,
         notes=notes,
     )
 
