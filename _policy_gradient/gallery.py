@@ -5,7 +5,9 @@ and the masked image, before training and as the checkpoint has them.
 """
 
 import argparse
+import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ import numpy as np
 from _policy_gradient.examples import CPU, Examples, Stage, after, choose_examples, draw_stages, run_policy
 from _policy_gradient.policy import Policy
 from _policy_gradient.train import SCRIPT, build_mask, build_parser, build_policy
-from utils import arguments, checkpoint, wiring, wiring_data
+from utils import arguments, checkpoint, run, wiring, wiring_data
 from utils.command_line import Parser, expanded, expanded_path
 from utils.errors import UserError, run_script
 from utils.figures import output_path, write_figure
@@ -58,7 +60,9 @@ def read_run(path: Path, data_path: str | None, split: str) -> tuple[argparse.Na
     args = arguments.for_resume(build_parser(), given, state["args"], str(path))
     # As --test-only would see it. Pretrained weights draw nothing at random.
     new = {"split": split, "test_only": True, "weights": None, "sync_bn": False, "channels_last": None}
-    return argparse.Namespace(**vars(args) | new | {"cache_dataset": "off", "cache_dir": None}), state
+    args = argparse.Namespace(**vars(args) | new | {"cache_dataset": "off", "cache_dir": None})
+    run.report_paths(args, given, str(path), partial(print, file=sys.stderr))  # stdout is for results
+    return args, state
 
 
 def main(argv: Sequence[str] | None = None) -> None:

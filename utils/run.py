@@ -2,6 +2,7 @@
 
 import argparse
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,6 +18,7 @@ from utils.state import restore_rng_state
 from utils.text import printable
 
 AUTO = "auto"
+PATHS = ("data_path", "exclude", "cache_dir")  # that a resumed run takes from its file unless they are given
 
 
 class Start(NamedTuple):
@@ -87,8 +89,20 @@ def choose_start(parser: arguments.Parser, given: dict[str, Any], script: str) -
         return Start(args, None, weights)
     if resume:
         state = checkpoint.read_checkpoint(resume, script)
-        return Start(arguments.for_resume(parser, given, state["args"], resume), state, None)
+        args = arguments.for_resume(parser, given, state["args"], resume)
+        report_paths(args, given, resume)
+        return Start(args, state, None)
     return Start(arguments.for_fresh_start(parser, given), None, None)
+
+
+def report_paths(
+    args: argparse.Namespace, given: dict[str, Any], source: str, report: Callable[[str], None] = progress.say
+) -> None:
+    """Report which paths of a resumed run come from its file, which may be somebody else's or of another machine."""
+    taken = [name for name in PATHS if name not in given and getattr(args, name) is not None]
+    if taken:
+        flags = " ".join(arguments.typed(name, getattr(args, name)) for name in taken)
+        report(printable(f"{source}: paths taken from this file: {flags}"))
 
 
 def _report_foreign_args(args: argparse.Namespace, given: dict[str, Any], saved: dict[str, Any], path: str) -> None:
