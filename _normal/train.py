@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader
 from utils import arguments, distributed, models, optim, provenance, run, wiring, wiring_data
 from utils.bad_images import BadImages
 from utils.command_line import expanded
+from utils.compiling import check_compiler
 from utils.data import batches
 from utils.errors import agreed, join_processes, run_script
 from utils.evaluation import measure, predict, report_test
@@ -128,6 +129,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         training = TrainingState({"model": model}, update, ema, RunningMean(device))
         if state:
             training.put_back(state, args.resume)
+        if args.compile:
+            check_compiler(device)
         run.begin_run(output_dir, SCRIPT, args.resume, start, args.epochs)
         wiring.write_provenance(args, SCRIPT, argv, splits, start, device)
     wiring_data.use_cache(args, splits, device)

@@ -157,6 +157,7 @@ def rehearse(
         output_dir=saver.output_dir,
         epochs_left=args.epochs - saver.position.epoch,
         device=device,
+        compiled=args.compile,
     )
 
 
