@@ -137,7 +137,7 @@ def test_a_required_flag_that_is_misspelt_is_recognised():
         experiments_run.main(["plan.py", "--data-pth", "x"])
 
 
-def test_the_flags_of_a_subcommand_are_not_taken_for_misspelt_ones_of_the_command():
+def test_the_flags_of_a_subcommand_are_not_taken_for_misspelt_ones():
     with pytest.raises(UserError, match=r"invalid choice: 'curvs' .*; did you mean curves\? \(--help"):
         plots.main(["curvs", "--output", "x"])
 

@@ -73,7 +73,7 @@ def test_other_errors_are_not_taken_for_those_of_compilation(error):
     assert compiling.compile_failure(error) is None
 
 
-def test_a_model_that_cannot_be_compiled_ends_the_run_before_its_first_epoch(image_folder, tmp_path, monkeypatch):
+def test_a_model_that_cannot_be_compiled_ends_before_the_first_epoch(image_folder, tmp_path, monkeypatch):
     def backend(*_):
         raise NotImplementedError("no kernel for this operator\nmore lines")
 

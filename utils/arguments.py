@@ -11,6 +11,7 @@ from utils import optim, transforms
 from utils.command_line import Parser, absolute, expanded
 from utils.errors import UserError
 from utils.flag_types import fraction, natural, non_negative_float, positive_float, positive_int
+from utils.model_sources import model_name
 
 # What a resumed run may be given anew, since the trajectory does not depend on it (`epochs` rebuilds the schedule; of
 # `exclude` and `data_path` the images left are compared).
@@ -82,8 +83,9 @@ def add_input_flags(group: argparse._ActionsContainer) -> None:
 
 def _add_model_flags(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
-    add("--model", default="resnet50", help="any timm classifier")
-    add("--weights", metavar="TAG", help="start from timm's pretrained weights of this tag (a1_in1k, say)")
+    add("--model", type=model_name, default="resnet50", help="any timm classifier; hf-hub:ORG/NAME, local-dir:FOLDER")
+    add("--weights", metavar="TAG", help="start from timm's pretrained weights of this tag (a1_in1k, say); "
+        "default: those of the hf-hub: or local-dir: model")  # fmt: skip
     add("--sync-bn", action="store_true", help="share BatchNorm statistics over all GPUs")
     add("--model-ema", action="store_true", help="keep, validate and save a moving average of the weights")
     add("--model-ema-steps", type=positive_int, default=32, help="steps between updates of the moving average")

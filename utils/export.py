@@ -27,6 +27,7 @@ from utils.errors import UserError, run_script
 from utils.files import write_atomically
 from utils.inference import Classifier, add_mask_flags, add_weights_flags, is_heated, open_classifier
 from utils.model_card import model_card, read_measured, recipe_flags
+from utils.model_sources import plain_name
 from utils.transforms import three_values
 
 CPU = torch.device("cpu")
@@ -210,6 +211,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             f"{arguments.flag(masks[0])}: a heated model has all of --grid, --kernel and --sigma; give all."
         )
     classifier = open_classifier(given, CPU)
+    classifier.args.model = plain_name(classifier.args.model)
     data_name = choose_data_name(options["data_name"], classifier.weights)
     target = Path(options["output"]) / export_name(classifier.args, classifier.weights, data_name)
     try:

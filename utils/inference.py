@@ -16,6 +16,7 @@ from utils.command_line import expanded
 from utils.errors import UserError
 from utils.flag_types import positive_float, positive_int
 from utils.folders import find_classes
+from utils.model_sources import model_name
 
 
 class Classifier(NamedTuple):
@@ -32,7 +33,7 @@ def add_weights_flags(parser: arguments.Parser) -> argparse._ArgumentGroup:
     parser.add_argument("file", type=expanded, metavar="WEIGHTS", help="a .pth or .safetensors file; it may say all of "
         "the following")  # fmt: skip
     group = parser.add_argument_group("only where the file does not say it")
-    group.add_argument("--model", help="any timm classifier")
+    group.add_argument("--model", type=model_name, help="any timm classifier")
     group.add_argument("--classes", type=expanded, metavar="FILE", help="one name a line, or a folder of class folders")
     arguments.add_input_flags(group)
     return group

@@ -12,6 +12,7 @@ from utils import arguments, checkpoint, distributed, loading, progress
 from utils.checkpoint import NotDamaged, Weights
 from utils.errors import UserError, agreed
 from utils.files import remove_temporaries, write_atomically
+from utils.model_sources import OWN_WEIGHTS, is_source
 from utils.progress import Position
 from utils.samplers import derive_seed
 from utils.state import restore_rng_state
@@ -84,6 +85,7 @@ def choose_start(parser: arguments.Parser, given: dict[str, Any], script: str) -
             progress.say(note)
         saved = loading.usable_args(weights, given, progress.say)
         args = arguments.for_weights(parser, given, saved, weights.path, test_only=test_only)
+        report_paths(args, given, weights.path)
         if weights.classes is None:
             _report_foreign_args(args, given, saved, weights.path)
         return Start(args, None, weights)
@@ -92,7 +94,22 @@ def choose_start(parser: arguments.Parser, given: dict[str, Any], script: str) -
         args = arguments.for_resume(parser, given, state["args"], resume)
         report_paths(args, given, resume)
         return Start(args, state, None)
-    return Start(arguments.for_fresh_start(parser, given), None, None)
+    args = arguments.for_fresh_start(parser, given)
+    _report_random_weights(args)
+    return Start(args, None, None)
+
+
+def _report_random_weights(args: argparse.Namespace) -> None:
+    """Print that a name with a tag, or of the hub, brings no weights along."""
+    name = args.model
+    if args.weights is None and is_source(name):
+        progress.say(f"--model {name}: the weights are random; --weights {OWN_WEIGHTS} starts from its own.")
+    elif args.weights is None and "." in name:
+        tag = name.split(".", 1)[1]
+        progress.say(f"--model {name}: the weights are random; --weights {tag} starts from those of the tag.")
+    policy = args.policy_model if getattr(args, "mask_policy", None) == "learned" else ""
+    if is_source(policy) or "." in policy:
+        progress.say(f"--policy-model {policy}: the policy's weights are random; those of the name are not loaded.")
 
 
 def report_paths(
@@ -100,6 +117,8 @@ def report_paths(
 ) -> None:
     """Report which paths of a resumed run come from its file, which may be somebody else's or of another machine."""
     taken = [name for name in PATHS if name not in given and getattr(args, name) is not None]
+    models = [name for name in ("model", "policy_model") if is_source(getattr(args, name, ""))]
+    taken += [name for name in models if name not in given]
     if taken:
         flags = " ".join(arguments.typed(name, getattr(args, name)) for name in taken)
         report(printable(f"{source}: paths taken from this file: {flags}"))
