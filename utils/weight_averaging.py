@@ -22,9 +22,19 @@ MISSING = object()  # an argument that this file does not say: it is older than 
 def average(files: list[Weights]) -> StateDict:
     """The mean of each floating-point tensor, summed in float64; integer buffers are the last file's, as integers.
 
-    The released code averages the integers too, and makes floats of them. Raises UserError if the files do not match.
+    The released code averages the integers too, and makes floats of them. The files must pass `_check_fit`.
     """
-    first, last = files[0], files[-1]
+    averaged = {}
+    for key, value in files[-1].model.items():
+        if value.is_floating_point():
+            value = torch.stack([weights.model[key].double() for weights in files]).mean(0).to(value.dtype)
+        averaged[key] = value
+    return averaged
+
+
+def _check_fit(files: list[Weights]) -> None:
+    """Raise UserError for files of other tensors or classes than the first one."""
+    first = files[0]
     for other in files[1:]:
         differing = [key for key in first.model if key not in other.model] + [
             key
@@ -35,12 +45,6 @@ def average(files: list[Weights]) -> StateDict:
             raise UserError(f"{other.path}: does not fit {first.path}: {differing[0]} differs; average one model only.")
         if other.classes != first.classes:
             raise UserError(f"{other.path}: was trained on other classes than {first.path}; average one run only.")
-    averaged = {}
-    for key, value in last.model.items():
-        if value.is_floating_point():
-            value = torch.stack([weights.model[key].double() for weights in files]).mean(0).to(value.dtype)
-        averaged[key] = value
-    return averaged
 
 
 def _check_one_run(files: list[Weights]) -> None:
@@ -135,6 +139,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     for weights in files:
         verification.check_state_dict(weights.path, weights.model)
         print(*weights.notes, sep="\n", end="\n" if weights.notes else "")
+    _check_fit(files)
     _check_one_run(files)
     last = files[-1]
     state = {"model": average(files), "args": last.args}
