@@ -14,6 +14,8 @@ from torch.utils.data import DataLoader
 
 from utils import arguments, distributed, models, optim, provenance, run, run_lock, wiring, wiring_data
 from utils.bad_images import BadImages
+from utils.command_line import expanded
+from utils.compiling import check_compiler
 from utils.data import batches
 from utils.errors import agreed, join_processes, run_script
 from utils.evaluation import predict, report_test, validate
@@ -30,7 +32,8 @@ SCRIPT = "_normal"
 def build_parser() -> arguments.Parser:
     parser = arguments.shared_parser(__doc__)
     group = parser.add_argument_group("fine-tuning")
-    group.add_argument("--finetune", metavar="FILE", help="start from these weights; other classes get a new head")
+    group.add_argument("--finetune", type=expanded, metavar="FILE", help="start from these weights; other classes get "
+        "a new head")  # fmt: skip
     group.add_argument("--freeze-backbone", action="store_true", help="train the head only")
     return parser
 
@@ -132,6 +135,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         training = TrainingState({"model": model}, update, ema, RunningMean(device))
         if state:
             training.put_back(state, args.resume)
+        if args.compile:
+            check_compiler(device)
         run.begin_run(output_dir, SCRIPT, args.resume, start, args.epochs)
         wiring.write_provenance(args, SCRIPT, argv, splits, start, device)
     wiring_data.use_cache(args, splits, device)

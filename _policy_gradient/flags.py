@@ -9,6 +9,7 @@ from _policy_gradient.policy import HEAD_WEIGHT, MASK_POLICIES
 from utils import arguments
 from utils.errors import UserError
 from utils.flag_types import natural, non_negative_float, positive_float, positive_fraction, positive_int
+from utils.model_sources import model_name
 from utils.progress import say
 
 IGNORED_FLAGS = {
@@ -25,7 +26,7 @@ def build_parser() -> arguments.Parser:
     parser = arguments.shared_parser("Joint training of a policy network, which masks each image, and a classifier.")
     add = parser.add_argument_group("policy and mask").add_argument
     add("--mask-policy", default="learned", choices=MASK_POLICIES, help="the method, or one of its controls")
-    add("--policy-model", default="resnet10t", help="any timm backbone, for the policy network")
+    add("--policy-model", type=model_name, default="resnet10t", help="any timm backbone, for the policy network")
     add("--policy-lr", type=positive_float, help="with a cosine over all epochs; None: --lr / 10")
     add("--head-weight", type=positive_fraction, default=HEAD_WEIGHT, metavar="W", help="of the image's own heads in "
         "the log-concentrations; the running prior has 1 - W")  # fmt: skip

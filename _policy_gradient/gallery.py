@@ -8,6 +8,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 from contextlib import redirect_stdout
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,8 @@ import numpy as np
 from _policy_gradient.examples import CPU, Examples, Stage, after, choose_examples, draw_stages, run_policy
 from _policy_gradient.policy import Policy
 from _policy_gradient.train import SCRIPT, build_mask, build_parser, build_policy
-from utils import arguments, checkpoint, wiring, wiring_data
+from utils import arguments, checkpoint, run, wiring, wiring_data
+from utils.command_line import Parser, expanded, expanded_path
 from utils.errors import UserError, run_script
 from utils.figures import output_path, write_figure
 from utils.flag_types import positive_int
@@ -59,17 +61,24 @@ def read_run(path: Path, data_path: str | None, split: str) -> tuple[argparse.Na
     args = arguments.for_resume(build_parser(), given, state["args"], str(path))
     # As --test-only would see it. Pretrained weights draw nothing at random.
     new = {"split": split, "test_only": True, "weights": None, "sync_bn": False, "channels_last": None}
-    return argparse.Namespace(**vars(args) | new | {"cache_dataset": "off", "cache_dir": None}), state
+    args = argparse.Namespace(**vars(args) | new | {"cache_dataset": "off", "cache_dir": None})
+    run.report_paths(args, given, str(path), partial(print, file=sys.stderr))  # stdout is for results
+    return args, state
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser("python -m _policy_gradient.gallery", description=__doc__)
-    parser.add_argument("run", type=Path, metavar="RUN", help="the --output-dir of a run, or a checkpoint of it")
-    parser.add_argument("--data-path", help="folder with {train,val,test}/<class>/<image>; default: the run's own")
+    parser = Parser(__doc__, prog="python -m _policy_gradient.gallery")
+    parser.add_argument(
+        "run", type=expanded_path, metavar="RUN", help="the --output-dir of a run, or a checkpoint of it"
+    )
+    parser.add_argument("--data-path", type=expanded, metavar="FOLDER", help="with {train,val,test}/<class>/"
+        "<image>; default: the run's own")  # fmt: skip
     parser.add_argument("--split", default="val", choices=("train", "val", "test"), help="default: val")
     parser.add_argument("--classes", help="names with commas between; default: all, or 16 of more, evenly chosen")
     parser.add_argument("--images-per-class", type=positive_int, default=1, help="the first ones; default: 1")
-    parser.add_argument("-o", "--output", help="a .png or .svg file; default: plots/masks.png beside the checkpoint")
+    parser.add_argument(
+        "-o", "--output", type=expanded, help="a .png or .svg file; default: plots/masks.png beside the checkpoint"
+    )
     parser.add_argument("--overwrite", action="store_true", help="write over a file that is there already")
     options = parser.parse_args(argv)
     path = options.run / checkpoint.CHECKPOINT if options.run.is_dir() else options.run

@@ -30,6 +30,7 @@ from _policy_gradient.policy import (
 from utils import arguments, distributed, models, optim, provenance, run, run_lock, wiring, wiring_data
 from utils.bad_images import BadImages
 from utils.checkpoint import Weights
+from utils.compiling import check_compiler
 from utils.data import ImageFolder, batches
 from utils.errors import agreed, join_processes, run_script
 from utils.evaluation import Predictions, predict, report_test, validate
@@ -231,6 +232,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         training = TrainingState(modules, update, ema, RunningMean(device))
         if state:
             training.put_back(state, args.resume)
+        if args.compile:
+            check_compiler(device)
         run.begin_run(output_dir, SCRIPT, args.resume, start, args.epochs)
         wiring.write_provenance(args, SCRIPT, argv, splits, start, device)
     wiring_data.use_cache(args, splits, device)

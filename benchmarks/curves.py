@@ -4,7 +4,6 @@
 whether the range of the losses over the seeds overlaps with that of float32 NCHW, window by window of steps.
 """
 
-import argparse
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -22,6 +21,8 @@ from _policy_gradient import train as policy_gradient
 from benchmarks.ours import build
 from benchmarks.report import describe, environment, show_progress
 from benchmarks.setting import Setting
+from utils.command_line import Parser, expanded_path
+from utils.errors import run_script
 from utils.guard import StepGuard
 
 Curves = list[list[float]]  # for each seed the mean loss of each window
@@ -108,18 +109,18 @@ def flags_of(script: str, setting: Setting, workers: int) -> list[object]:
     return flags if script == "_normal" else [*flags, *setting.policy_flags()]
 
 
-def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser("python -m benchmarks.curves", description=__doc__.split("\n")[0])
+def build_parser() -> Parser:
+    parser = Parser(__doc__.split("\n")[0], prog="python -m benchmarks.curves")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="None: cuda where there is one")
     parser.add_argument("--quick", action="store_true", help="the smallest network on images of 32 pixels")
-    parser.add_argument("--data", type=Path, help="DATA/{train,val}/<class>/<image>; None: generated images")
+    parser.add_argument("--data", type=expanded_path, help="DATA/{train,val}/<class>/<image>; None: generated images")
     parser.add_argument("--steps", type=int, default=200, help="of each training")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--windows", type=int, default=5, help="equal parts of the steps, each with its mean loss")
     parser.add_argument("--workers", type=int, help="None: 1 on the CPU, 16 on a GPU")
     parser.add_argument("--settings", nargs="+", choices=list(VARIANTS), default=list(VARIANTS))
     parser.add_argument("--scripts", nargs="+", choices=list(SCRIPTS), default=list(SCRIPTS))
-    parser.add_argument("--output", type=Path, default=Path("benchmarks/results"), help="folder of the text")
+    parser.add_argument("--output", type=expanded_path, default=Path("benchmarks/results"), help="folder of the text")
     return parser
 
 
@@ -153,4 +154,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_script(lambda: sys.exit(main()))

@@ -1,6 +1,5 @@
 """Where the time of a step goes: `python -m benchmarks.profiles`, a short reading of torch.profiler for both loops."""
 
-import argparse
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -17,6 +16,8 @@ from _policy_gradient import train as policy_gradient
 from benchmarks.ours import FixedLoader, Loop, build
 from benchmarks.report import describe, environment
 from benchmarks.setting import Setting
+from utils.command_line import Parser, expanded_path
+from utils.errors import run_script
 
 OPERATORS = 12  # that are named
 
@@ -82,11 +83,11 @@ def read(script: ModuleType, setting: Setting, steps: int, flags: Sequence[objec
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser("python -m benchmarks.profiles", description=__doc__)
+    parser = Parser(__doc__, prog="python -m benchmarks.profiles")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="None: cuda where there is one")
     parser.add_argument("--quick", action="store_true", help="tiny sizes, which only show that everything runs")
     parser.add_argument("--steps", type=int, help="None: 10, and 2 with --quick")
-    parser.add_argument("--output", type=Path, default=Path("benchmarks/results"), help="folder of the text")
+    parser.add_argument("--output", type=expanded_path, default=Path("benchmarks/results"), help="folder of the text")
     argv = sys.argv[1:] if argv is None else list(argv)
     options = parser.parse_args(argv)
     device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -106,4 +107,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -1,6 +1,5 @@
 """All rows of the speed and memory table: `python -m benchmarks.run`, see benchmarks/README.md."""
 
-import argparse
 import sys
 import tempfile
 import time
@@ -22,6 +21,8 @@ from benchmarks.report import (
     write,
 )
 from benchmarks.setting import Setting
+from utils.command_line import Parser, expanded_path
+from utils.errors import run_script
 
 ROWS: dict[int, Callable[[Setting], Iterable[Measurement]]] = {
     1: steps.smooth_mask,
@@ -36,14 +37,16 @@ ROWS: dict[int, Callable[[Setting], Iterable[Measurement]]] = {
 }
 
 
-def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser("python -m benchmarks.run", description=__doc__)
+def build_parser() -> Parser:
+    parser = Parser(__doc__, prog="python -m benchmarks.run")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="None: cuda where there is one")
     parser.add_argument("--quick", action="store_true", help="tiny sizes, which only show that everything runs")
     parser.add_argument("--rows", type=int, nargs="+", choices=sorted(ROWS), default=sorted(ROWS))
     parser.add_argument("--repeats", type=int, help="of each row; None: 9, and 2 with --quick")
-    parser.add_argument("--data", type=Path, help="DATA/train/<class>/<image>, real images; None: generated ones")
-    parser.add_argument("--output", type=Path, default=Path("benchmarks/results"), help="folder of the tables")
+    parser.add_argument(
+        "--data", type=expanded_path, help="DATA/train/<class>/<image>, real images; None: generated ones"
+    )
+    parser.add_argument("--output", type=expanded_path, default=Path("benchmarks/results"), help="folder of the tables")
     return parser
 
 
@@ -78,4 +81,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_script(lambda: sys.exit(main()))

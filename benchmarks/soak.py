@@ -30,7 +30,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 
 from utils import checkpoint, phantoms, progress
-from utils.errors import UserError
+from utils.command_line import Parser, expanded_path
+from utils.errors import UserError, run_script
 
 SCRIPT = "_policy_gradient"
 FLAGS = [
@@ -277,13 +278,13 @@ def report(tally: Tally, steps: int, options: argparse.Namespace, seconds: float
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Parser(__doc__.splitlines()[0], prog="python -m benchmarks.soak")
     parser.add_argument("--kills", type=int, default=100)
     parser.add_argument("--processes", type=int, default=2, help="of the run that is killed")
     parser.add_argument("--checkpoint-steps", type=int, default=4)
     parser.add_argument("--epochs", type=int, default=6, help="of each run; there are as many runs as the kills take")
     parser.add_argument("--seed", type=int, default=0, help="of the moments to kill at")
-    parser.add_argument("--output", type=Path, help="folder for data and runs; None: a new temporary one")
+    parser.add_argument("--output", type=expanded_path, help="folder for data and runs; None: a new temporary one")
     options = parser.parse_args()
     output = (options.output or Path(tempfile.mkdtemp(prefix="soak-"))).absolute()
     output.mkdir(parents=True, exist_ok=True)
@@ -316,4 +317,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -3,7 +3,6 @@
 Writes tables.md, differences.png, health.png and validation.png. Runs that have not finished are left out, and named.
 """
 
-import argparse
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -15,6 +14,7 @@ from experiments import pictures, tables
 from experiments.differences import Comparison, compare
 from experiments.plan import Plan, read_plan
 from experiments.results import Runs, Task, read_runs, read_tasks, task_names
+from utils.command_line import Parser, expanded_path
 from utils.errors import UserError, run_script
 from utils.figures import write_figure
 from utils.files import write_atomically
@@ -128,10 +128,12 @@ def _check_output(folder: Path) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python experiments/analyse.py", description=__doc__)
-    parser.add_argument("plan", type=Path, metavar="PLAN", help="such as experiments/plans/classification.py")
-    parser.add_argument("results", type=Path, metavar="RESULTS", help="the folder of its runs")
-    parser.add_argument("-o", "--output", type=Path, metavar="FOLDER", help="default: RESULTS; files are written anew")
+    parser = Parser(__doc__, prog="python experiments/analyse.py")
+    parser.add_argument("plan", type=expanded_path, metavar="PLAN", help="such as experiments/plans/classification.py")
+    parser.add_argument("results", type=expanded_path, metavar="RESULTS", help="the folder of its runs")
+    parser.add_argument(
+        "-o", "--output", type=expanded_path, metavar="FOLDER", help="default: RESULTS; files are written anew"
+    )
     parser.add_argument("--resamples", type=int, default=2000, help="of the bootstrap; default: %(default)s")
     options = parser.parse_args(argv)
     if options.resamples < 1:

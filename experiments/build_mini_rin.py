@@ -9,7 +9,6 @@ The copy is 8-bit grey, with the quantisation tables of Pillow's JPEG of quality
 documented. Lanczos, and rounding the longer side, are the choice of this command: pixels may differ from the copy's.
 """
 
-import argparse
 import csv
 import hashlib
 import io
@@ -24,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from PIL import Image
 from tqdm import tqdm
 
+from utils.command_line import Parser, expanded_path
 from utils.errors import UserError, run_script
 from utils.files import write_atomically
 from utils.images import read_image
@@ -146,7 +146,7 @@ def as_jpeg(image: Image.Image) -> bytes:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description="Make OUTPUT/{train,val,test}/<class>/<id>.jpg of mini-RIN from its three public downloads, "
         "unpacked, with the files' names as they came: an image is found by its name and the last folders above it, "
         "whatever stands around these. Killed, or with images missing, it goes on when started again; an image that is "
@@ -158,9 +158,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         ("mednist", "MedNIST, 64 px"),
     ):
         parser.add_argument(
-            f"--{download}", required=True, type=Path, metavar="FOLDER", help=f"{title}: holds {EXPECTED[download]}"
+            f"--{download}",
+            required=True,
+            type=expanded_path,
+            metavar="FOLDER",
+            help=f"{title}: holds {EXPECTED[download]}",
         )
-    parser.add_argument("output", type=Path, metavar="OUTPUT", help="folder to make, or to go on with")
+    parser.add_argument("output", type=expanded_path, metavar="OUTPUT", help="folder to make, or to go on with")
     options = parser.parse_args(argv)
     build({download: getattr(options, download) for download in LAYOUTS}, options.output)
 

@@ -24,6 +24,7 @@ from _policy_gradient.objective import leave_one_out_baseline
 from _policy_gradient.policy import Policy, create_policy, draw_masks
 from _policy_gradient.train import build_mask, build_policy
 from utils import checkpoint, wiring, wiring_data
+from utils.command_line import Parser, expanded, expanded_path
 from utils.errors import UserError, run_script
 from utils.flag_types import positive_float, positive_int
 from utils.transforms import Normalize
@@ -130,9 +131,12 @@ def uniform(args: argparse.Namespace, options: argparse.Namespace) -> Policy:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser("python experiments/learning_signal.py", description=__doc__)
-    parser.add_argument("run", type=Path, metavar="RUN", help="the --output-dir of a run, or a checkpoint of it")
-    parser.add_argument("--data-path", help="folder with {train,val,test}/<class>/<image>; default: the run's own")
+    parser = Parser(__doc__, prog="python experiments/learning_signal.py")
+    parser.add_argument(
+        "run", type=expanded_path, metavar="RUN", help="the --output-dir of a run, or a checkpoint of it"
+    )
+    parser.add_argument("--data-path", type=expanded, metavar="FOLDER", help="with {train,val,test}/<class>/"
+        "<image>; default: the run's own")  # fmt: skip
     parser.add_argument("--split", default="val", choices=("train", "val", "test"), help="default: val")
     parser.add_argument("--images-per-class", type=positive_int, default=8, help="the first ones; default: 8")
     parser.add_argument("--masks-per-image", type=positive_int, default=256, help="default: 256")

@@ -23,6 +23,7 @@ import torch
 
 from experiments.plan import Arm, Plan, Stage, as_written, read_plan, run_folder
 from experiments.subsets import link_subset
+from utils.command_line import Parser, expanded_path
 from utils.errors import UserError, run_script
 from utils.files import write_atomically
 from utils.folders import LAYOUT
@@ -221,12 +222,16 @@ def tidy(run: Path, done: Sequence[Stage], left: Sequence[Stage] = ()) -> None:
         (run / OUTPUT).unlink(missing_ok=True)
 
 
-def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python experiments/run.py", description=__doc__)
-    parser.add_argument("plan", type=Path, help="a Python file that defines PLAN, such as those in experiments/plans")
-    parser.add_argument("--data-path", type=Path, required=True, help="DATA/{train,val,test}/<class>/<image>")
-    parser.add_argument("--exclude", type=Path, help="images to leave out, as the training scripts take it")
-    parser.add_argument("-o", "--output", type=Path, help="folder of the runs; None: experiments/results/<plan's name>")
+def build_parser() -> Parser:
+    parser = Parser(__doc__, prog="python experiments/run.py")
+    parser.add_argument(
+        "plan", type=expanded_path, help="a Python file that defines PLAN, such as those in experiments/plans"
+    )
+    parser.add_argument("--data-path", type=expanded_path, required=True, help="DATA/{train,val,test}/<class>/<image>")
+    parser.add_argument("--exclude", type=expanded_path, help="images to leave out, as the training scripts take it")
+    parser.add_argument(
+        "-o", "--output", type=expanded_path, help="folder of the runs; None: experiments/results/<plan's name>"
+    )
     parser.add_argument("--flags", default="", help='of this machine, for every training: "--device cpu --workers 0"')
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="after which all stop; none is begun late")

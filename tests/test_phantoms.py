@@ -368,7 +368,7 @@ def test_command_line_prints_the_counts_of_each_split(tmp_path, capsys):
     [
         (["{tmp}"], "exists already"),
         (["{tmp}/set", "--seed", "-1"], "seed must not be negative, not -1"),
-        (["{tmp}/set", "--size", "big"], "invalid int value: 'big'"),
+        (["{tmp}/set", "--size", "big"], "'big': expected a whole number"),
         (["{tmp}/set", "--size", "5"], "size must be 32 to 1024 pixels, not 5"),
         (["{tmp}/set", "--scale", "-2"], "scale must be above 0 and at most 100, not -2"),
         (["{tmp}/file/set"], "file"),

@@ -1,5 +1,6 @@
 """The average of several files of weights: by hand, with its integers whole, and never over another file."""
 
+import re
 import sys
 from pathlib import Path
 
@@ -130,3 +131,85 @@ def test_a_file_given_twice_does_not_count_twice(tmp_path, monkeypatch):
             average_files(monkeypatch, source, again, "-o", tmp_path / "average.pth")
         assert str(caught.value) == f"{again}: is given twice; give each file once."
     assert not (tmp_path / "average.pth").exists()
+
+
+def files_of_a_run(folder: Path, epochs: int = 12, best: int = 2, **args: object) -> list[str]:
+    """model_0.pth, ..., model_best.pth, checkpoint.pth and checkpoint_prev.pth of a run, in a shell's order."""
+    for epoch in range(epochs):
+        save(folder / f"model_{epoch}.pth", weights_state(network(epoch), CLASSES, {"model": "small", **args}))
+    save(folder / "model_best.pth", weights_state(network(best), CLASSES, {"model": "small", **args}))
+    for name, epoch in (("checkpoint.pth", epochs - 1), ("checkpoint_prev.pth", epochs - 2)):
+        state = weights_state(network(epoch), CLASSES, {"model": "small", **args})
+        save(folder / name, {**state, "optimizers": {"classifier": {}}})
+    return sorted(map(str, folder.glob("*.pth")))
+
+
+def refused(monkeypatch, *files: object) -> str:
+    output = Path(files[0]).parent / "refused.pth"
+    with pytest.raises(UserError) as caught:
+        average_files(monkeypatch, *files, "-o", output)
+    assert not output.exists()
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_all_files_of_a_folder_are_no_average(tmp_path, monkeypatch):
+    message = refused(monkeypatch, *files_of_a_run(tmp_path))
+    assert message == (
+        f"{tmp_path}/checkpoint.pth is the state of a run that goes on, not the weights of an epoch; "
+        f"{tmp_path}/checkpoint_prev.pth is the state of a run that goes on, not the weights of an epoch; "
+        f"{tmp_path}/model_best.pth holds the same weights as {tmp_path}/model_2.pth. "
+        f"Give the last epochs' weights only: {tmp_path}/model_9.pth {tmp_path}/model_10.pth {tmp_path}/model_11.pth"
+    )
+    average_files(monkeypatch, *message.split("only: ")[1].split(), "-o", tmp_path / "average.pth")
+
+
+def test_a_full_state_among_weights_is_recognised_under_any_name(tmp_path, monkeypatch):
+    files_of_a_run(tmp_path, 3)
+    (tmp_path / "checkpoint.pth").rename(tmp_path / "model_3.pth")
+    message = refused(monkeypatch, tmp_path / "model_1.pth", tmp_path / "model_3.pth")
+    assert message.startswith(f"{tmp_path}/model_3.pth is the state of a run")
+    states = [tmp_path / "model_3.pth", tmp_path / "checkpoint_prev.pth"]  # no mixture
+    average_files(monkeypatch, *states, "-o", tmp_path / "average.pth")
+
+
+def test_the_best_weights_count_twice_only_beside_their_own_epoch(tmp_path, monkeypatch):
+    files_of_a_run(tmp_path, 3, best=1)
+    best, copy = tmp_path / "model_best.pth", tmp_path / "copy.pth"
+    average_files(monkeypatch, tmp_path / "model_0.pth", best, "-o", tmp_path / "average.pth")
+    copy.write_bytes(best.read_bytes())
+    for first, second in ((best, tmp_path / "model_1.pth"), (tmp_path / "model_1.pth", best)):
+        assert refused(monkeypatch, first, second).startswith(
+            f"{best} holds the same weights as {tmp_path}/model_1.pth."
+        )
+    assert "holds the same weights as" in refused(monkeypatch, copy, best)
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "match"),
+    [
+        (
+            {"train_crop_size": 32},
+            {"train_crop_size": 64},
+            "b.pth: was made with --train-crop-size 64, and .*a.pth with",
+        ),
+        ({"mean": [0.3]}, {"mean": [0.5]}, "b.pth: was made with --mean 0.5, and .*a.pth with --mean 0.3; average the"),
+        ({"gray": True}, {"gray": False}, "b.pth: was made with --no-gray, and .*a.pth with --gray;"),
+        ({"grid": 8, "mask_policy": "learned"}, {}, "a.pth: was trained with masks, and .*b.pth without"),
+        ({"finetune": "hot.pth"}, {"grid": 8, "mask_policy": "uniform"}, "b.pth: was trained with masks, and .*a.pth"),
+        ({"grid": 8}, {"grid": 16}, "b.pth: was made with --grid 16, and .*a.pth with --grid 8"),
+    ],
+)
+def test_files_of_different_runs_are_not_averaged(one, other, match, tmp_path, monkeypatch):
+    for seed, (name, args) in enumerate((("a.pth", one), ("b.pth", other))):
+        save(tmp_path / name, weights_state(network(seed), CLASSES, {"model": "small", **args}))
+    assert re.search(match, refused(monkeypatch, tmp_path / "a.pth", tmp_path / "b.pth"))
+
+
+def test_runs_that_differ_in_other_flags_can_be_averaged(tmp_path, monkeypatch):
+    for seed, args in enumerate(
+        ({"lr": 0.1, "seed": 0}, {"lr": 0.2, "seed": 1, "gray": False}, {"finetune": "hot.pth"})
+    ):
+        save(tmp_path / f"{seed}.pth", weights_state(network(seed), CLASSES, {"model": "small", **args}))
+    average_files(monkeypatch, *(tmp_path / f"{seed}.pth" for seed in range(3)), "-o", tmp_path / "average.pth")
+    assert len(read_weights(tmp_path / "average.pth").model) == len(network().state_dict())

@@ -5,9 +5,10 @@ import os
 import reprlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from utils import optim, transforms
+from utils.command_line import Parser, absolute, expanded
 from utils.errors import UserError
 from utils.flag_types import (
     average_decay,
@@ -25,6 +26,7 @@ from utils.flag_types import (
     seed,
     smoothing,
 )
+from utils.model_sources import model_name
 
 # What a resumed run may be given anew, since the trajectory does not depend on it (`epochs` rebuilds the schedule; of
 # `exclude` and `data_path` the images left are compared).
@@ -52,21 +54,9 @@ FREE_ON_EVALUATION = {"upper_8_bits"}
 Switch = argparse.BooleanOptionalAction  # --flag and --no-flag
 
 
-class Parser(argparse.ArgumentParser):
-    """An ArgumentParser whose errors are UserErrors, so that one process speaks for all."""
-
-    def __init__(self, description: str) -> None:
-        super().__init__(
-            description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False
-        )
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message} (--help lists all flags)", agreed=True)
-
-
 def shared_parser(description: str) -> Parser:
     """The flags of both scripts, in groups, with their defaults; names and meanings as in torchvision's reference."""
-    parser = Parser(description)
+    parser = Parser(description, show_defaults=True)
     _add_data_flags(parser.add_argument_group("data"))
     _add_model_flags(parser.add_argument_group("classifier"))
     _add_optimisation_flags(parser.add_argument_group("optimisation"))
@@ -78,13 +68,14 @@ def shared_parser(description: str) -> Parser:
 
 def _add_data_flags(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
-    add("--data-path", help="folder with {train,val,test}/<class>/<image>; without it, generated phantoms are used")
-    add("--exclude", type=os.path.abspath, metavar="FILE", help="leave out the images that this text file names, one a "
+    add("--data-path", type=expanded, metavar="FOLDER", help="with {train,val,test}/<class>/<image>; without it, "
+        "generated phantoms are used")  # fmt: skip
+    add("--exclude", type=absolute, metavar="FILE", help="leave out the images that this text file names, one a "
         "line, as train/<class>/<image>; python -m utils.audit writes such lists")  # fmt: skip
     add("--num-classes", type=positive_int, help="checked against the data when given, else taken from it")
     add("--cache-dataset", default="off", choices=("off", "host", "device"), help="decode each image once, into a file "
         "that all processes map; device: and keep the training images in the GPU's memory")  # fmt: skip
-    add("--cache-dir", help="where --cache-dataset keeps its files, for later runs too: a local disk")
+    add("--cache-dir", type=expanded, help="where --cache-dataset keeps its files, for later runs too: a local disk")
     add("--bad-images", default="error", choices=("error", "skip"), help="stop at an unreadable image, or leave it out")
     add("--max-bad-images", type=natural, default=100, help="of --bad-images skip: more than so many end the run")
     add("--split", default="val", choices=("train", "val", "test"), help="what --test-only evaluates on")
@@ -116,8 +107,9 @@ def add_input_flags(group: argparse._ActionsContainer) -> None:
 
 def _add_model_flags(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
-    add("--model", default="resnet50", help="any timm classifier")
-    add("--weights", metavar="TAG", help="start from timm's pretrained weights of this tag (a1_in1k, say)")
+    add("--model", type=model_name, default="resnet50", help="any timm classifier; hf-hub:ORG/NAME, local-dir:FOLDER")
+    add("--weights", metavar="TAG", help="start from timm's pretrained weights of this tag (a1_in1k, say); "
+        "default: those of the hf-hub: or local-dir: model")  # fmt: skip
     add("--sync-bn", action="store_true", help="share BatchNorm statistics over all GPUs")
     add("--model-ema", action="store_true", help="keep, validate and save a moving average of the weights too")
     add("--model-ema-steps", type=positive_int, default=32, help="steps between updates of the moving average")
@@ -182,9 +174,13 @@ def _add_run_flags(group: argparse._ArgumentGroup) -> None:
     add("--seed", type=seed, default=0, help="of initial weights, order, augmentation and masks")
     add("--use-deterministic-algorithms", action="store_true", help="only algorithms that repeat bit for bit")
     add("--print-freq", type=positive_int, default=10, help="steps between two lines, each a wait for the device")
-    add("--output-dir", help="where files are written; None: the folder of --resume, else the current one")
-    add("--resume", metavar="FILE", help="go on from this checkpoint.pth, or the newest of --output-dir if there is "
-        "one: auto; with --test-only any weights")  # fmt: skip
+    add(
+        "--output-dir",
+        type=expanded,
+        help="where files are written; None: the folder of --resume, else the current one",
+    )
+    add("--resume", type=expanded, metavar="FILE", help="go on from this checkpoint.pth, or the newest of --output-dir "
+        "if there is one: auto; with --test-only any weights")  # fmt: skip
     add("--checkpoint-steps", type=positive_int, help="steps between checkpoints within an epoch; None: none within")
     add("--plot-every", type=positive_int, help="epochs between pictures in --output-dir/plots; None: no pictures")
     add("--tensorboard", action=Switch, default=False, help="write the log to --output-dir/tensorboard too; "

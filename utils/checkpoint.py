@@ -18,9 +18,9 @@ from typing import Any, NamedTuple
 import safetensors
 import safetensors.torch
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from utils import verification
+from utils import foreign, verification
 from utils.errors import UserError
 from utils.files import temporary_path, write_atomically
 from utils.models import StateDict
@@ -173,56 +173,48 @@ class Weights(NamedTuple):
     args: dict[str, Any]  # what a command line can give; empty if the file holds none
     policy_net: StateDict | None
     path: str
-    choice: str = ""  # which of the file's two sets of weights these are, in a sentence; empty if it holds one
+    full_state: bool  # whether the file is a checkpoint.pth, with optimisers and all
+    averaged: bool | None  # whether these are the moving average of a file that holds one; None: it holds none
+    notes: list[str]  # what was chosen among several contents of the file, in sentences
 
 
 def read_weights(path: str | Path, use_ema: bool | None = None) -> Weights:
-    """Weights from our files, the authors' checkpoints, a bare state dict or safetensors.
+    """Weights from our files, the authors', timm's, torchvision's, Lightning's, safetensors or a bare state dict.
 
-    use_ema: of a file with a moving average (`--model-ema`), whether to take the average or the trained weights; None:
-    the average. Raises UserError as `read` does, for a file without a state dict of finite numbers, and for one without
-    an average where that is asked for.
+    use_ema: whether to take the moving average (`--model-ema`) of a file that holds one, or the trained weights; None:
+    the average, which decided about the best epoch, and which timm takes too. Raises UserError as `read` does, for a
+    file without a state dict, and for one without an average where that is asked for. Numbers of other code's files may
+    still be NaN or infinite (metrics keep such buffers among the weights): see `loading.fit`.
     """
     state = read(path)
-    wrapped = isinstance(state.get("model"), dict)
-    has_average = wrapped and state.get("model_ema") is not None
-    if use_ema and not has_average:
-        raise UserError(f"--use-ema: {path} holds no moving average; leave the flag out.")
-    found, choice = state, ""
-    if has_average and use_ema is not False:
-        found, choice = state["model_ema"], f"{path}: the moving average is used (--no-use-ema: the trained weights)."
-    elif wrapped:
-        found = state["model"]
-        choice = f"{path}: the trained weights are used, not their moving average." if has_average else ""
-    if not _is_state_dict(found):
+    ours = "format_version" in state
+    container, averaged = foreign.choose_container(path, state, use_ema)
+    found = state if container is None else state[container]
+    if not foreign.is_state_dict(found):
         raise UserError(f"{path}: holds no state dict: expected tensors by name, or a dictionary with such a 'model'.")
     model = clean_keys(found)
     model.pop("n_averaged", None)  # in torchvision's state of a moving average, beside the weights
-    verification.check_state_dict(path, model)
-    args = state.get("args", {}) if wrapped else {}
-    args = vars(args) if isinstance(args, argparse.Namespace) else args
-    ours = "format_version" in state
+    verification.check_state_dict(path, model, finite=ours)
+    args: dict[str, Any] = {}
+    notes = [] if container is None else foreign.describe_choice(path, state, container)
     if ours:
         verification.check_classes(path, state)
         verification.check_types(path, state, args=dict)
+        args = state["args"]
         if "policy_net" in state:
             verification.check_types(path, state, policy_net=dict)
             verification.check_state_dict(path, state["policy_net"])
+    elif container is not None:
+        args = foreign.arguments_of(state, container)
     return Weights(
         model=model,
         classes=state["classes"] if ours else None,
-        args={name: value for name, value in args.items() if _is_plain(value)} if isinstance(args, dict) else {},
+        args={name: value for name, value in args.items() if _is_plain(value)},
         policy_net=state.get("policy_net") if ours else None,
         path=str(path),
-        choice=choice,
-    )
-
-
-def _is_state_dict(found: Any) -> bool:
-    return (
-        isinstance(found, dict)
-        and len(found) > 0
-        and all(isinstance(key, str) and isinstance(value, Tensor) for key, value in found.items())
+        full_state="optimizers" in state,
+        averaged=averaged,
+        notes=notes,
     )
 
 

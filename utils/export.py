@@ -22,10 +22,12 @@ from torch import nn
 
 from utils import arguments, onnx_file
 from utils.checkpoint import Weights, safetensors_bytes
+from utils.command_line import expanded
 from utils.errors import UserError, run_script
 from utils.files import write_atomically
 from utils.inference import Classifier, add_mask_flags, add_weights_flags, is_heated, open_classifier
 from utils.model_card import model_card, read_measured, recipe_flags
+from utils.model_sources import plain_name
 from utils.transforms import three_values
 
 CPU = torch.device("cpu")
@@ -34,11 +36,14 @@ METHODS = {"learned": "gradientp", "prior": "prior", "uniform": "uniform"}
 
 
 def build_parser() -> arguments.Parser:
-    parser = arguments.Parser("Weights to pass on, in a folder that timm and the hub can read.")
-    parser.prog = "python -m utils.export"
+    parser = arguments.Parser(
+        "Weights to pass on, in a folder that timm and the hub can read.",
+        prog="python -m utils.export",
+        show_defaults=True,
+    )
     add_mask_flags(add_weights_flags(parser))
     add = parser.add_argument
-    add("-o", "--output", default=".", metavar="FOLDER", help="where the new folder is made")
+    add("-o", "--output", type=expanded, default=".", metavar="FOLDER", help="where the new folder is made")
     add("--data-name", help="of the training data, for the name; None: that of the file's --data-path")
     add("--license", default="unknown", help="of the weights, as the hub names it: cc-by-4.0, say")
     add("--onnx", action="store_true", help="also <name>.onnx; needs the packages onnx and onnxscript")
@@ -206,6 +211,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             f"{arguments.flag(masks[0])}: a heated model has all of --grid, --kernel and --sigma; give all."
         )
     classifier = open_classifier(given, CPU)
+    classifier.args.model = plain_name(classifier.args.model)
     data_name = choose_data_name(options["data_name"], classifier.weights)
     target = Path(options["output"]) / export_name(classifier.args, classifier.weights, data_name)
     try:

@@ -18,7 +18,7 @@ def _number(kind: type[Number], is_allowed: Callable[[Number], bool], expected: 
         except ValueError:
             value = None
         if value is None or not is_allowed(value):
-            raise argparse.ArgumentTypeError(f"{reprlib.repr(text)[1:-1]}: expected {expected}")
+            raise argparse.ArgumentTypeError(f"{reprlib.repr(text)}: expected {expected}")
         return value
 
     return parse

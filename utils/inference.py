@@ -9,15 +9,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from utils import arguments, checkpoint, models, wiring
+from utils import arguments, checkpoint, loading, models, wiring
 from utils.checkpoint import Weights
+from utils.command_line import expanded
 from utils.errors import UserError
 from utils.flag_types import positive_float, positive_int
 from utils.folders import find_classes
+from utils.model_sources import model_name
 from utils.text import decode_text, explain_forms
-
-# How a file's pixels become the classifier's input; evaluation does without the other flags.
-INPUT = ("val_resize_size", "val_crop_size", "interpolation", "gray", "backend", "mean", "std")
 
 
 class Classifier(NamedTuple):
@@ -31,12 +30,13 @@ class Classifier(NamedTuple):
 
 def add_weights_flags(parser: arguments.Parser) -> argparse._ArgumentGroup:
     """The file, and what to say where it does not: model, classes and preprocessing. Returns the group of these."""
-    parser.add_argument("file", metavar="WEIGHTS", help="a .pth or .safetensors file; it may say all of the following")
+    parser.add_argument("file", type=expanded, metavar="WEIGHTS", help="a .pth or .safetensors file; it may say all of "
+        "the following")  # fmt: skip
     parser.add_argument("--use-ema", action=arguments.Switch, help="of weights with a moving average; None: the "
         "average, if there is one")  # fmt: skip
     group = parser.add_argument_group("only where the file does not say it")
-    group.add_argument("--model", help="any timm classifier")
-    group.add_argument("--classes", metavar="FILE", help="one name a line, or a folder of class folders")
+    group.add_argument("--model", type=model_name, help="any timm classifier")
+    group.add_argument("--classes", type=expanded, metavar="FILE", help="one name a line, or a folder of class folders")
     arguments.add_input_flags(group)
     return group
 
@@ -56,24 +56,26 @@ def open_classifier(given: dict[str, Any], device: torch.device) -> Classifier:
     Raises UserError for an unfit file, for flags that contradict it, and where neither names the model or the classes.
     """
     weights = checkpoint.read_weights(given["file"], given.get("use_ema"))
-    if weights.choice:
-        print(weights.choice, file=sys.stderr)
     known = arguments.shared_parser("")
     add_mask_flags(known)
     flags = {name: value for name, value in given.items() if name in arguments.MODEL_FLAGS}
-    args = arguments.for_weights(known, flags, weights.args, weights.path, test_only=True)
-    if "model" not in flags and not isinstance(weights.args.get("model"), str):
+    for note in weights.notes:
+        _say(note)
+    saved = loading.usable_args(weights, flags, _say)
+    args = arguments.for_weights(known, flags, saved, weights.path, test_only=True)
+    if "model" not in flags and not isinstance(saved.get("model"), str):
         raise UserError(f"{weights.path}: does not say which model these weights are of; give --model NAME.")
-    _say_what_is_assumed(args, flags, weights)
+    loading.report_preprocessing(args, flags, weights.args, weights.path, _say)
     classes = _class_names(weights, given.get("classes"))
     model = wiring.classifier(args, classes, None, None, device)
-    rows = models.head_size(model, weights.model)
+    state_dict = loading.fit(model, weights, _say)
+    rows = models.head_size(model, state_dict)
     if rows not in (None, len(classes)):
         raise UserError(
             f"{weights.path}: its head has {rows} classes, and {len(classes)} are named"
             f"{' by ' + given['classes'] if weights.classes is None else ''}."
         )
-    models.load_classifier(model, weights.model, weights.path)
+    loading.load_complete(model, state_dict, weights.path)
     return Classifier(model.eval(), classes, args, weights)
 
 
@@ -82,12 +84,9 @@ def is_heated(args: argparse.Namespace) -> bool:
     return None not in (args.grid, args.kernel, args.sigma) and args.mask_policy != "none"
 
 
-def _say_what_is_assumed(args: argparse.Namespace, flags: dict[str, Any], weights: Weights) -> None:
-    """On stderr: the preprocessing that neither the file nor the command line says."""
-    assumed = [name for name in INPUT if name not in flags and name not in weights.args]
-    if assumed:
-        values = " ".join(arguments.typed(name, getattr(args, name)) for name in assumed)
-        print(f"{weights.path} does not say how its images were prepared; taken for it: {values}", file=sys.stderr)
+def _say(message: str) -> None:
+    """A line on stderr; stdout is for results."""
+    print(message, file=sys.stderr)
 
 
 def _class_names(weights: Weights, given: str | None) -> list[str]:

@@ -1,6 +1,7 @@
 """Classifiers from timm: creation, loading of weights, renewal of the head, freezing."""
 
 import difflib
+from typing import Any
 
 import timm
 import torch
@@ -9,8 +10,14 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from utils.errors import UserError
+from utils.model_sources import OWN_WEIGHTS, is_source, quiet_hub, read_source
 
 StateDict = dict[str, Tensor]
+
+
+def is_known(name: str) -> bool:
+    """Whether timm has a model of this name, or reads it from where the name says."""
+    return is_source(name) or timm.is_model(name)
 
 
 def check_model_name(name: str, flag: str = "--model") -> None:
@@ -18,6 +25,7 @@ def check_model_name(name: str, flag: str = "--model") -> None:
     if not timm.is_model(name):
         closest = difflib.get_close_matches(name, timm.list_models(), n=3)
         hint = f"did you mean {', '.join(closest)}?" if closest else "timm.list_models() lists all names."
+        hint = f"one of the hub is named hf-hub:{name}." if "/" in name else hint
         raise UserError(f"{flag} {name}: timm has no such model; {hint}")
     try:
         timm.models.get_pretrained_cfg(name)
@@ -30,9 +38,12 @@ def create_classifier(
 ) -> nn.Module:
     """A timm classifier with `num_classes` logits (0: features); `weights`: one of timm's pretrained tags (a1_in1k).
 
+    For a `name` such as hf-hub:ORG/NAME, `weights` is "default", or None for random ones.
     `image_size` (pixels) is handed to models that are built for one size, such as vision transformers.
     Raises UserError, naming `flag`, for an unknown model or tag, a failed download, and a size that the model refuses.
     """
+    if is_source(name):
+        return _create_from_source(name, num_classes, image_size, weights, flag)
     check_model_name(name, flag)
     settings = {}
     if timm.models.get_pretrained_cfg(name).fixed_input_size:
@@ -49,10 +60,33 @@ def create_classifier(
     if weights not in tags:
         raise UserError(f"--weights {weights}: timm has for {architecture} the tags {', '.join(tags) or '(none)'}.")
     try:
-        model = timm.create_model(f"{architecture}.{weights}", pretrained=True, num_classes=num_classes, **settings)
+        with quiet_hub():
+            model = timm.create_model(f"{architecture}.{weights}", pretrained=True, num_classes=num_classes, **settings)
     except Exception as error:  # the hub's client raises many kinds
         reason = str(error).split("\n")[0]
         raise UserError(f"--weights {weights}: could not be fetched or loaded ({reason}).") from None
+    output_width(model, image_size, flag)
+    return model
+
+
+def _create_from_source(name: str, num_classes: int, image_size: int, weights: str | None, flag: str) -> nn.Module:
+    """As `create_classifier`, for a model of the hub or of a folder."""
+    if weights not in (None, OWN_WEIGHTS):
+        raise UserError(f"--weights {weights}: {name} has weights of its own only; give --weights {OWN_WEIGHTS}.")
+    source = read_source(name, flag)
+    settings: dict[str, Any] = {"num_classes": num_classes}
+    known = timm.models.get_pretrained_cfg(source.architecture)
+    if source.pretrained_cfg.get("fixed_input_size", known is not None and known.fixed_input_size):
+        settings["img_size"] = image_size
+    if source.model_args.get("in_chans", 3) != 3:
+        settings["in_chans"] = 3  # as all images have here
+    try:
+        with quiet_hub():
+            model = timm.create_model(source.name if weights is None else name, weights is not None, **settings)
+    except Exception as error:  # a config may ask for anything, and the hub's client raises many kinds
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        what = "cannot be built" if weights is None else "its weights cannot be fetched or loaded"
+        raise UserError(f"{flag} {name}: {what} for images of {image_size} pixels ({reason}).") from None
     output_width(model, image_size, flag)
     return model
 
@@ -84,7 +118,12 @@ def head_size(model: nn.Module, state_dict: StateDict) -> int | None:
     return next((weight.shape[0] for weight in weights if weight is not None and weight.ndim > 0), None)
 
 
-def _is_head_key(key: str, heads: list[str]) -> bool:
+def lacks_head(model: nn.Module, state_dict: StateDict) -> bool:
+    """Whether a state dict holds no weight under the name of a head of the model."""
+    return not any(f"{head}.weight" in state_dict for head in head_names(model))
+
+
+def is_head_key(key: str, heads: list[str]) -> bool:
     return any(key.startswith(f"{head}.") for head in heads)
 
 
@@ -95,8 +134,8 @@ def load_classifier(model: nn.Module, state_dict: StateDict, source: str, *, ren
     """
     if renew_head:
         heads = head_names(model)
-        fresh = {key: value for key, value in model.state_dict().items() if _is_head_key(key, heads)}
-        state_dict = {key: value for key, value in state_dict.items() if not _is_head_key(key, heads)} | fresh
+        fresh = {key: value for key, value in model.state_dict().items() if is_head_key(key, heads)}
+        state_dict = {key: value for key, value in state_dict.items() if not is_head_key(key, heads)} | fresh
     load_strictly(model, state_dict, source, " Give the --model and --train-crop-size they were made with.")
 
 
@@ -124,7 +163,7 @@ def freeze_backbone(model: nn.Module) -> None:
     """Let only the head learn: all other parameters stop requiring gradients (see `set_training_mode` for buffers)."""
     heads = head_names(model)
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(_is_head_key(name, heads))
+        parameter.requires_grad_(is_head_key(name, heads))
 
 
 def set_training_mode(model: nn.Module, backbone_frozen: bool = False) -> None:

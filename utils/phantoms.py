@@ -3,7 +3,6 @@
 `python -m utils.phantoms OUTPUT` makes one as an ImageFolder; `utils/phantom_images.py` draws the images.
 """
 
-import argparse
 import os
 import tempfile
 import zlib
@@ -13,6 +12,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from utils.command_line import Parser, expanded_path
+from utils.errors import UserError, run_script
 from utils.phantom_images import PAINTERS
 
 VERSION = 1  # part of the default folder's name: raise it with every change of the images
@@ -118,12 +119,14 @@ def ensure_default(seed: int = 0) -> Path:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Command line: generate a set and print its counts; bad input exits with code 2."""
-    parser = argparse.ArgumentParser(
-        "python -m utils.phantoms",
-        usage=argparse.SUPPRESS,  # so that an error is one line, not buried under the usage
-        description="Make a small ImageFolder data set of synthetic CT, MR and ultrasound images.",
+    run_script(lambda: _generate_from(arguments))
+
+
+def _generate_from(arguments: Sequence[str] | None) -> None:
+    parser = Parser(
+        "Make a small ImageFolder data set of synthetic CT, MR and ultrasound images.", prog="python -m utils.phantoms"
     )
-    parser.add_argument("output", type=Path, help="folder to make; it must not exist")
+    parser.add_argument("output", type=expanded_path, help="folder to make; it must not exist")
     parser.add_argument("--seed", type=int, default=0, help="(default: %(default)s)")
     parser.add_argument("--size", type=int, default=96, help="pixels (default: %(default)s)")
     parser.add_argument("--scale", type=float, default=1.0, help="of counts (default: %(default)s)")
@@ -131,7 +134,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         root = generate(options.output, options.seed, options.size, options.scale)
     except (OSError, ValueError) as error:
-        parser.error(str(error))
+        raise UserError(str(error)) from None
     for split, classes in image_counts(options.scale).items():
         listing = ", ".join(f"{name} {count}" for name, count in classes.items())
         print(f"{root / split}: {sum(classes.values())} images ({listing})")

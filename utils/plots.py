@@ -5,7 +5,6 @@ shown by `python -m _policy_gradient.gallery RUN`. Lines differ in colour (Okabe
 colour-blind), style and marker, so that grey print shows them too.
 """
 
-import argparse
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,6 +16,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 from utils.class_plots import confusion_matrix, per_class_recall
+from utils.command_line import Parser, expanded
 from utils.errors import UserError, run_script
 from utils.figures import COLOURS, FAINT, INK, as_text, output_path, write_figure
 from utils.progress import LOG, read_log
@@ -169,18 +169,22 @@ LOG_PICTURES = {"curves": learning_curves, "health": policy_health}
 CLASS_PICTURES = {"confusion": confusion_matrix, "recall": per_class_recall}
 
 
-def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser("python -m utils.plots", description=__doc__)
+def build_parser() -> Parser:
+    parser = Parser(__doc__, prog="python -m utils.plots")
     commands = parser.add_subparsers(dest="picture", required=True, metavar="PICTURE")
     for name, text in (("curves", "losses, accuracies, learning rates"), ("health", "of the policy")):
         command = commands.add_parser(name, help=f"{text}; several runs are compared")
-        command.add_argument("runs", nargs="+", metavar="RUN", help="the --output-dir of a run")
+        command.add_argument("runs", nargs="+", type=expanded, metavar="RUN", help="the --output-dir of a run")
     for name, text in (("confusion", "matrix of the classes"), ("recall", "of each class")):
         command = commands.add_parser(name, help=f"{text}, from what --test-only wrote")
-        command.add_argument("run", metavar="RUN", help="the folder of predictions.csv and per_class.csv")
+        command.add_argument(
+            "run", type=expanded, metavar="RUN", help="the folder of predictions.csv and per_class.csv"
+        )
         command.add_argument("--masked", action="store_true", help="of the evaluation with masks")
     for command in commands.choices.values():
-        command.add_argument("-o", "--output", help="a .png or .svg file; default: RUN/plots/PICTURE.png")
+        command.add_argument(
+            "-o", "--output", type=expanded, help="a .png or .svg file; default: RUN/plots/PICTURE.png"
+        )
         command.add_argument("--overwrite", action="store_true", help="write over a file that is there already")
     return parser
 

@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from utils import arguments, wiring, wiring_data
+from utils.command_line import expanded
 from utils.data import ImageFolder, batches, build_loader
 from utils.distributed import resolve_device
 from utils.errors import UserError, run_script
@@ -37,15 +38,22 @@ Row = tuple[str, list[str], list[float]]  # an image's path, the classes from li
 
 
 def build_parser() -> arguments.Parser:
-    parser = arguments.Parser("Classes of images, with probabilities.")
-    parser.prog = "python -m utils.predict"
+    parser = arguments.Parser(
+        "Classes of images, with probabilities.", prog="python -m utils.predict", show_defaults=True
+    )
     add_weights_flags(parser)
     add = parser.add_argument
-    add("images", metavar="IMAGE_OR_FOLDER", nargs="+", help="of a folder all images below it, sorted by path")
+    add(
+        "images",
+        type=expanded,
+        metavar="IMAGE_OR_FOLDER",
+        nargs="+",
+        help="of a folder all images below it, sorted by path",
+    )
     add("--format", default="table", choices=FORMATS, help="table: to read; csv: a column for each class; json: one "
         "object a line")  # fmt: skip
     add("--top", type=positive_int, metavar="K", help="only the K likeliest classes; None: 3 in a table, else all")
-    add("-o", "--output", metavar="FILE", help="where to write, whole or not at all; None: stdout")
+    add("-o", "--output", type=expanded, metavar="FILE", help="where to write, whole or not at all; None: stdout")
     add("--overwrite", action="store_true", help="write over a file that is there already")
     add("-b", "--batch-size", type=positive_int, default=32, help="images at a time")
     add("-j", "--workers", type=natural, default=min(16, os.cpu_count() or 1), help="processes that read images")

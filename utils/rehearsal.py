@@ -10,6 +10,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from utils import checkpoint, distributed
+from utils.compiling import compile_failure
 from utils.data import ImageFolder, build_loader
 from utils.errors import UserError, agreed
 from utils.files import prove_writable
@@ -32,11 +33,12 @@ def rehearse(
     output_dir: Path,
     epochs_left: int,
     device: torch.device,
+    compiled: bool,
 ) -> None:
     """Train and evaluate one batch on each rank, prove that a checkpoint can be written; then undo it.
 
     train, evaluate: the script's own passes over a loader. Raises UserError where the device's memory or the disk's
-    room does not suffice.
+    room does not suffice, and where torch.compile fails, which it does at the first batch.
     """
     before = checkpoint.copy(training.take())
     rank, world_size = distributed.rank(), distributed.world_size()
@@ -55,6 +57,11 @@ def rehearse(
         raise UserError(
             f"rank {rank}: {device} has too little memory for --batch-size {batch_size}; give a smaller one, or --amp."
         ) from None
+    except Exception as error:
+        problem = compile_failure(error) if compiled else None
+        if problem is None:
+            raise
+        raise UserError(f"rank {rank}: {problem}") from None
     after = training.take()  # with all that the optimisers hold from their first step on
     with agreed():
         if distributed.is_main_process():

@@ -3,7 +3,6 @@
 The page holds all it shows: it asks nothing of a network, opens from the disk, and prints.
 """
 
-import argparse
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from utils import class_plots, figures, html, plots, run_lock
+from utils.command_line import Parser, expanded_path
 from utils.errors import UserError, run_script
 from utils.files import write_atomically
 from utils.intervals import LEVEL, Outcome, bootstrap_intervals
@@ -200,9 +200,9 @@ def responsive(draw: Callable[..., Figure], logs: plots.Runs, title: str) -> dic
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m utils.report", description=__doc__)
-    parser.add_argument("outputs", nargs="+", type=Path, metavar="OUTPUT", help="the --output-dir of a run")
-    parser.add_argument("-o", "--output", type=Path, help="an .html file, written anew each time; "
+    parser = Parser(__doc__, prog="python -m utils.report")
+    parser.add_argument("outputs", nargs="+", type=expanded_path, metavar="OUTPUT", help="the --output-dir of a run")
+    parser.add_argument("-o", "--output", type=expanded_path, help="an .html file, written anew each time; "
         "None: report.html in the folder of the only run, or in the current one")  # fmt: skip
     options = parser.parse_args(argv)
     folders = options.outputs

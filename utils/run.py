@@ -2,20 +2,24 @@
 
 import argparse
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
-from utils import arguments, checkpoint, distributed, events, progress, run_lock
+from utils import arguments, checkpoint, distributed, events, loading, progress, run_lock
 from utils.checkpoint import NotDamaged, Weights
 from utils.errors import UserError, agreed
 from utils.files import remove_temporaries, write_atomically
+from utils.model_sources import OWN_WEIGHTS, is_source
 from utils.progress import Position
 from utils.samplers import derive_seed
 from utils.state import restore_rng_state
+from utils.text import printable
 
 AUTO = "auto"
+PATHS = ("data_path", "exclude", "cache_dir")  # that a resumed run takes from its file unless they are given
 
 
 class Start(NamedTuple):
@@ -90,18 +94,60 @@ def choose_start(parser: arguments.Parser, given: dict[str, Any], script: str) -
     test_only = given.get("test_only", False)
     if finetune or (resume and test_only):
         weights = checkpoint.read_weights(resume or finetune, given.get("use_ema"))
-        if weights.choice:
-            progress.say(weights.choice)
-        args = arguments.for_weights(parser, given, weights.args, weights.path, test_only=test_only)
+        for note in weights.notes:
+            progress.say(note)
+        saved = loading.usable_args(weights, given, progress.say)
+        args = arguments.for_weights(parser, given, saved, weights.path, test_only=test_only)
+        report_paths(args, given, weights.path)
+        if weights.classes is None:
+            _report_foreign_args(args, given, saved, weights.path)
         start = Start(args, None, weights)
     elif resume:
         state = checkpoint.read_checkpoint(resume, script)
-        start = Start(arguments.for_resume(parser, given, state["args"], resume), state, None)
+        args = arguments.for_resume(parser, given, state["args"], resume)
+        report_paths(args, given, resume)
+        start = Start(args, state, None)
     else:
-        start = Start(arguments.for_fresh_start(parser, given), None, None)
+        args = arguments.for_fresh_start(parser, given)
+        _report_random_weights(args)
+        start = Start(args, None, None)
     if start.args.tensorboard and not test_only:
         events.check_installed()
     return start
+
+
+def _report_random_weights(args: argparse.Namespace) -> None:
+    """Print that a name with a tag, or of the hub, brings no weights along."""
+    name = args.model
+    if args.weights is None and is_source(name):
+        progress.say(f"--model {name}: the weights are random; --weights {OWN_WEIGHTS} starts from its own.")
+    elif args.weights is None and "." in name:
+        tag = name.split(".", 1)[1]
+        progress.say(f"--model {name}: the weights are random; --weights {tag} starts from those of the tag.")
+    policy = args.policy_model if getattr(args, "mask_policy", None) == "learned" else ""
+    if is_source(policy) or "." in policy:
+        progress.say(f"--policy-model {policy}: the policy's weights are random; those of the name are not loaded.")
+
+
+def report_paths(
+    args: argparse.Namespace, given: dict[str, Any], source: str, report: Callable[[str], None] = progress.say
+) -> None:
+    """Report which paths of a resumed run come from its file, which may be somebody else's or of another machine."""
+    taken = [name for name in PATHS if name not in given and getattr(args, name) is not None]
+    models = [name for name in ("model", "policy_model") if is_source(getattr(args, name, ""))]
+    taken += [name for name in models if name not in given]
+    if taken:
+        flags = " ".join(arguments.typed(name, getattr(args, name)) for name in taken)
+        report(printable(f"{source}: paths taken from this file: {flags}"))
+
+
+def _report_foreign_args(args: argparse.Namespace, given: dict[str, Any], saved: dict[str, Any], path: str) -> None:
+    """Print which flags come from a file of other code, and which of the preprocessing are assumed."""
+    names = [name for name in arguments.MODEL_FLAGS if name in saved and name not in given]
+    taken = [arguments.typed(name, saved[name]) for name in names if getattr(args, name, None) == saved[name]]
+    if taken:
+        progress.say(printable(f"{path}: used of its arguments: {' '.join(taken)}"))
+    loading.report_preprocessing(args, given, saved, path, progress.say)
 
 
 def make_output_dir(output_dir: Path) -> None:

@@ -11,16 +11,14 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from utils import distributed, models, optim, progress, provenance, rehearsal
+from utils import distributed, loading, models, optim, progress, provenance, rehearsal
 from utils.bad_images import BadImages
 from utils.checkpoint import Weights
-from utils.errors import UserError
 from utils.pictures import Pictures
 from utils.progress import Position
 from utils.samplers import TrainingSampler
 from utils.saving import Saver
 from utils.state import TrainingState
-from utils.text import explain_forms
 from utils.transforms import BatchMixing, Normalize
 from utils.wiring_data import Splits, digests
 
@@ -51,32 +49,12 @@ def classifier(
     if state is not None:
         models.load_classifier(model, state["model"], args.resume)
     elif weights is not None:
-        load_weights(model, weights, classes, args.test_only)
+        loading.load_weights(model, weights, classes, args.test_only, progress.say)
     if args.sync_bn and device.type == "cpu":
         progress.say("--sync-bn: torch has no SyncBatchNorm for the CPU; the statistics stay those of each process.")
     if args.sync_bn:
         model = models.synchronize_batch_norm(model, device)
     return model.to(device, memory_format=memory_format(args, device))
-
-
-def load_weights(model: nn.Module, weights: Weights, classes: list[str], test_only: bool) -> None:
-    """Load a file's weights; on other classes the head is renewed, and it is said so (an error with --test-only)."""
-    rows = models.head_size(model, weights.model)
-    if rows is not None and rows != len(classes):
-        difference = f"{rows} classes instead of {len(classes)}"
-    elif weights.classes is not None and weights.classes != classes:
-        names = ", ".join(sorted(set(weights.classes) ^ set(classes))[:4])
-        difference = f"classes of other names ({names}, ...)"
-    else:
-        models.load_classifier(model, weights.model, weights.path)
-        if weights.classes is None:
-            progress.say(f"{weights.path} names no classes; they are taken to be the data's, in the same order.")
-        return
-    if test_only:
-        raise UserError(f"{weights.path}: was trained on {difference}; --test-only needs the classes of the data.")
-    models.load_classifier(model, weights.model, weights.path, renew_head=True)
-    forms = explain_forms(classes, weights.classes or [])
-    progress.say(f"{weights.path} was trained on {difference}: the head is new, the body keeps its weights.{forms}")
 
 
 def optimizer(args: argparse.Namespace, model: nn.Module, lr: float) -> Optimizer:
@@ -180,6 +158,7 @@ def rehearse(
         output_dir=saver.output_dir,
         epochs_left=args.epochs - saver.position.epoch,
         device=device,
+        compiled=args.compile,
     )
 
 

@@ -16,6 +16,7 @@ from utils.audit import outputs
 from utils.audit.images import Measured, measure_all
 from utils.audit.report import as_text, sections
 from utils.audit.rule import Census, take_census
+from utils.command_line import Parser, expanded
 from utils.errors import UserError, run_script
 from utils.files import write_atomically
 from utils.flag_types import natural, non_negative_float
@@ -59,15 +60,26 @@ def main(argv: Sequence[str] | None = None) -> None:
     _say_written(census, output, excluded)
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m utils.audit", description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+def _parser() -> Parser:
+    parser = Parser(__doc__, prog="python -m utils.audit", show_defaults=True)
     add = parser.add_argument
-    add("data", metavar="DATA", help="folder with {train,val,test}/<class>/<image>, or with <class>/<image>")
-    add("-o", "--output", default="audit", metavar="FOLDER", help="where the reports and tables are written")
+    add(
+        "data",
+        type=expanded,
+        metavar="DATA",
+        help="folder with {train,val,test}/<class>/<image>, or with <class>/<image>",
+    )
+    add(
+        "-o",
+        "--output",
+        type=expanded,
+        default="audit",
+        metavar="FOLDER",
+        help="where the reports and tables are written",
+    )
     add("--overwrite", action="store_true", help="write over reports and lists that are there already")
-    add("--exclude-list", metavar="FILE", help="also write which images to leave out, for --exclude of the training")
+    add("--exclude-list", type=expanded, metavar="FILE", help="also write which images to leave out, for --exclude of "
+        "the training")  # fmt: skip
     add("--distance", type=natural, default=DISTANCE, help="bits of the 242 of two difference hashes in which near "
         "copies may differ; more find more, and more that are none. The report's groups are chains of such steps, the "
         "list goes by direct copies only, and by near ones only across splits")  # fmt: skip

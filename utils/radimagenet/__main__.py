@@ -1,6 +1,5 @@
 """RadImageNet as it is handed out, made the folders to train on: `python -m utils.radimagenet prepare --help`."""
 
-import argparse
 import csv
 import io
 import os
@@ -9,6 +8,7 @@ from pathlib import Path
 
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
+from utils.command_line import Parser, expanded_path
 from utils.errors import UserError, run_script
 from utils.files import write_atomically
 from utils.radimagenet.archive import Member, is_archive, read_archive
@@ -202,17 +202,21 @@ def _write_table(path: Path, rows: Iterable[Sequence[object]]) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m utils.radimagenet", description=__doc__)
+    parser = Parser(__doc__, prog="python -m utils.radimagenet")
     command = parser.add_subparsers(required=True, metavar="prepare").add_parser(
-        "prepare", description=DESCRIPTION, help="make OUTPUT/{train,val,test}/<class>/<image>"
+        "prepare",
+        description=DESCRIPTION,
+        help="make OUTPUT/{train,val,test}/<class>/<image>",
     )
-    command.add_argument("output", type=Path, metavar="OUTPUT", help="folder to make, or to go on with")
+    command.add_argument("output", type=expanded_path, metavar="OUTPUT", help="folder to make, or to go on with")
     origin = command.add_mutually_exclusive_group(required=True)
-    origin.add_argument("--source", type=Path, metavar="FOLDER", help=f"holds {ROOT}, with the images")
-    origin.add_argument("--archive", type=Path, metavar="FILE", help=f"holds {ROOT}: .tar or .tar.gz, read in one pass")
+    origin.add_argument("--source", type=expanded_path, metavar="FOLDER", help=f"holds {ROOT}, with the images")
+    origin.add_argument(
+        "--archive", type=expanded_path, metavar="FILE", help=f"holds {ROOT}: .tar or .tar.gz, read in one pass"
+    )
     command.add_argument(
         "--csv-dir",
-        type=Path,
+        type=expanded_path,
         metavar="FOLDER",
         help="holds the three lists (default: --source or its radiology_ai; beside --archive, or first in it)",
     )
@@ -224,7 +228,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     command.add_argument(
         "--correction-masks",
-        type=Path,
+        type=expanded_path,
         metavar="PATH",
         help="the published ultrasound corrections, <image>.npy in a folder or (with --source) in a .tar.gz: added to "
         "the images at 224 x 224 pixels, which are then written, not linked; an image without a mask counts as missing",
