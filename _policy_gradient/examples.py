@@ -13,6 +13,7 @@ from _policy_gradient.policy import Policy, draw_masks
 from utils.data import ImageFolder
 from utils.errors import UserError
 from utils.samplers import SampleKey, derive_seed
+from utils.text import explain_forms
 from utils.transforms import Normalize
 
 if TYPE_CHECKING:  # matplotlib costs each process's start a second
@@ -57,7 +58,8 @@ def choose_examples(split: ImageFolder, classes: Sequence[str] | None = None, im
     else:
         unknown = [name for name in classes if name not in split.classes]
         if unknown:
-            raise UserError(f"--classes {unknown[0]}: {split.root} has no such class.")
+            forms = explain_forms(unknown, split.classes)
+            raise UserError(f"--classes {unknown[0]}: {split.root} has no such class.{forms}")
         numbers = [split.classes.index(name) for name in classes]
     found = [pair for number in numbers for pair in _first_readable(split, number, images_per_class)]
     indices = [index for index, _ in found]

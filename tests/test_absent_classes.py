@@ -3,6 +3,7 @@
 import csv
 import json
 import shutil
+import unicodedata
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from _normal import train as normal
 from _policy_gradient import gallery
 from _policy_gradient import train as policy_gradient
 from tests.conftest import SMALL, SMALL_POLICY, write_image_folder
+from tests.exports import run_export
 from tests.ranks import run_ranks
 from utils import plots, report
 from utils.errors import UserError
@@ -170,6 +172,29 @@ def test_the_policy_script_and_its_gallery_cope_with_a_missing_class(lacking, tm
     gallery.main([str(run), "--data-path", str(lacking), "--split", "test", "-o", str(tmp_path / "masks.png")])
     with pytest.raises(UserError, match=r"test: has no image of the class bright\."):
         gallery.main([str(run), "--split", "test", "--classes", "bright", "-o", str(tmp_path / "other.png")])
+
+
+def test_a_model_card_counts_the_absent_classes(lacking, trained, tmp_path):
+    weights = shutil.copy(trained / "model_0.pth", tmp_path)
+    evaluate(Path(weights), lacking, tmp_path)
+    card = (run_export(Path(weights), tmp_path / "out") / "README.md").read_text()
+    assert "AUROC is one-vs-one. Classes without images there, which count in no average: 1.\n\n| loss" in card
+
+
+def test_fine_tuning_onto_names_of_another_unicode_form_says_so(tmp_path, capsys):
+    names = [unicodedata.normalize(form, "Schädel") for form in ("NFC", "NFD")]
+    sets = [
+        write_image_folder(tmp_path / form, ("dark", name), images=8) for form, name in zip("CD", names, strict=True)
+    ]
+    flags = [*SMALL, "--epochs", "1", "--output-dir"]
+    normal.main([*flags, str(tmp_path / "first"), "--data-path", str(sets[0])])
+    weights = str(tmp_path / "first" / "model_0.pth")
+    normal.main([*flags, str(tmp_path / "second"), "--data-path", str(sets[1]), "--finetune", weights])
+    apart = "'Scha\\u0308del' and 'Sch\\xe4del' look the same but differ in their Unicode form"
+    assert apart in capsys.readouterr().out
+    with pytest.raises(UserError) as caught:
+        evaluate(Path(weights), sets[1], tmp_path / "tested")
+    assert apart in str(caught.value)
 
 
 def test_two_processes_give_the_same_as_one(lacking, trained, tmp_path):

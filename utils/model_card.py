@@ -24,6 +24,7 @@ class Measured(NamedTuple):
 
     split: str
     images: int
+    absent: int  # classes without images there
     metrics: Metrics
 
 
@@ -40,7 +41,8 @@ def read_measured(weights: Path) -> Measured | None:
         clean = {name: found["metrics"]["clean"][name] for name in METRICS}
         split, images = found["split"], found["images"]
         whole = split in ("train", "val", "test") and type(images) is int and all(map(_is_metric, clean.values()))
-        return Measured(split, images, clean) if whole and _names(found["weights"], weights) else None
+        absent = len(found.get("absent_classes", []))
+        return Measured(split, images, absent, clean) if whole and _names(found["weights"], weights) else None
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
 

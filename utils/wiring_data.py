@@ -2,6 +2,7 @@
 
 import argparse
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -55,8 +56,9 @@ def open_splits(args: argparse.Namespace, trained_classes: list[str] | None = No
     if args.test_only and trained_classes is not None:
         classes, named_by = trained_classes, source
         whose = f"{source}, which was trained on classes of other names"
-    elif args.test_only and evaluated != "train" and (root / "train").is_dir():
-        classes = find_classes(root / "train")
+    elif args.test_only and evaluated != "train":
+        with suppress(UserError):  # without a train folder the split's own classes count
+            classes = find_classes(root / "train")
     evaluation = ImageFolder(
         root / evaluated,
         transform_for_evaluation(args),
