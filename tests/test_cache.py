@@ -401,7 +401,7 @@ def test_an_image_that_was_bad_only_when_the_cache_was_built(folder, tmp_path, m
 
 def test_a_worker_that_is_killed_ends_the_build_with_a_sentence(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(cache_build, "read_image", lambda path, gray: os.kill(os.getpid(), signal.SIGKILL))
-    with pytest.raises(UserError, match=r"DataLoader worker .*; the build goes on from there: give fewer"):
+    with pytest.raises(UserError, match=r"DataLoader worker .*give fewer --workers\. Started again, the build"):
         list(build_of(folder, tmp_path, workers=1).build())
 
 

@@ -157,7 +157,12 @@ def _add_run_flags(group: argparse._ArgumentGroup) -> None:
     add("--checkpoint-steps", type=positive_int, help="steps between checkpoints within an epoch; None: none within")
     add("--plot-every", type=positive_int, help="epochs between pictures in --output-dir/plots; None: no pictures")
     add("--tensorboard", action=Switch, default=False, help="write the log to --output-dir/tensorboard too")
-    add("--timeout", type=positive_float, default=600.0, help="seconds that a process waits for the others")
+    add(
+        "--timeout",
+        type=positive_float,
+        default=600.0,
+        help="seconds that a process waits for the others, or for a batch",
+    )
     add("--test-only", action="store_true", help="evaluate the weights of --resume (or --finetune) on --split")
 
 
