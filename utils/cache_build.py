@@ -27,7 +27,7 @@ from utils.files import write_atomically
 from utils.folders import ImageFiles
 from utils.images import read_image
 from utils.interruption import ride_out_signals, wait_for
-from utils.loading import TIMEOUT, batch_seconds, in_shared_memory, loaded
+from utils.loaders import TIMEOUT, batch_seconds, in_shared_memory, loaded
 from utils.node_limits import PREFETCH
 from utils.progress import say
 

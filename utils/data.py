@@ -17,7 +17,7 @@ from utils.errors import UserError
 from utils.folders import ImageFiles
 from utils.images import read_image
 from utils.interruption import ride_out_signals
-from utils.loading import Wait, in_shared_memory, loaded
+from utils.loaders import Wait, in_shared_memory, loaded
 from utils.node_limits import PREFETCH
 from utils.samplers import SampleKey, derive_seed
 

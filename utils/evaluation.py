@@ -15,7 +15,7 @@ from utils.data import batches
 from utils.errors import UserError
 from utils.files import write_atomically
 from utils.folders import ImageFiles
-from utils.loading import Wait
+from utils.loaders import Wait
 from utils.metrics import Metrics, classification_metrics, per_class_table, prediction_table, table_as_csv
 from utils.progress import Progress, say
 

@@ -17,7 +17,7 @@ from utils.evaluation import format_metrics
 from utils.files import write_atomically
 from utils.guard import ADVICE, NonFiniteLoss, StepGuard
 from utils.interruption import BATCH_SECONDS, Interrupted, StopRequest, WaitEnded
-from utils.loading import TIMEOUT, batch_seconds
+from utils.loaders import TIMEOUT, batch_seconds
 from utils.metrics import Metrics
 from utils.progress import Position
 from utils.state import TrainingState

@@ -17,7 +17,7 @@ from utils.bad_images import BadImages
 from utils.checkpoint import Weights
 from utils.errors import UserError
 from utils.interruption import wait_for
-from utils.loading import Wait, batch_seconds
+from utils.loaders import Wait, batch_seconds
 from utils.pictures import Pictures
 from utils.progress import Position
 from utils.saving import Saver

@@ -14,7 +14,7 @@ from utils.errors import UserError
 from utils.folders import ImageFiles
 from utils.images import open_image
 from utils.interruption import ride_out_signals
-from utils.loading import loaded
+from utils.loaders import loaded
 from utils.progress import Progress
 
 BATCH = 32  # images that a worker decodes before it hands them over

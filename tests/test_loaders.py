@@ -21,7 +21,7 @@ from utils.errors import UserError
 from utils.folders import ImageFiles
 from utils.interruption import EXIT_CODE as INTERRUPTED
 from utils.interruption import ride_out_signals, wait_for
-from utils.loading import in_shared_memory, loaded
+from utils.loaders import in_shared_memory, loaded
 from utils.node_limits import explain, shared_memory_problem
 from utils.samplers import TrainingSampler
 
