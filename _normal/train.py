@@ -6,6 +6,9 @@ from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from utils.lifetimes import end_with_launcher
+
+end_with_launcher()
 
 import torch
 import torch.nn.functional as F
@@ -62,8 +65,9 @@ def train_one_epoch(
     sampler.set_position(epoch, start.step, start.images)
     progress = Progress.over_epoch(sampler, label, print_freq, start, epochs)
     guard = StepGuard(device, loader.dataset.path, saver.stop)
+    wait = partial(saver.wait_for_batch, guard=guard)
     models.set_training_mode(distributed.unwrap(model), backbone_frozen)
-    for step, batch in progress.track(batches(loader, device, bad_images)):
+    for step, batch in progress.track(batches(loader, device, bad_images, wait)):
         update.begin_step()
         images, targets = mixing(normalize(batch.images), batch.targets, epoch, step)  # (B, 3, S, S), (B,) or (B, C)
         with torch.autocast(device.type, dtype=autocast_dtype, enabled=autocast_dtype is not None):
@@ -109,6 +113,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         autocast_dtype=wiring.autocast_dtype(args),
         print_freq=args.print_freq,
         bad_images=bad_images,
+        wait=wiring.wait(args),
     )
     evaluation_loader = wiring_data.evaluation_loader(args, splits.evaluation, device)
     if args.test_only:
@@ -172,7 +177,12 @@ def main(argv: Sequence[str] | None = None) -> None:
             line |= train(loader, saver=saver)
             scheduler.step()
             predictions, metrics = validate(
-                partial(evaluate, loader=evaluation_loader, stop_if_asked=saver.stop_if_asked),
+                partial(
+                    evaluate,
+                    loader=evaluation_loader,
+                    stop_if_asked=saver.stop_if_asked,
+                    wait=saver.wait_for_batch,
+                ),
                 validated,
                 auroc=epoch == args.epochs - 1,
             )

@@ -8,6 +8,9 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from utils.lifetimes import end_with_launcher
+
+end_with_launcher()
 
 import torch
 import torch.nn.functional as F
@@ -73,13 +76,14 @@ def train_one_epoch(
     sampler.set_position(epoch, start.step, start.images)
     progress = Progress.over_epoch(sampler, label, print_freq, start, epochs)
     guard = StepGuard(device, loader.dataset.path, saver.stop)
+    wait = partial(saver.wait_for_batch, guard=guard)
     classifier.train()
     if policy is not None:
         policy.train()
     autocast = partial(torch.autocast, device.type, dtype=autocast_dtype, enabled=autocast_dtype is not None)
     masks_per_image = objective.masks_per_image
     policy_state: Policy | None = distributed.unwrap(policy)
-    for step, batch in progress.track(batches(loader, device, bad_images)):
+    for step, batch in progress.track(batches(loader, device, bad_images, wait)):
         update.begin_step()
         images, targets = mixing(normalize(batch.images), batch.targets, epoch, step)  # (B, 3, S, S), (B,) or (B, C)
         if policy is not None:
@@ -197,6 +201,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         autocast_dtype=wiring.autocast_dtype(args),
         print_freq=args.print_freq,
         bad_images=bad_images,
+        wait=wiring.wait(args),
     )
     evaluation_loader = wiring_data.evaluation_loader(args, splits.evaluation, device)
     if args.test_only:
@@ -297,7 +302,12 @@ def main(argv: Sequence[str] | None = None) -> None:
             for scheduler in schedulers:
                 scheduler.step()
             predictions, metrics = validate(
-                partial(evaluate, loader=evaluation_loader, stop_if_asked=saver.stop_if_asked),
+                partial(
+                    evaluate,
+                    loader=evaluation_loader,
+                    stop_if_asked=saver.stop_if_asked,
+                    wait=saver.wait_for_batch,
+                ),
                 validated,
                 auroc=epoch == args.epochs - 1,
             )

@@ -185,7 +185,7 @@ def _add_run_flags(group: argparse._ArgumentGroup) -> None:
     add("--plot-every", type=positive_int, help="epochs between pictures in --output-dir/plots; None: no pictures")
     add("--tensorboard", action=Switch, default=False, help="write the log to --output-dir/tensorboard too; "
         "needs the package tensorboard")  # fmt: skip
-    add("--timeout", type=seconds, default=600.0, help="seconds that a process waits for the others")
+    add("--timeout", type=seconds, default=600.0, help="seconds that a process waits for the others, or for a batch")
     add("--test-only", action="store_true", help="evaluate the weights of --resume (or --finetune) on --split")
 
 

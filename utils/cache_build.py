@@ -6,8 +6,10 @@ import itertools
 import json
 import os
 import shutil
+import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import BinaryIO, NamedTuple, TextIO
 
@@ -24,7 +26,9 @@ from utils.files import write_atomically
 from utils.fingerprint import fingerprint
 from utils.folders import ImageFiles
 from utils.images import read_image
-from utils.interruption import ride_out_signals
+from utils.interruption import ride_out_signals, wait_for
+from utils.loaders import TIMEOUT, batch_seconds, in_shared_memory, loaded
+from utils.node_limits import PREFETCH
 from utils.progress import say
 from utils.samplers import derive_seed
 
@@ -92,11 +96,14 @@ class CacheBuild:
         max_bad_images: int | None,
         workers: int,
         upper_8_bits: bool = False,
+        timeout: float = TIMEOUT,
     ) -> None:
         """resize: a PIL image to a tensor (C, H, W) uint8; parameters: all that the pixels depend on.
 
-        max_bad_images: so many unreadable images are noted as such; None: there may be none.
+        max_bad_images: so many unreadable images are noted as such; None: there may be none. timeout: seconds to wait
+        for a batch of images, or for another builder that adds none.
         """
+        self.seconds = batch_seconds(timeout)
         self.files, self.channels, self.workers = files, 1 if gray else 3, workers
         self.decoder, self.max_bad_images = _Decoder(files, resize, gray, upper_8_bits), max_bad_images
         self.description = {"version": VERSION, "split": str(files.root), "images": len(files), **parameters}
@@ -120,19 +127,40 @@ class CacheBuild:
             if self.is_whole():
                 return
             self.folder.mkdir(parents=True, exist_ok=True)
-            with open(self.folder / "lock", "w") as lock:
-                word = f"{self.folder}: another process builds this cache; waiting for it."
-                while not _acquire(lock):
-                    yield word
-                    word = ""
-                    time.sleep(SECONDS)
+            with open(self.folder / "lock", "a+") as lock:
+                yield from self._wait_for_lock(lock)
                 if not self.is_whole():
+                    _name_holder(lock)
                     yield from self._build()
         except OSError as error:
             raise UserError(
                 f"{error.filename or self.folder}: the cache cannot be written there ({error.strerror}); free space, "
                 "or give another --cache-dir."
             ) from None
+
+    def _wait_for_lock(self, lock: TextIO) -> Iterator[str]:
+        """Until this process holds the lock; raises UserError if the one that holds it makes no progress."""
+        progress, since = None, time.monotonic()
+        word = f"{self.folder}: another process builds this cache; waiting for it."
+        while not _acquire(lock):
+            now = [(path.stat().st_size, path.stat().st_mtime_ns) for path in self._parts() if path.exists()]
+            if now != progress:
+                progress, since = now, time.monotonic()
+            elif time.monotonic() - since > self.seconds:
+                lock.seek(0)
+                holder = lock.read(200).strip() or "another process"
+                raise UserError(
+                    f"{self.folder}: {holder} builds this cache, and has added nothing for "
+                    f"{time.monotonic() - since:.0f} seconds. If it hangs, end it, and start again: the build "
+                    "continues where it stands; otherwise give a larger --timeout."
+                )
+            yield word
+            word = ""
+            time.sleep(SECONDS)
+
+    def _parts(self) -> list[Path]:
+        """What a build writes to."""
+        return [self.folder / name for name in (PIXELS, SIZES)]
 
     def _build(self) -> Iterator[str]:
         for path in self.folder.glob(".*.tmp"):  # of a build that was killed
@@ -181,15 +209,16 @@ class CacheBuild:
             self.decoder,
             batch_sampler=[range(start, min(start + BATCH, len(self.files))) for start in starts],
             num_workers=self.workers,
-            collate_fn=_as_it_is,
+            collate_fn=in_shared_memory,
             worker_init_fn=ride_out_signals,
             generator=torch.Generator(),
+            prefetch_factor=PREFETCH if self.workers > 0 else None,
+            persistent_workers=self.workers > 0,  # others raise over a refused fork when they are deleted
         )
         try:
-            yield from loader
-        except RuntimeError as error:  # a worker was killed, for want of memory say
-            reason = str(error).splitlines()[0]
-            raise UserError(f"{self.folder}: {reason}; the build goes on from there: give fewer --workers.") from None
+            yield from loaded(loader, partial(wait_for, seconds=self.seconds))
+        except UserError as error:
+            raise UserError(f"{self.folder}: {error} Started again, the build continues where it stands.") from None
 
     def _check_bad(self, sizes: np.ndarray, messages: tuple[str, ...]) -> None:
         """Raise UserError if there are more bad images than may be."""
@@ -284,6 +313,13 @@ def _acquire(lock: TextIO) -> bool:
     return True
 
 
+def _name_holder(lock: TextIO) -> None:
+    """Leave word, for those who wait, of the process that holds the lock."""
+    lock.truncate(0)
+    lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+    lock.flush()
+
+
 def _flush_to_disk(file: BinaryIO) -> None:
     file.flush()
     os.fsync(file.fileno())
@@ -302,7 +338,3 @@ def _offsets(sizes: np.ndarray, channels: int) -> np.ndarray:
 
 def _count_bad(sizes: np.ndarray) -> int:
     return int((sizes[:, 0] == 0).sum())
-
-
-def _as_it_is(part: Decoded) -> Decoded:
-    return part

@@ -18,6 +18,8 @@ from utils.errors import UserError
 from utils.folders import ImageFiles
 from utils.images import read_image
 from utils.interruption import ride_out_signals
+from utils.loaders import Wait, in_shared_memory, loaded
+from utils.node_limits import PREFETCH
 from utils.samplers import SampleKey, derive_seed
 
 
@@ -141,19 +143,15 @@ class Batch(NamedTuple):
     bad: tuple[str, ...] = ()
 
 
-def as_it_is(batch: "Batch | UserError") -> "Batch | UserError":
-    """What `ImageFolder.__getitems__` gives is a batch already."""
-    return batch
-
-
 def build_loader(dataset: ImageFolder, sampler: Sampler[list[SampleKey]], workers: int, pin_memory: bool) -> DataLoader:
     """A loader of `Batch`es; iterate over it through `batches`."""
     return DataLoader(
         dataset,
         batch_sampler=sampler,
         num_workers=workers,
-        collate_fn=as_it_is,
+        collate_fn=in_shared_memory,
         pin_memory=pin_memory,
+        prefetch_factor=PREFETCH if workers > 0 else None,
         persistent_workers=workers > 0,
         # Not forkserver, Python 3.14's choice, which would give each worker its own copy of the file names.
         multiprocessing_context="fork" if workers > 0 and sys.platform == "linux" else None,
@@ -163,21 +161,21 @@ def build_loader(dataset: ImageFolder, sampler: Sampler[list[SampleKey]], worker
     )
 
 
-def batches(loader: DataLoader, device: torch.device, bad_images: BadImages | None = None) -> Iterator[Batch]:
+def batches(
+    loader: DataLoader, device: torch.device, bad_images: BadImages | None = None, wait: Wait | None = None
+) -> Iterator[Batch]:
     """The loader's batches on the device (copied without waiting from pinned memory).
 
-    bad_images: takes note of what was passed over. Raises UserError, with the path, at the first image that cannot be
-    read where none may be.
+    bad_images: takes note of what was passed over. wait: see `loaded`. Raises UserError, with the path, at the first
+    image that cannot be read where none may be, and for workers that fail.
     """
-    for batch in loader:
-        if isinstance(batch, UserError):
-            # A new one: the traceback of this one would hold the frame that holds it, and the loader's workers with it.
-            raise UserError(str(batch))
+    for batch in loaded(loader, wait):
         if bad_images is not None:
             bad_images.note(batch.bad)
-        targets = batch.targets.to(device, non_blocking=True)
+        # Copies, since each tensor of a worker takes a file handle for as long as it is kept.
+        targets, indices = batch.targets.to(device, non_blocking=True, copy=True), batch.indices.clone()
         if loader.dataset.on_device is None:
             images = batch.images.to(device, non_blocking=True)
         else:
             images = loader.dataset.on_device(batch.indices, batch.images)
-        yield batch._replace(images=images, targets=targets)
+        yield batch._replace(images=images, targets=targets, indices=indices)

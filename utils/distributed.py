@@ -154,6 +154,11 @@ def launched_rank() -> int:
     return launch.rank if launch else 0
 
 
+def is_launched() -> bool:
+    """Whether a launcher started this process as one of several ranks, or as the only one."""
+    return read_launch(os.environ) is not None
+
+
 def launched_world_size() -> int:
     """The number of processes that the launcher started, known even before (or without) a process group."""
     launch = read_launch(os.environ)
@@ -265,7 +270,7 @@ def post_failure(message: str) -> None:
 
 def is_lost_contact(error: BaseException) -> bool:
     """True if a collective failed since another rank ended or did not answer in time."""
-    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
+    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error).lower())
 
 
 def failure_posted() -> bool:

@@ -1,14 +1,15 @@
 """What the user must mend: one clear sentence, printed once, a non-zero exit on every rank, no rank left waiting."""
 
-import errno
+import json
 import os
 import signal
 import sys
+import threading
 import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import torch
 
@@ -16,14 +17,13 @@ from utils import distributed
 from utils.allocator import keep_freed_memory
 from utils.interruption import EXIT_CODE as INTERRUPTED_EXIT_CODE
 from utils.interruption import Interrupted
+from utils.lifetimes import end_workers
+from utils.node_limits import explain
 from utils.output import drop_lost_output
 
 EXIT_CODE = 2
 GRACE_SECONDS = 10
-TOO_MANY_FILES = (
-    "too many open files for this process: raise the limit in the shell that starts the run (ulimit -n 65536), or give "
-    "fewer --workers."
-)
+LONGEST_TIMEOUT = 1e6  # seconds; torch and threading take no number at all
 
 
 class UserError(Exception):
@@ -51,19 +51,53 @@ def agreed() -> Iterator[None]:
 
 
 def join_processes(device_name: str | None, timeout_seconds: float = 600) -> torch.device:
-    """Join the process group; returns this process's device. Raises UserError for a device that is not there.
+    """Join the process group; returns this process's device.
 
-    timeout_seconds: how long a rank waits for the others, here and in each later collective.
+    timeout_seconds: how long a rank waits for the others, here and in each later collective. A process that has not
+    joined by then is ended. Raises UserError for a device that is not there, and where joining fails.
     """
+    timeout_seconds = min(timeout_seconds, LONGEST_TIMEOUT)
     if distributed.launched_rank() != 0:
         warnings.simplefilter("ignore")  # rank 0 speaks for all
     try:
-        device = distributed.initialize(device_name, timeout_seconds)
+        with _joining_limited_to(timeout_seconds):
+            device = distributed.initialize(device_name, timeout_seconds)
     except ValueError as error:
         raise UserError(str(error), agreed=True) from None
+    except Exception as error:
+        if explain(error) is None and distributed.is_lost_contact(error):
+            raise UserError(_not_joined(timeout_seconds, str(error).split("\n")[0])) from None
+        raise
     if device.type == "cpu":
         keep_freed_memory()
     return device
+
+
+@contextmanager
+def _joining_limited_to(seconds: float) -> Iterator[None]:
+    """End this process with a sentence if the block lasts longer: each step of joining has a limit of its own."""
+
+    def give_up() -> None:
+        _print_error(_not_joined(seconds, "no answer"))
+        _leave_at_once()
+
+    timer = threading.Timer(seconds, give_up)
+    timer.daemon = True
+    if distributed.is_launched():
+        timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+def _not_joined(seconds: float, reason: str) -> str:
+    address = ":".join(os.environ.get(name, "?") for name in ("MASTER_ADDR", "MASTER_PORT"))
+    return (
+        f"rank {distributed.launched_rank()} could not join the other {distributed.launched_world_size() - 1} within "
+        f"--timeout {seconds:g} seconds ({reason}): see what the others printed, and whether all were started and "
+        f"reach {address}."
+    )
 
 
 def run_script(main: Callable[[], None], *, prints_result: bool = False) -> None:
@@ -77,11 +111,14 @@ def run_script(main: Callable[[], None], *, prints_result: bool = False) -> None
     if hasattr(sys.stdout, "reconfigure"):  # which a stream in a notebook lacks
         sys.stdout.reconfigure(errors="backslashreplace")  # the names of files may be no text
     try:
-        main()
+        try:
+            main()
+        finally:
+            end_workers()
     except UserError as error:
         alone = distributed.launched_world_size() == 1
         if alone or not error.agreed or distributed.launched_rank() == 0:
-            print(f"error: {error}", file=sys.stderr, flush=True)
+            _print_error(str(error))
         if not alone and error.agreed:
             _wait_for_rank_0()
         elif not alone:
@@ -99,15 +136,15 @@ def run_script(main: Callable[[], None], *, prints_result: bool = False) -> None
         distributed.shutdown()
         sys.exit(INTERRUPTED_EXIT_CODE)
     except Exception as error:
-        if _says_too_many_files(error):
-            print(f"error: {TOO_MANY_FILES}", file=sys.stderr, flush=True)
-            distributed.post_failure(TOO_MANY_FILES)
+        if (problem := explain(error)) is not None:
+            _print_error(problem)
+            distributed.post_failure(problem)
             _leave_at_once()
         if distributed.launched_world_size() == 1:
             raise
         if distributed.is_lost_contact(error):
             if not distributed.failure_posted():
-                print(f"error: {lost_contact(error)}", file=sys.stderr, flush=True)
+                _print_error(lost_contact(error))
         else:
             traceback.print_exc()
             distributed.post_failure(str(error))
@@ -115,11 +152,13 @@ def run_script(main: Callable[[], None], *, prints_result: bool = False) -> None
     distributed.shutdown()
 
 
-def _says_too_many_files(error: BaseException | None) -> bool:
-    """True for an OSError of too many open files, also where the loader's end has raised something else over it."""
-    while error is not None and not (isinstance(error, OSError) and error.errno == errno.EMFILE):
-        error = error.__cause__ or error.__context__
-    return error is not None
+def _print_error(message: str) -> None:
+    """Print the sentence on stderr, and leave it where torchrun looks for what to show in its own summary."""
+    print(f"error: {message}", file=sys.stderr, flush=True)
+    if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        content = {"message": message, "extraInfo": {"timestamp": str(int(time.time()))}}
+        with suppress(OSError), open(path, "w") as file:
+            json.dump({"message": content}, file)
 
 
 def lost_contact(error: BaseException) -> str:

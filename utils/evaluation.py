@@ -15,6 +15,7 @@ from utils.data import batches
 from utils.errors import UserError
 from utils.files import write_atomically
 from utils.folders import ImageFiles
+from utils.loaders import Wait
 from utils.metrics import Metrics, classification_metrics, per_class_table, prediction_table, table_as_csv
 from utils.progress import Progress, say
 from utils.text import list_names
@@ -44,20 +45,21 @@ def predict(
     print_freq: int = 10,
     label: str = "evaluate",
     stop_if_asked: Callable[[], None] | None = None,
+    wait: Wait | None = None,
     bad_images: BadImages | None = None,
 ) -> Predictions:
     """Predictions of all ranks together, the same on every rank. Rank 0's buffers are broadcast first.
 
     model: the unwrapped classifier; prepare: uint8 images (B, C, S, S) on the device to the classifier's input;
-    stop_if_asked: a collective, called now and then, that raises where the run is to stop; bad_images: takes note of
-    the images that are left out. Raises UserError if they are too many, or all.
+    stop_if_asked: a collective, called now and then, that raises where the run is to stop; wait: see `loaded`;
+    bad_images: takes note of the images that are left out. Raises UserError if they are too many, or all.
     """
     distributed.broadcast_buffers(model)
     model.eval()
     logits, targets, indices = [], [], []
     global_batch = loader.batch_sampler.batch_size * distributed.world_size()
     progress = Progress(label, len(loader), print_freq, global_batch)
-    for step, batch in progress.track(batches(loader, device, bad_images)):
+    for step, batch in progress.track(batches(loader, device, bad_images, wait)):
         with torch.autocast(device.type, dtype=autocast_dtype, enabled=autocast_dtype is not None):
             output = model(prepare(batch.images))
         logits.append(output.to(torch.float32, copy=True))  # a CUDA graph's own output is overwritten by the next

@@ -30,6 +30,7 @@ from utils.flag_types import natural, positive_int
 from utils.folders import ImageFiles
 from utils.inference import Classifier, add_weights_flags, is_heated, open_classifier
 from utils.listing import PassedOver, find_images
+from utils.node_limits import shared_memory_problem
 from utils.samplers import EvaluationSampler
 from utils.text import printable
 
@@ -98,7 +99,12 @@ def build_image_loader(
         files=ImageFiles(Path(), {"": paths}),
     )
     sampler = EvaluationSampler(len(paths), batch_size)
-    return build_loader(dataset, sampler, min(workers, len(sampler) - 1), pin_memory=device.type == "cuda")
+    workers = min(workers, len(sampler) - 1)
+    batch_bytes = batch_size * (1 if classifier.args.gray else 3) * classifier.args.val_crop_size**2
+    problem = shared_memory_problem(batch_bytes, len(sampler), workers, processes=1)
+    if problem is not None:
+        raise UserError(problem)
+    return build_loader(dataset, sampler, workers, pin_memory=device.type == "cuda")
 
 
 @torch.no_grad()

@@ -7,20 +7,22 @@ from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 from utils import checkpoint, distributed, progress, run_lock
 from utils.errors import UserError, agreed, lost_contact
 from utils.evaluation import format_metrics
 from utils.files import write_atomically
 from utils.guard import ADVICE, NonFiniteLoss, StepGuard
-from utils.interruption import Interrupted, StopRequest
+from utils.interruption import BATCH_SECONDS, Interrupted, StopRequest, WaitEnded
+from utils.loaders import TIMEOUT, batch_seconds
 from utils.metrics import Metrics
 from utils.progress import Position
 from utils.state import TrainingState
 
 STATUS = "status.json"
 BAD_BATCH = "nonfinite_batch.json"
+Item = TypeVar("Item")
 
 
 class Saver:
@@ -39,8 +41,13 @@ class Saver:
         start: Position,
         best_f1: float,
         checkpoint_steps: int | None,
+        timeout: float = TIMEOUT,
     ) -> None:
-        """origin: what the run began with (script, classes, images, args), which goes into the files as it is."""
+        """origin: what the run began with (script, classes, images, args), which goes into the files as it is.
+
+        timeout: seconds that a process may wait, for a batch too.
+        """
+        self.batch_seconds = batch_seconds(timeout)
         self.output_dir, self.training, self.meters = output_dir, training, training.meters
         self.origin = origin
         self.position, self.best_f1, self.checkpoint_steps = start, best_f1, checkpoint_steps
@@ -84,6 +91,28 @@ class Saver:
         if stop or (self.checkpoint_steps is not None and position.step % self.checkpoint_steps == 0):
             guard.raise_if_found(position.epoch)
             self._save(stop)
+
+    def wait_for_batch(self, get: Callable[[], Item], guard: StepGuard | None = None) -> Item:
+        """Returns `get()`, a loader's next batch; raises WaitEnded if it takes too long. A signal ends the wait too.
+
+        A single process then saves the last step and raises Interrupted. Of several, the others wait in a collective,
+        so nothing can be saved: if the batch does not come soon, UserError.
+        """
+        single = distributed.world_size() == 1
+        try:
+            return self.stop.wait_for(get, self.batch_seconds, patience=0 if single else BATCH_SECONDS)
+        except WaitEnded:
+            if self.stop.asked is None:
+                raise
+        if not single:
+            raise UserError(
+                f"rank {distributed.rank()}: {self.stop.asked} came, and no batch for {BATCH_SECONDS} seconds after "
+                "it, so the run ends without a new checkpoint; the last one, if there is one, is unharmed."
+            )
+        if guard is not None:
+            guard.raise_if_found(self.position.epoch)
+        self._save(stop=True)
+        raise AssertionError  # not reached
 
     def stop_if_asked(self) -> None:
         """Between steps, where all ranks are: as `after_step`, but only for a signal."""

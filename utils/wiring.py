@@ -3,6 +3,7 @@
 import argparse
 import os
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ from torch.optim.lr_scheduler import LRScheduler
 from utils import distributed, loading, models, optim, progress, provenance, rehearsal
 from utils.bad_images import BadImages
 from utils.checkpoint import Weights
+from utils.interruption import wait_for
+from utils.loaders import Wait, batch_seconds
 from utils.pictures import Pictures
 from utils.progress import Position
 from utils.samplers import TrainingSampler
@@ -26,6 +29,11 @@ from utils.wiring_data import Splits, digests
 def bad_images(args: argparse.Namespace) -> BadImages:
     """What the loops and the evaluation tell of images that cannot be read; one for the whole run."""
     return BadImages(args.max_bad_images if args.bad_images == "skip" else None)
+
+
+def wait(args: argparse.Namespace) -> Wait:
+    """How evaluation alone waits for its batches; in training the saver does."""
+    return partial(wait_for, seconds=batch_seconds(args.timeout))
 
 
 def batch_mixing(args: argparse.Namespace, num_classes: int) -> BatchMixing:
@@ -116,6 +124,7 @@ def saver(
         start=Position.of(state),
         best_f1=state["best_f1"] if state else -1.0,
         checkpoint_steps=args.checkpoint_steps,
+        timeout=args.timeout,
     )
 
 

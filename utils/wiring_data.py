@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from utils import distributed, phantoms, progress
-from utils.cache_build import CacheBuild, build_together
+from utils.cache_build import BATCH, CacheBuild, build_together
 from utils.data import ImageFolder, build_loader
 from utils.device_images import FILTERS, DeviceImages
 from utils.errors import UserError, agreed
@@ -23,6 +23,7 @@ from utils.folders import (
     find_classes,
     read_excluded,
 )
+from utils.node_limits import shared_memory_problem
 from utils.samplers import EvaluationSampler, TrainingSampler
 from utils.text import explain_forms, list_names
 from utils.transforms import DrawCrop, evaluation_transform, resize_transform, training_transform
@@ -184,7 +185,7 @@ def _training_transform(args: argparse.Namespace) -> nn.Module:
 
 
 def training_loader(args: argparse.Namespace, dataset: ImageFolder, device: torch.device) -> DataLoader:
-    """Raises UserError if there are fewer images than one global batch."""
+    """Raises UserError if there are fewer images than one global batch, or too little shared memory for the workers."""
     sampler = TrainingSampler(
         len(dataset),
         args.batch_size,
@@ -194,12 +195,28 @@ def training_loader(args: argparse.Namespace, dataset: ImageFolder, device: torc
         args.ra_reps if args.ra_sampler else 1,
     )
     pin_memory = device.type == "cuda" and args.cache_dataset != "device"  # crops are a few kilobytes
+    if args.cache_dataset != "device":
+        _check_shared_memory(args, args.train_crop_size, len(sampler))
     return build_loader(dataset, sampler, args.workers, pin_memory)
 
 
 def evaluation_loader(args: argparse.Namespace, dataset: ImageFolder, device: torch.device) -> DataLoader:
+    """Raises UserError, on all ranks, if there is too little shared memory for the workers."""
     sampler = EvaluationSampler(len(dataset), args.batch_size, distributed.rank(), distributed.world_size())
+    with agreed():
+        _check_shared_memory(args, args.val_crop_size, len(sampler))
     return build_loader(dataset, sampler, args.workers, pin_memory=device.type == "cuda")
+
+
+def _check_shared_memory(args: argparse.Namespace, size: int, batches: int) -> None:
+    batch_bytes = args.batch_size * _channels(args) * size**2
+    problem = shared_memory_problem(batch_bytes, batches, args.workers, distributed.local_world_size())
+    if problem is not None:
+        raise UserError(problem)
+
+
+def _channels(args: argparse.Namespace) -> int:
+    return 1 if args.gray else 3
 
 
 def check_cache_flags(args: argparse.Namespace) -> None:
@@ -241,6 +258,12 @@ def use_cache(args: argparse.Namespace, splits: Splits, device: torch.device) ->
     with agreed():
         datasets = [split for split in (splits.training, splits.evaluation) if split is not None]
         builds = [_cache_build(args, dataset) for dataset in datasets]
+        for build in builds:
+            batch_bytes = BATCH * _channels(args) * args.val_resize_size**2  # more for images that are no squares
+            batches = 0 if build.is_whole() else len(build.files) // BATCH
+            problem = shared_memory_problem(batch_bytes, batches, build.workers, processes=1)
+            if problem is not None and batches:
+                raise UserError(f"{build.folder}, to be built: {problem}")
     build_together(builds)
     with agreed():
         for dataset, build in zip(datasets, builds, strict=True):
@@ -264,4 +287,5 @@ def _cache_build(args: argparse.Namespace, dataset: ImageFolder) -> CacheBuild:
         max_bad_images=args.max_bad_images if args.bad_images == "skip" else None,
         workers=min(args.workers * distributed.local_world_size(), os.cpu_count() or 1),
         upper_8_bits=args.upper_8_bits,
+        timeout=args.timeout,
     )

@@ -14,6 +14,7 @@ from utils.errors import UserError
 from utils.folders import ImageFiles
 from utils.images import open_image, to_8_bits
 from utils.interruption import ride_out_signals
+from utils.loaders import loaded
 from utils.progress import Progress
 
 BATCH = 32  # images that a worker decodes before it hands them over
@@ -100,17 +101,18 @@ def measure_all(files: ImageFiles, workers: int, upper_8_bits: bool = False) -> 
         collate_fn=_as_it_is,
         multiprocessing_context="fork" if workers > 0 and sys.platform == "linux" else None,
         worker_init_fn=ride_out_signals,
+        persistent_workers=workers > 0,  # others raise over a refused fork when they are deleted
     )
     records, bad = np.zeros(len(files), RECORD), {}
     progress = Progress(files.root.name, len(starts), max(1, len(starts) // 10), BATCH)
     try:
-        for step, measured in progress.track(loader):
+        for step, measured in progress.track(loaded(loader)):
             records[step * BATCH : step * BATCH + len(measured.records)] = measured.records
             bad |= measured.bad
             if progress.in_terminal or progress.is_due(step):
                 progress.show(step, {})
-    except RuntimeError as error:  # a worker was killed, for want of memory say
-        raise UserError(f"{files.root}: {str(error).splitlines()[0]}; give fewer --workers.") from None
+    except UserError as error:
+        raise UserError(f"{files.root}: {error}") from None
     return Measured(records, bad)
 
 
