@@ -230,7 +230,8 @@ def print_plan(
 
 def say_done(args: argparse.Namespace, saver: Saver) -> None:
     """At the end of a run."""
-    best = f"best macro F1 on val {saver.best_f1:.4f}"
+    of_average = " (of the moving average)" if args.model_ema else ""
+    best = f"best macro F1 on val {saver.best_f1:.4f}{of_average}"
     progress.say(f"{args.epochs} epochs are done; {best}; the files are in {saver.output_dir.resolve()}")
 
 
