@@ -66,3 +66,8 @@ def test_what_cannot_start_prints_no_facts(train, capsys):
     with pytest.raises(UserError):
         train(normal, "--batch-size", 4096)
     assert "global batch" not in capsys.readouterr().out
+
+
+def test_uniform_masks_have_no_weights_to_name(train, capsys):
+    train(policy_gradient, "--grid", 4, "--epochs", 1, "--mask-policy", "uniform")
+    assert "policy: the same for all images (uniform), 0 parameters; weights: none to learn" in capsys.readouterr().out

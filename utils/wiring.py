@@ -191,7 +191,9 @@ def print_network(
     total = sum(parameter.numel() for parameter in network.parameters())
     trained = sum(parameter.numel() for parameter in network.parameters() if parameter.requires_grad)
     only = f", of which {trained:,} are trained" if trained != total else ""
-    if state is not None or weights is not None:
+    if total == 0:
+        origin = "none to learn"
+    elif state is not None or weights is not None:
         origin = f"those of {args.resume if state is not None else weights.path}"
     else:
         origin = f"timm's {tag}" if tag else f"random (--seed {args.seed})"
