@@ -121,7 +121,15 @@ def main(argv: Sequence[str] | None = None) -> None:
         wiring.print_network(args, "classifier", args.model, model, state, weights)
         wiring_data.use_cache(args, splits, device)
         results = {"clean": evaluate(model, evaluation_loader)}
-        report_test(output_dir, results, splits.evaluation.files, split=args.split, weights=weights.path, origin=origin)
+        report_test(
+            output_dir,
+            results,
+            splits.evaluation.files,
+            split=args.split,
+            weights=weights.path,
+            averaged=weights.averaged,
+            origin=origin,
+        )
         bad_images.say_count()
         return
 

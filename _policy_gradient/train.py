@@ -210,7 +210,15 @@ def main(argv: Sequence[str] | None = None) -> None:
         wiring_data.use_cache(args, splits, device)
         mask = build_mask(args, args.val_crop_size, device) if masks else None
         results = test(partial(evaluate, loader=evaluation_loader), classifier, policy, mask, normalize)
-        report_test(output_dir, results, splits.evaluation.files, split=args.split, weights=weights.path, origin=origin)
+        report_test(
+            output_dir,
+            results,
+            splits.evaluation.files,
+            split=args.split,
+            weights=weights.path,
+            averaged=weights.averaged,
+            origin=origin,
+        )
         bad_images.say_count()
         return
 

@@ -114,6 +114,8 @@ def test_metrics_are_those_measured_with_the_very_weights(tmp_path, image_folder
         {"metrics": {"clean": dict.fromkeys(model_card.METRICS, "1")}},
         {"metrics": {"clean": dict.fromkeys(model_card.METRICS, float("nan"))}},
         {"metrics": [[]]},
+        {"averaged": True},
+        {"averaged": "no"},
     ],
     ids=str,
 )
@@ -130,6 +132,7 @@ def test_metrics_that_are_not_of_these_weights(tmp_path, change):
     path = weights.parent / "metrics.json"
     path.write_text(json.dumps(whole))
     assert model_card.read_measured(weights).metrics["top1"] == 0.5
+    assert model_card.read_measured(weights, averaged=False) is None
     path.write_text(json.dumps({**whole, **change}))
     assert model_card.read_measured(weights) is None
     path.write_text("[" * 100_000)

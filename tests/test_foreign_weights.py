@@ -95,6 +95,20 @@ def test_weights_of_other_code_load_and_what_is_done_is_printed(name, state, mes
     assert message in capsys.readouterr().out
 
 
+def test_a_file_with_an_average_only(tmp_path, capsys):
+    path = written(tmp_path / "average.pth", {"state_dict_ema": state_of(), "arch": "test_resnet"})
+    assert_loaded(start(path), state_of())
+    assert "'state_dict_ema', a moving average.\n" in capsys.readouterr().out
+    assert read_weights(path).averaged
+    with pytest.raises(UserError, match=r"^--no-use-ema: .*average.pth holds a moving average only"):
+        start(path, "--no-use-ema")
+
+
+def test_an_empty_average_is_passed_over(tmp_path):
+    path = written(tmp_path / "empty.pth", {"model": state_of(), "model_ema": {}})
+    assert_loaded(start(path, "--model", "test_resnet"), state_of())
+
+
 def test_entries_of_other_modules_are_named(tmp_path, capsys):
     start(written(tmp_path / "l.ckpt", {"state_dict": state_of(0, "net.") | OTHERS}), "--model", "test_resnet")
     assert "not below 'net.': criterion.weight, val_acc_best.max_value, train_acc.tp." in capsys.readouterr().out

@@ -13,6 +13,7 @@ from torch.optim.swa_utils import AveragedModel
 from _normal import train as normal
 from _policy_gradient import train as policy_gradient
 from tests.conftest import SMALL
+from utils import run_folder
 from utils.optim import MovingAverage
 from utils.progress import read_log
 
@@ -175,6 +176,18 @@ def test_a_memory_longer_than_the_run_is_said_with_figures(train, capsys):
     assert "would reach back" not in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(("epochs", "warmup", "updates"), [(20, 0, 20), (20, 15, 5), (3, 5, 0)])
+def test_the_memory_counts_one_update_in_an_epoch_shorter_than_the_interval(epochs, warmup, updates):
+    average = MovingAverage(OneWeight(), 0.99998, 32, epochs=epochs, global_batch=32, warmup_epochs=warmup)
+    for epoch in range(epochs):
+        for step in range(2):
+            average.update(epoch, step)
+    assert average.updates == updates
+    last = 1 - average.average.get_decay(max(1, updates))
+    set_memory, last_memory, steps = average.memory(steps_per_epoch=2, epochs=epochs)
+    assert (set_memory, last_memory, steps) == pytest.approx((2 / (2e-5 * 32 * 32 / epochs), 2 / last, 2 * epochs))
+
+
 def test_files_hold_both_and_use_ema_chooses(train, image_folder):
     flags = ("--epochs", 2, "--model-ema", "--model-ema-steps", 1, "--model-ema-decay", 0.9)
     folder = train(normal, *flags)
@@ -189,8 +202,11 @@ def test_files_hold_both_and_use_ema_chooses(train, image_folder):
         for flag, name in (([], "val_ema"), (["--use-ema"], "val_ema"), (["--no-use-ema"], "val")):
             normal.main([*SMALL[:2], "--workers", "0", "--test-only", "--resume", str(folder / file), *flag,
                          "--data-path", str(image_folder), "--output-dir", str(folder / "test")])  # fmt: skip
-            found = json.loads((folder / "test" / "metrics.json").read_text())["metrics"]["clean"]
-            assert found["loss"] == pytest.approx(line[f"{name}_loss"], rel=1e-6, abs=1e-6)
+            tested = json.loads((folder / "test" / "metrics.json").read_text())
+            assert tested["metrics"]["clean"]["loss"] == pytest.approx(line[f"{name}_loss"], rel=1e-6, abs=1e-6)
+            assert tested["averaged"] is (name == "val_ema")
+            which = "moving average" if name == "val_ema" else "trained weights"
+            assert f"weights {file}, {which}" in run_folder.describe_tested(tested, "clean")
 
 
 def test_the_best_epoch_is_that_of_the_average(train):

@@ -128,6 +128,7 @@ def test_a_run_that_was_cut_off_shows_what_is_there(tmp_path):
         ("run.json", '{"starts": [], "data": {"train": 3}}'),
         ("run.json", "[" * 100_000),
         ("metrics.json", '{"metrics": {"clean": {"top1": "<script>"}}, "split": "", "weights": ""}'),
+        ("metrics.json", '{"metrics": {}, "split": "", "weights": "", "averaged": []}'),
         ("metrics.json", '{"metrics": {}}'),
         ("status.json", "[1]"),
         ("log.jsonl", "no JSON\n"),

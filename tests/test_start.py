@@ -1,5 +1,6 @@
 """What a run prints at its start: the facts by which a user sees that it is the run that was meant."""
 
+import argparse
 import math
 
 import pytest
@@ -8,7 +9,10 @@ import timm
 from _normal import train as normal
 from _policy_gradient import train as policy_gradient
 from tests.conftest import SMALL
+from utils import wiring
 from utils.errors import UserError
+from utils.progress import Position
+from utils.samplers import TrainingSampler
 
 
 def parameters(name: str, classes: int) -> str:
@@ -66,3 +70,17 @@ def test_what_cannot_start_prints_no_facts(train, capsys):
     with pytest.raises(UserError):
         train(normal, "--batch-size", 4096)
     assert "global batch" not in capsys.readouterr().out
+
+
+def test_uniform_masks_have_no_weights_to_name(train, capsys):
+    train(policy_gradient, "--grid", 4, "--epochs", 1, "--mask-policy", "uniform")
+    assert "policy: the same for all images (uniform), 0 parameters; weights: none to learn" in capsys.readouterr().out
+
+
+def test_the_steps_are_those_of_a_whole_epoch_after_a_change_of_processes(capsys):
+    args = argparse.Namespace(resume="c.pth", batch_size=8, epochs=2, opt="sgd", lr_scheduler="steplr")
+    sampler = TrainingSampler(48, 8, seed=0)
+    begun = Position(epoch=1, step=1, images=16)  # by two processes
+    wiring.print_plan(args, sampler, {}, begun, None)
+    assert "resumed: c.pth, at step 1 of epoch 1" in (out := capsys.readouterr().out)
+    assert "1 process x 8 = 8 images; 6 steps an epoch" in out

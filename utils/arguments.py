@@ -13,6 +13,7 @@ from utils.errors import UserError
 from utils.flag_types import (
     average_decay,
     fraction,
+    image_size,
     mixing_alpha,
     momentum,
     natural,
@@ -22,6 +23,9 @@ from utils.flag_types import (
     positive_float,
     positive_fraction,
     positive_int,
+    processes,
+    rate_factor,
+    repetitions,
     seconds,
     seed,
     smoothing,
@@ -80,7 +84,7 @@ def _add_data_flags(group: argparse._ArgumentGroup) -> None:
     add("--max-bad-images", type=natural, default=100, help="of --bad-images skip: more than so many end the run")
     add("--split", default="val", choices=("train", "val", "test"), help="what --test-only evaluates on")
     add("-b", "--batch-size", "--batch_size", type=positive_int, default=32, help="images in each process")
-    add("-j", "--workers", type=natural, default=16, help="data loading processes for each process; 0: none")
+    add("-j", "--workers", type=processes, default=16, help="data loading processes for each process; 0: none")
     add_input_flags(group)
 
 
@@ -95,9 +99,9 @@ def add_input_flags(group: argparse._ActionsContainer) -> None:
         help="of the pixels in 0..1; one value, or one a channel",
     )
     add("--std", type=pixel_std, nargs="+", default=[0.3213], help="of the pixels; one value, or one a channel")
-    add("--train-crop-size", type=positive_int, default=224, help="pixels, random resized crop")
-    add("--val-resize-size", type=positive_int, default=256, help="pixels, shorter side in evaluation")
-    add("--val-crop-size", type=positive_int, default=224, help="pixels, central crop in evaluation")
+    add("--train-crop-size", type=image_size, default=224, help="pixels, random resized crop")
+    add("--val-resize-size", type=image_size, default=256, help="pixels, shorter side in evaluation")
+    add("--val-crop-size", type=image_size, default=224, help="pixels, central crop in evaluation")
     add("--interpolation", default="bilinear", choices=transforms.INTERPOLATIONS, help="of every resize")
     add("--gray", action=Switch, default=False, help="read images as one channel, and make it three on the device")
     add("--upper-8-bits", action=Switch, default=False, help="of PNG and TIFF images of 12 or 16 bits a channel, keep "
@@ -147,7 +151,7 @@ def _add_schedule_flags(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
     add("--lr-scheduler", type=str.lower, default="steplr", choices=optim.SCHEDULERS, help="stepped once an epoch")
     add("--lr-step-size", type=positive_int, default=30, help="epochs between the steps of steplr")
-    add("--lr-gamma", type=positive_float, default=0.1, help="factor of steplr and exponentiallr")
+    add("--lr-gamma", type=rate_factor, default=0.1, help="factor of steplr and exponentiallr")
     add("--lr-min", type=non_negative_float, default=0.0, help="where cosineannealinglr ends")
     add("--lr-warmup-epochs", type=natural, default=0, help="epochs before the schedule begins")
     add("--lr-warmup-method", type=str.lower, default="constant", choices=optim.WARMUPS, help="shape of the warm-up")
@@ -163,7 +167,7 @@ def _add_augmentation_flags(group: argparse._ArgumentGroup) -> None:
     add("--mixup-alpha", type=mixing_alpha, default=0.0, help="0: no MixUp")
     add("--cutmix-alpha", type=mixing_alpha, default=0.0, help="0: no CutMix")
     add("--ra-sampler", action="store_true", help="repeated augmentation: each image several times in an epoch")
-    add("--ra-reps", type=positive_int, default=3, help="repetitions of --ra-sampler")
+    add("--ra-reps", type=repetitions, default=3, help="repetitions of --ra-sampler")
 
 
 def _add_run_flags(group: argparse._ArgumentGroup) -> None:
@@ -316,6 +320,15 @@ def _namespace(values: dict[str, Any]) -> argparse.Namespace:
             f"--val-crop-size {args.val_crop_size}: larger than --val-resize-size {args.val_resize_size}, so "
             "evaluation would pad the images; give a larger --val-resize-size."
         )
+    if args.lr_scheduler == "cosineannealinglr" and args.lr_min > args.lr:
+        raise UserError(f"--lr-min {args.lr_min:g}: above --lr {args.lr:g}, so that the learning rate would rise.")
+    for name in ("weight_decay", "norm_weight_decay", "bias_weight_decay", "transformer_embedding_decay"):
+        decay = getattr(args, name)
+        if args.opt != "rmsprop" and decay is not None and args.lr * decay >= 1:
+            raise UserError(
+                f"{typed(name, decay)}: times --lr {args.lr:g} it is {args.lr * decay:g}, the share that "
+                "each step takes off the weights; expected a product below 1 (usual are 1e-4 for sgd, 0.05 for adamw)."
+            )
     if args.opt == "sgd_nesterov" and args.momentum == 0:
         raise UserError("--opt sgd_nesterov: Nesterov momentum needs --momentum above 0.")
     if args.test_only and not (args.resume or getattr(args, "finetune", None)):

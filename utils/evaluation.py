@@ -104,12 +104,20 @@ def validate(
 
 
 def report_test(
-    output_dir: Path, results: dict[str, Predictions], files: ImageFiles, *, split: str, weights: str, origin: dict
+    output_dir: Path,
+    results: dict[str, Predictions],
+    files: ImageFiles,
+    *,
+    split: str,
+    weights: str,
+    averaged: bool | None = None,
+    origin: dict,
 ) -> dict[str, Metrics]:
     """Print and write what --test-only found, on rank 0: metrics.json and two tables for each result.
 
     results: predictions by name, "clean" first; its tables are per_class.csv and predictions.csv, those of another name
-    per_class_<name>.csv and predictions_<name>.csv. files: the split's. origin: goes into metrics.json as it is.
+    per_class_<name>.csv and predictions_<name>.csv. files: the split's. averaged: whether the weights are the moving
+    average of a file that holds one; None: it holds none. origin: goes into metrics.json as it is.
     """
     metrics = {name: measure(predictions, auroc=True) for name, predictions in results.items()}
     if not distributed.is_main_process():
@@ -141,6 +149,7 @@ def report_test(
         "split": split,
         "images": images,
         "weights": weights,
+        "averaged": averaged,
         "classes": len(files.classes),
         "absent_classes": absent,
         "metrics": metrics,

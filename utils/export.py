@@ -174,7 +174,7 @@ def write_folder(target: Path, classifier: Classifier, data_name: str, license_n
             classes,
             args,
             recipe=recipe_flags(passed_on(classifier)),
-            measured=read_measured(Path(weights.path)),
+            measured=read_measured(Path(weights.path), weights.averaged),
             license_name=license_name,
             img_size=config["model_args"].get("img_size"),
             with_onnx=with_onnx,

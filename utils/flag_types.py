@@ -26,6 +26,9 @@ def _number(kind: type[Number], is_allowed: Callable[[Number], bool], expected: 
 
 positive_int = _number(int, lambda value: value >= 1, "a whole number of at least 1")
 natural = _number(int, lambda value: value >= 0, "a whole number of at least 0")
+image_size = _number(int, lambda value: 1 <= value <= 16384, "a whole number of pixels from 1 to 16384")
+repetitions = _number(int, lambda value: 1 <= value <= 1000, "a whole number from 1 to 1000")
+processes = _number(int, lambda value: 0 <= value <= 1024, "a whole number from 0 to 1024")
 seed = _number(int, lambda value: 0 <= value < 2**64, "a whole number from 0 to 2^64 - 1, which torch takes as a seed")
 positive_float = _number(
     float, lambda value: SMALLEST < value < LARGEST, f"a number above 0 (from {SMALLEST:g} to {LARGEST:g})"
@@ -37,6 +40,9 @@ non_negative_float = _number(
 )
 fraction = _number(float, lambda value: 0 <= value <= 1, "a number from 0 to 1")
 positive_fraction = _number(float, lambda value: SMALLEST < value <= 1, "a number above 0, at most 1")
+rate_factor = _number(
+    float, lambda value: SMALLEST < value <= 1, "a number above 0, at most 1, above which the learning rate would rise"
+)
 momentum = _number(float, lambda value: 0 <= value < 1, "a number from 0 to below 1, at which no step is forgotten")
 average_decay = _number(
     float, lambda value: 0 <= value < 1, "a number from 0 to below 1, at which the average never moves"

@@ -28,14 +28,18 @@ def choose_container(
     """The name of the state dict to use, None if the file is one itself or holds none; and whether it is an average.
 
     use_ema: whether to take a moving average; None: if there is one. The second value is None where there is none.
-    Raises UserError where several could be meant, and where there is no average although one is asked for.
+    Raises UserError where several could be meant, and where what is asked for is not in the file.
     """
-    named = [name for name in CONTAINERS if isinstance(state.get(name), dict)]
+    named = _containers(state)
     averages = [name for name in named if name.endswith("_ema")]
     if averages and len(averages) < len(named):
         use_ema = use_ema is not False
         return next(name for name in named if (name in averages) == use_ema), use_ema
-    if use_ema and not averages:
+    if averages:
+        if use_ema is False:
+            raise UserError(f"--no-use-ema: {path} holds a moving average only; leave the flag out.")
+        return named[0], True
+    if use_ema:
         raise UserError(f"--use-ema: {path} holds no moving average; leave the flag out.")
     if named or "format_version" in state:  # a file of this project has no other name for it
         return named[0] if named else None, None
@@ -47,12 +51,19 @@ def choose_container(
     return others[0] if others else None, None
 
 
+def _containers(state: dict[str, Any]) -> list[str]:
+    """The names of the containers that are not empty."""
+    return [name for name in CONTAINERS if isinstance(state.get(name), dict) and state[name]]
+
+
 def describe_choice(path: str | Path, state: dict[str, Any], container: str) -> list[str]:
     """A sentence on the state dict that is used, where a file has several or an unusual one."""
-    others = [name for name in CONTAINERS if name != container and isinstance(state.get(name), dict)]
+    others = [name for name in _containers(state) if name != container]
     if container == "model" and not others:
         return []
-    average = ", a moving average (--no-use-ema takes the trained weights)" if container.endswith("_ema") else ""
+    average = ", a moving average" if container.endswith("_ema") else ""
+    if average and any(not name.endswith("_ema") for name in others):
+        average += " (--no-use-ema takes the trained weights)"
     without = f"; not used: {', '.join(others)}" if others else ""
     return [f"{path}: the weights are its '{printable(container)}'{average}{without}."]
 

@@ -28,10 +28,11 @@ class Measured(NamedTuple):
     metrics: Metrics
 
 
-def read_measured(weights: Path) -> Measured | None:
+def read_measured(weights: Path, averaged: bool | None = None) -> Measured | None:
     """Out of the metrics.json beside the weights, if it was written after them and names them; else None.
 
-    A file that holds anything else than --test-only writes counts as none.
+    averaged: whether the weights are the moving average of their file, as in `checkpoint.Weights`: the result must be
+    of the same choice. A file that holds anything else than --test-only writes counts as none.
     """
     path = weights.parent / "metrics.json"
     try:
@@ -42,7 +43,8 @@ def read_measured(weights: Path) -> Measured | None:
         split, images = found["split"], found["images"]
         whole = split in ("train", "val", "test") and type(images) is int and all(map(_is_metric, clean.values()))
         absent = len(found.get("absent_classes", []))
-        return Measured(split, images, absent, clean) if whole and _names(found["weights"], weights) else None
+        same = found.get("averaged") is averaged and _names(found["weights"], weights)
+        return Measured(split, images, absent, clean) if whole and same else None
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
 

@@ -267,11 +267,16 @@ class MovingAverage:
             self.updates = self.updates + 1 if epoch >= self.warmup_epochs else 0
 
     def memory(self, steps_per_epoch: int, epochs: int) -> tuple[float, float, int]:
-        """How many steps the average reaches back: as the decay is set, at the run's end, and the steps of the run."""
-        all_steps = steps_per_epoch * epochs
-        last = self.average.get_decay(max(2, all_steps // self.steps))
-        set_memory, last_memory = (self.steps / max(1 - decay, 1e-12) for decay in (self.average.decay, last))
-        return set_memory, last_memory, all_steps
+        """How many steps the average reaches back: as the decay is set, at the run's end, and the steps of the run.
+
+        Each epoch updates at its steps 0, `steps`, ...: once where it has fewer.
+        """
+        updates_per_epoch = -(-steps_per_epoch // self.steps)
+        updates = updates_per_epoch * max(0, epochs - self.warmup_epochs)
+        last = self.average.get_decay(max(1, updates))
+        steps_between = steps_per_epoch / updates_per_epoch
+        set_memory, last_memory = (steps_between / max(1 - decay, 1e-12) for decay in (self.average.decay, last))
+        return set_memory, last_memory, steps_per_epoch * epochs
 
     def state(self) -> dict:
         return {"model_ema": self.model.state_dict(), "model_ema_updates": self.updates}

@@ -26,7 +26,7 @@ from utils.data import ImageFolder, batches, build_loader
 from utils.distributed import resolve_device
 from utils.errors import UserError, run_script
 from utils.files import opened_atomically
-from utils.flag_types import natural, positive_int
+from utils.flag_types import positive_int, processes
 from utils.folders import ImageFiles
 from utils.inference import Classifier, add_weights_flags, is_heated, open_classifier
 from utils.listing import PassedOver, find_images
@@ -57,7 +57,7 @@ def build_parser() -> arguments.Parser:
     add("-o", "--output", type=expanded, metavar="FILE", help="where to write, whole or not at all; None: stdout")
     add("--overwrite", action="store_true", help="write over a file that is there already")
     add("-b", "--batch-size", type=positive_int, default=32, help="images at a time")
-    add("-j", "--workers", type=natural, default=min(16, os.cpu_count() or 1), help="processes that read images")
+    add("-j", "--workers", type=processes, default=min(16, os.cpu_count() or 1), help="processes that read images")
     add("--device", help="cuda or cpu; None: cuda where there is one")
     add("--bad-images", default="report", choices=("report", "skip", "error"), help="unreadable images: named on "
         "stderr, the others predicted, and exit code 2; the same and exit code 0; or stop at the first")  # fmt: skip

@@ -73,9 +73,10 @@ def describe_tested(tested: dict[str, Any], name: str) -> str:
     """What a result of metrics.json is of: "val, with mean masks, weights model_best.pth (chosen on this split)"."""
     weights = PurePath(str(tested["weights"])).name
     chosen = " (chosen on this split)" if (weights, tested["split"]) == (BEST, "val") else ""
+    which = {True: ", moving average", False: ", trained weights"}.get(tested.get("averaged"), "")
     absent = tested.get("absent_classes")
     lacking = f", without images of {len(absent)} of {tested['classes']} classes" if absent else ""
-    return f"{tested['split']}, {TITLES.get(name, name)}, weights {weights}{chosen}{lacking}"
+    return f"{tested['split']}, {TITLES.get(name, name)}, weights {weights}{which}{chosen}{lacking}"
 
 
 def read_tested(folder: Path, name: str) -> tuple[Evaluation, str]:
@@ -119,6 +120,7 @@ def _is_result(content: dict[str, Any]) -> bool:
         and all(name in content for name in ("split", "weights"))
         and isinstance(content.get("absent_classes", []), list)
         and isinstance(content.get("classes", 0), int)
+        and content.get("averaged") in (True, False, None)
         and ("origin" not in content or _is_start(content["origin"]))
     )
 

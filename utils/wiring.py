@@ -200,7 +200,9 @@ def print_network(
     total = sum(parameter.numel() for parameter in network.parameters())
     trained = sum(parameter.numel() for parameter in network.parameters() if parameter.requires_grad)
     only = f", of which {trained:,} are trained" if trained != total else ""
-    if state is not None or weights is not None:
+    if total == 0:
+        origin = "none to learn"
+    elif state is not None or weights is not None:
         origin = f"those of {args.resume if state is not None else weights.path}"
     else:
         origin = f"timm's {tag}" if tag else f"random (--seed {args.seed})"
@@ -217,29 +219,30 @@ def print_plan(
     """Print, before the first step, where the run begins, its batches and its learning rates."""
     if start != Position():
         progress.say(f"resumed: {args.resume}, at step {start.step} of epoch {start.epoch} (both count from 0)")
-    sampler.set_position(start.epoch, start.step, start.images)
+    steps = sampler.num_images // sampler.global_batch  # of a whole epoch; one begun on other processes has others
     processes = distributed.world_size()
     progress.say(
         f"global batch: {processes} {'process' if processes == 1 else 'processes'} x {args.batch_size} = "
-        f"{sampler.global_batch} images; {sampler.steps_per_epoch} steps an epoch, {args.epochs} epochs in all"
+        f"{sampler.global_batch} images; {steps} steps an epoch, {args.epochs} epochs in all"
     )
     rates = ", ".join(f"{name} {optimizer.param_groups[0]['lr']:g}" for name, optimizer in optimizers.items())
     progress.say(
         f"learning rates of epoch {start.epoch}: {rates}; --opt {args.opt}, --lr-scheduler {args.lr_scheduler}"
     )
     if ema is not None:
-        set_memory, last_memory, steps = ema.memory(sampler.steps_per_epoch, args.epochs)
-        if set_memory > steps:
+        set_memory, last_memory, all_steps = ema.memory(steps, args.epochs)
+        if set_memory > all_steps:
             progress.say(
                 f"--model-ema: at this decay the average would reach back {set_memory:,.0f} steps, and the run has "
-                f"{steps:,}; its warm-up makes it {last_memory:,.0f} at the end. A smaller --model-ema-decay or "
+                f"{all_steps:,}; its warm-up makes it {last_memory:,.0f} at the end. A smaller --model-ema-decay or "
                 "--model-ema-steps shortens it."
             )
 
 
 def say_done(args: argparse.Namespace, saver: Saver) -> None:
     """At the end of a run."""
-    best = f"best macro F1 on val {saver.best_f1:.4f}"
+    of_average = " (of the moving average)" if args.model_ema else ""
+    best = f"best macro F1 on val {saver.best_f1:.4f}{of_average}"
     progress.say(f"{args.epochs} epochs are done; {best}; the files are in {saver.output_dir.resolve()}")
 
 
