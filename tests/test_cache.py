@@ -296,7 +296,13 @@ def test_a_damaged_cache_is_named(name, spoil, folder, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "change", [lambda index: index[:, 0], lambda index: index[::-1], lambda index: index + np.array([1, 0, 0])]
+    "change",
+    [
+        lambda index: index[:, 0],
+        lambda index: index[::-1],
+        lambda index: index + np.array([1, 0, 0]),
+        lambda index: index.astype(np.float32),
+    ],
 )
 def test_an_index_that_does_not_fit_is_damage(change, folder, tmp_path):
     build = build_of(folder, tmp_path)
