@@ -143,6 +143,15 @@ def test_a_split_of_one_class_is_evaluated(lacking, trained, tmp_path):
     assert found["metrics"]["clean"]["recall"] == found["metrics"]["clean"]["top1"]
 
 
+def test_control_characters_of_class_names_are_printed_as_escapes(tmp_path, capsys):
+    data = write_image_folder(tmp_path / "data", ("a\n\x1b[2J", "b"))
+    normal.main([*SMALL, "--data-path", str(data), "--output-dir", str(tmp_path / "run"), "--epochs", "1"])
+    evaluate(tmp_path / "run" / "model_0.pth", data, tmp_path / "out")
+    printed = capsys.readouterr().out
+    assert "\x1b" not in printed
+    assert "  a\\n\\x1b[2J       3 images" in printed
+
+
 def test_reports_and_plots_of_a_split_without_a_class(lacking, trained, tmp_path):
     evaluate(trained / "model_0.pth", lacking, tmp_path / "run")
     run = read_run_folder(tmp_path / "run")

@@ -1,5 +1,10 @@
 """What the audit's list must not do: leave a class without images, or take out an image for a hidden copy of it."""
 
+import unicodedata
+
+import numpy as np
+
+from tests.conftest import write_image
 from tests.test_audit import LEAK, census_of, left_out, picture, put, run
 from utils.audit import __main__ as audit
 from utils.audit import outputs
@@ -56,6 +61,14 @@ def test_hidden_copies_take_no_image_out(tmp_path):
     assert "Warning: train/a: more files are ignored than read." in text
     assert "test lacks 1 classes that other splits have: a.\n" in text
     assert "  test        1        1           0      0\n" in text
+
+
+def test_classes_that_differ_in_their_unicode_form_are_explained(tmp_path, capsys):
+    for split, form in (("train", "NFC"), ("val", "NFD")):
+        for name in ("a", unicodedata.normalize(form, "Schädel")):
+            write_image(tmp_path / "data" / split / name / "1.png", np.eye(8) * 255)
+    audit.main([str(tmp_path / "data"), "-o", str(tmp_path / "audit"), "-j", "0"])
+    assert r"'Scha\u0308del' and 'Sch\xe4del' look the same but differ in their Unicode form" in capsys.readouterr().out
 
 
 def test_a_single_class_is_reported(tmp_path):

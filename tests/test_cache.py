@@ -285,6 +285,14 @@ def test_a_changed_image_is_read_anew(folder, tmp_path):
     assert len(list((tmp_path / "cache").glob("val-*"))) == 2
 
 
+def test_a_cache_among_the_images_is_refused(folder, tmp_path):
+    data = shutil.copytree(folder, tmp_path / "data")
+    for place in ("train", "val/caches"):
+        with pytest.raises(UserError, match=f"{place}: lies among the images of --data-path; give another folder"):
+            splits(data, data / place, "--cache-dataset", "host")
+    splits(data, data / "caches", "--cache-dataset", "host")
+
+
 @pytest.mark.parametrize("spoil", [Path.unlink, lambda path: os.truncate(path, 50), lambda path: path.write_bytes(b"")])
 @pytest.mark.parametrize("name", [PIXELS, INDEX])
 def test_a_damaged_cache_is_named(name, spoil, folder, tmp_path):
@@ -296,7 +304,13 @@ def test_a_damaged_cache_is_named(name, spoil, folder, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "change", [lambda index: index[:, 0], lambda index: index[::-1], lambda index: index + np.array([1, 0, 0])]
+    "change",
+    [
+        lambda index: index[:, 0],
+        lambda index: index[::-1],
+        lambda index: index + np.array([1, 0, 0]),
+        lambda index: index.astype(np.float32),
+    ],
 )
 def test_an_index_that_does_not_fit_is_damage(change, folder, tmp_path):
     build = build_of(folder, tmp_path)

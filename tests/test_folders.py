@@ -194,6 +194,23 @@ def test_a_single_class_is_refused(flags, tmp_path):
     assert "expected DATA/{train,val,test}/<class>/<image>" in message
 
 
+def test_a_link_to_nowhere_is_no_missing_class(tmp_path):
+    root = touch(tmp_path / "train", "a/1.png", "b/1.png")
+    (root / "c").symlink_to(tmp_path / "unmounted")
+    with pytest.raises(UserError, match="train/c: this link leads nowhere; restore what it led to, or remove it"):
+        ImageFiles.find(root)
+
+
+def test_one_folder_under_two_class_names_is_refused(tmp_path):
+    root = touch(tmp_path / "train", "a/1.png", "c/1.png")
+    (root / "b").symlink_to("a")
+    with pytest.raises(UserError, match=r"train/b: a link makes this the same folder as .*train/a; remove the link"):
+        ImageFiles.find(root)
+    (root / "b").unlink()
+    (root / "b").symlink_to(touch(tmp_path / "elsewhere", "1.png"))
+    assert paths_of(ImageFiles.find(root)) == ["a/1.png", "b/1.png", "c/1.png"]
+
+
 def test_a_data_path_of_another_level_shows_what_is_there(tmp_path):
     data = write_image_folder(tmp_path / "sets" / "mini", images=4)
     too_deep = open_error("--data-path", data / "train", "--output-dir", tmp_path / "run")

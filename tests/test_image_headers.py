@@ -27,12 +27,14 @@ def wide(*channels: np.ndarray, order: str = ">") -> bytes:
 
 
 def tiff(pixels: bytes, bits: tuple[int, ...], *, width: int = 5, extra: int | None = None, order: str = "<",
-         signed: bool = False, planes: bool = False, next_directory: int = 0) -> bytes:  # fmt: skip
+         signed: bool = False, planes: bool = False, white_is_zero: bool = False,
+         next_directory: int = 0) -> bytes:  # fmt: skip
     """A TIFF written by hand, of one row and one strip (or one a channel), its only directory at offset 8."""
     many = len(bits)
     tags = [(256, 3, [width]), (257, 3, [1]), (258, 3, list(bits)), (259, 3, [1]), (262, 3, [1 if many < 3 else 2])]
     strips = many if planes else 1
     size = len(pixels) // strips
+    tags[-1] = (262, 3, [0]) if white_is_zero else tags[-1]
     tags += [(273, 4, [1000 + size * strip for strip in range(strips)]), (277, 3, [many]), (278, 3, [1])]
     tags += [(279, 4, [size] * strips), (284, 3, [2 if planes else 1])]
     tags += [(338, 3, [extra])] if extra is not None else []
@@ -57,6 +59,7 @@ DEEP = {
     "tiff grey": (tiff(wide(WIDE, order="<"), (16,)), 16),
     "tiff grey, Motorola": (tiff(wide(WIDE), (16,), order=">"), 16),
     "tiff grey, packed": (saved(Image.fromarray(WIDE[None].astype(np.uint16)), "TIFF", compression="tiff_lzw"), 16),
+    "tiff grey, white is 0": (tiff(wide(WIDE, order="<"), (16,), white_is_zero=True), 16),
     "tiff grey of 12 bits": (tiff(bytes.fromhex("000fff800123fff0"), (12,)), 12),
     "tiff RGB": (tiff(wide(*RGB16, order="<"), (16,) * 3), 16),
     "tiff RGB, Motorola": (tiff(wide(*RGB16), (16,) * 3, order=">"), 16),
@@ -78,6 +81,7 @@ UPPER = {
     "png grey": [[v] * 3 for v in NARROW],
     "png grey and alpha": [[v] * 3 for v in NARROW],
     "png RGB": [list(pixel) for pixel in zip(NARROW, NARROW[::-1], NARROW, strict=True)],
+    "tiff grey, white is 0": [[255 - v] * 3 for v in NARROW],
     "tiff grey of 12 bits": [[v >> 4] * 3 for v in (0x000, 0xFFF, 0x800, 0x123, 0xFFF)],
 }
 UPPER |= {name: UPPER["png grey"] for name in ("tiff grey", "tiff grey, Motorola", "tiff grey, packed")}
@@ -123,6 +127,13 @@ def test_8_bits_and_fewer_are_read_as_before(tmp_path):
         for upper_8_bits in (False, True):
             image = read_image(tmp_path / "a.png", upper_8_bits=upper_8_bits)
             assert np.asarray(image)[0, :, 0].tolist() == expected
+
+
+def test_signed_levels_of_8_bits_are_refused(tmp_path):
+    (tmp_path / "a.tif").write_bytes(tiff(bytes([0, 7, 255, 1, 2]), (8,), signed=True))
+    for upper_8_bits in (False, True):
+        with pytest.raises(UserError, match="signed levels, which Pillow takes for unsigned ones"):
+            read_image(tmp_path / "a.tif", upper_8_bits=upper_8_bits)
 
 
 def test_jpeg_of_12_bits_is_refused(tmp_path):
@@ -189,6 +200,8 @@ def test_the_audit_reads_as_the_training_does(deep_folder, tmp_path, capsys):
         audit_command.main([str(deep_folder), "-o", str(tmp_path / f"audit{readable}"), "-j", "0", *flags])
         rows = (tmp_path / f"audit{readable}" / "images.csv").read_text().splitlines()
         assert sum("PNG" in row for row in rows) == readable
+        page = (tmp_path / f"audit{readable}" / "report.html").read_text()
+        assert ("data:image/jpeg" in page) == bool(readable)  # pictures of the copies
 
 
 # Frames

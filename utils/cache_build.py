@@ -260,7 +260,8 @@ class CacheBuild:
         try:
             cache = ImageCache(self.folder, self.channels, kind)
             sizes = cache.index[:, 1:]
-            fits = len(sizes) == len(self.files) and len(cache.pixels) == _count_bytes(sizes, self.channels)
+            fits = cache.index.dtype == np.int64 and len(sizes) == len(self.files)
+            fits = fits and len(cache.pixels) == _count_bytes(sizes, self.channels)
             if fits and np.array_equal(cache.index[:, 0], _offsets(sizes, self.channels)):
                 self._compare_with_files(cache)
                 return cache

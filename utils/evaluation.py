@@ -18,7 +18,7 @@ from utils.folders import ImageFiles
 from utils.loaders import Wait
 from utils.metrics import Metrics, classification_metrics, per_class_table, prediction_table, table_as_csv
 from utils.progress import Progress, say
-from utils.text import list_names
+from utils.text import list_names, printable
 
 STOP_STEPS = 10  # between two looks at whether a signal came
 
@@ -132,13 +132,13 @@ def report_test(
         table = prediction_table(predictions.logits, predictions.targets, files.classes, names)
         write_atomically(output_dir / f"predictions{suffix}.csv", table_as_csv(table))
         say(f"{split}, {images} images, {name}: {format_metrics(metrics[name])}")
-        width = max(len(row["class"]) for row in rows)
+        width = max(len(printable(row["class"])) for row in rows)
         absent = [row["class"] for row in rows if not row["images"]]
         for row in rows:
             if row["class"] in absent:
                 continue
             scores = "  ".join(f"{key} {row[key]:.4f}" for key in ("precision", "recall", "f1"))
-            say(f"  {row['class']:<{width}}  {row['images']:>6} images  {scores}")
+            say(f"  {printable(row['class']):<{width}}  {row['images']:>6} images  {scores}")
     if absent:
         present = len(files.classes) - len(absent)
         say(

@@ -21,7 +21,8 @@ SPLITS = ("train", "val", "test")
 def find_classes(split: Path, passed_over: PassedOver | None = None) -> list[str]:
     """The sorted class folders of a split; what else it holds is added to `passed_over`.
 
-    Raises UserError where there is none, and for names that differ in their Unicode form only.
+    Raises UserError where there is none, for links that lead nowhere, and for names that differ in their Unicode form
+    only.
     """
     passed_over = PassedOver() if passed_over is None else passed_over
     if not split.is_dir():
@@ -31,6 +32,8 @@ def find_classes(split: Path, passed_over: PassedOver | None = None) -> list[str
     except OSError as error:
         raise UserError(f"{error.filename}: cannot read this folder ({error.strerror}).") from None
     visible = passed_over.keep_visible(sorted(entries))
+    if broken := [name for name in visible if not os.path.exists(split / name)]:
+        raise UserError(f"{split / broken[0]}: this link leads nowhere; restore what it led to, or remove it.")
     classes = [name for name in visible if entries[name]]
     for name in visible:
         if not entries[name] and is_image(name):
@@ -191,7 +194,8 @@ class ImageFiles:
         passed_over = PassedOver()
         found = find_classes(root, passed_over)
         passed_by_class = {name: PassedOver() for name in found}
-        names = {name: _relative_names(root / name, passed_by_class[name]) for name in found}
+        seen: dict[tuple[int, int], str] = {}  # two classes may not be the same folder
+        names = {name: _relative_names(root / name, passed_by_class[name], seen) for name in found}
         _refuse_nested(root, names)
         if classes is not None:
             _refuse_unknown(root, found, classes, trained_on)
@@ -266,7 +270,9 @@ def _refuse_unknown(root: Path, found: list[str], classes: Sequence[str], traine
         )
 
 
-def _relative_names(class_folder: Path, passed_over: PassedOver) -> list[str]:
-    """The images below a class folder, relative to it."""
+def _relative_names(
+    class_folder: Path, passed_over: PassedOver, seen: dict[tuple[int, int], str] | None = None
+) -> list[str]:
+    """The images below a class folder, relative to it; seen: as of `find_images`."""
     length = len(os.path.join(class_folder, ""))
-    return [path[length:] for path in find_images(class_folder, passed_over)]
+    return [path[length:] for path in find_images(class_folder, passed_over, seen)]

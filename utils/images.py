@@ -13,7 +13,7 @@ from utils.errors import UserError
 
 FORMATS = ("BMP", "JPEG", "PNG", "PPM", "TIFF", "WEBP")  # by content; Pillow would also hand PostScript to Ghostscript
 
-BITS_PER_SAMPLE, PLANAR_CONFIGURATION = 258, 284  # tags of TIFF
+BITS_PER_SAMPLE, PHOTOMETRIC, PLANAR_CONFIGURATION, SAMPLE_FORMAT = 258, 262, 284, 339  # tags of TIFF
 
 # Pillow only warns of an image that is too large, until it is twice so; `read_image` refuses it.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
@@ -54,7 +54,10 @@ def to_8_bits(image: Image.Image) -> Image.Image:
     """The upper 8 bits of a grey image of 12 or 16; any other image unchanged: Pillow reduces 16-bit colour itself."""
     if not image.mode.startswith("I;16"):
         return image
-    return Image.fromarray((np.asarray(image) >> (_bits(image) - 8)).astype(np.uint8))
+    levels = (np.asarray(image) >> (_bits(image) - 8)).astype(np.uint8)
+    if image.format == "TIFF" and image.tag_v2.get(PHOTOMETRIC) == 0:  # white: Pillow inverts 8 bits only
+        levels = 255 - levels
+    return Image.fromarray(levels)
 
 
 def _check_header(image: Image.Image, upper_8_bits: bool) -> None:
@@ -64,6 +67,8 @@ def _check_header(image: Image.Image, upper_8_bits: bool) -> None:
     if getattr(image, "is_animated", False):  # n_frames would read all directories of a TIFF
         raise ValueError("it holds several frames; save each as a file of its own")
     bits = _bits(image)
+    if bits <= 8 and image.format == "TIFF" and 2 in image.tag_v2.get(SAMPLE_FORMAT, ()):
+        raise ValueError("signed levels, which Pillow takes for unsigned ones; save it with levels of 0 to 255")
     if bits > 8 and not upper_8_bits:
         raise ValueError(
             f"{bits} bits a channel; save it with 8, windowed as it should be seen, or give --upper-8-bits"

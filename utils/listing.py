@@ -69,18 +69,19 @@ class PassedOver:
         return "; ".join(skipped + ([f"ignored: {', '.join(ignored)}"] if ignored else []))
 
 
-def find_images(root: Path, passed_over: PassedOver) -> list[str]:
+def find_images(root: Path, passed_over: PassedOver, seen: dict[tuple[int, int], str] | None = None) -> list[str]:
     """The sorted paths of all images below a folder, by their ending; what else is there is added to `passed_over`.
 
-    Hidden files and folders are skipped; the folder itself may be hidden. Raises UserError for a folder that cannot be
-    read, and for links by which one holds itself, or another one twice.
+    Hidden files and folders are skipped; the folder itself may be hidden. seen: folders listed before, by device and
+    inode, to which those below are added. Raises UserError for a folder that cannot be read, and for links by which
+    one holds itself, or another one twice.
     """
 
     def refuse(error: OSError) -> None:
         raise UserError(f"{error.filename}: cannot read this folder ({error.strerror}).")
 
     paths: list[str] = []
-    seen: dict[tuple[int, int], str] = {}
+    seen = {} if seen is None else seen
     for folder, subfolders, names in os.walk(root, followlinks=True, onerror=refuse):
         status = os.stat(folder)
         other = seen.setdefault((status.st_dev, status.st_ino), folder)

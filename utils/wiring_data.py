@@ -17,6 +17,7 @@ from utils.device_images import FILTERS, DeviceImages
 from utils.errors import UserError, agreed
 from utils.folders import (
     LAYOUT,
+    SPLITS,
     ImageFiles,
     check_same_classes,
     check_several_classes,
@@ -220,7 +221,10 @@ def _channels(args: argparse.Namespace) -> int:
 
 
 def check_cache_flags(args: argparse.Namespace) -> None:
-    """Raise UserError for a cache without a folder, and for what a batch on the device cannot follow."""
+    """Raise UserError for a cache without a folder or with one among the images, where it would become a class.
+
+    So too for what a batch on the device cannot follow.
+    """
     if args.cache_dataset == "off":
         if args.cache_dir is not None:
             progress.say("--cache-dir: without effect, since --cache-dataset is off.")
@@ -230,6 +234,9 @@ def check_cache_flags(args: argparse.Namespace) -> None:
             f"--cache-dataset {args.cache_dataset}: give --cache-dir a folder, on a disk of this node with room for "
             "all images; later runs read it too."
         )
+    cache_dir, root = Path(args.cache_dir).resolve(), Path(args.data_path or os.devnull)
+    if any(cache_dir.is_relative_to((root / split).resolve()) for split in SPLITS):
+        raise UserError(f"--cache-dir {args.cache_dir}: lies among the images of --data-path; give another folder.")
     if args.cache_dataset == "device" and not args.test_only:
         if args.auto_augment is not None or args.random_erase > 0:
             name = "--auto-augment" if args.auto_augment is not None else "--random-erase"

@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     text = as_text(heading, content)
     for name, data in (
         ("report.txt", text.encode()),
-        ("report.html", outputs.page(heading, content, census)),
+        ("report.html", outputs.page(heading, content, census, options.upper_8_bits)),
         ("images.csv", outputs.images_csv(census)),
         ("duplicates.csv", outputs.duplicates_csv(census)),
     ):

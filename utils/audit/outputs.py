@@ -104,10 +104,10 @@ def exclude_list(census: Census, searched: str) -> bytes:
     return "".join(parts).encode(errors="surrogateescape")
 
 
-def page(heading: str, content: list[Section], census: Census) -> bytes:
+def page(heading: str, content: list[Section], census: Census, upper_8_bits: bool) -> bytes:
     """report.html: the sections, and thumbnails of the worst groups and of blank images."""
-    groups = [_shown(census, number) for number in range(min(SHOWN_GROUPS, len(census.groups)))]
-    blank = [_thumbnail(census, index) for index in np.flatnonzero(census.blank)[:SHOWN_BLANK]]
+    groups = [_shown(census, number, upper_8_bits) for number in range(min(SHOWN_GROUPS, len(census.groups)))]
+    blank = [_thumbnail(census, index, upper_8_bits) for index in np.flatnonzero(census.blank)[:SHOWN_BLANK]]
     return html.render(
         "audit.html",
         heading=printable(heading),
@@ -123,7 +123,7 @@ def _printable(section: Section) -> Section:
     return section._replace(sentences=list(map(printable, section.sentences)), rows=rows)
 
 
-def _shown(census: Census, number: int) -> dict[str, Any]:
+def _shown(census: Census, number: int, upper_8_bits: bool) -> dict[str, Any]:
     group = census.groups[number]
     crosses = [word for word, crossed in zip(("splits", "classes"), census.crosses(group), strict=True) if crossed]
     return {
@@ -132,16 +132,20 @@ def _shown(census: Census, number: int) -> dict[str, Any]:
         "kind": "the same pixels" if census.is_exact(group) else "near",
         "where": f"across {' and '.join(crosses)}" if crosses else "within one class of one split",
         "images": [
-            {**_thumbnail(census, index), "distance": int(distance), "left_out": _reason(census, index)}
+            {
+                **_thumbnail(census, index, upper_8_bits),
+                "distance": int(distance),
+                "left_out": _reason(census, index),
+            }
             for index, distance in zip(group[:SHOWN_IMAGES], census.distances(group[:SHOWN_IMAGES]), strict=True)
         ],
     }
 
 
-def _thumbnail(census: Census, index: int) -> dict[str, str]:
+def _thumbnail(census: Census, index: int, upper_8_bits: bool) -> dict[str, str]:
     """A small picture, none if the file has gone since, and its name."""
     try:
-        image = read_image(Path(census.path(index)))
+        image = read_image(Path(census.path(index)), upper_8_bits=upper_8_bits)
     except UserError:
         return {"name": printable(census.name(index)), "picture": ""}
     image.thumbnail((SIDE, SIDE))

@@ -8,7 +8,7 @@ import numpy as np
 
 from utils.audit.rule import REASONS, Census
 from utils.folders import LAYOUT
-from utils.text import list_names, printable
+from utils.text import explain_forms, list_names, printable
 
 SHOWN_NAMES = 20
 
@@ -76,9 +76,9 @@ def _classes(census: Census) -> Section:
         )
         missing = [census.classes[label] for label in np.flatnonzero(of_split == 0)]
         if missing:
-            more = f" and {len(missing) - SHOWN_NAMES} more" if len(missing) > SHOWN_NAMES else ""
-            names = ", ".join(missing[:SHOWN_NAMES])
-            sentences.append(f"{name} lacks {len(missing)} classes that other splits have: {names}{more}.")
+            forms = explain_forms(missing, [census.classes[label] for label in np.flatnonzero(of_split)])
+            names = list_names(missing, SHOWN_NAMES)
+            sentences.append(f"{name} lacks {len(missing)} classes that other splits have: {names}.{forms}")
     rows = [[name, *map(int, counts[:, label])] for label, name in enumerate(census.classes)]
     return Section("Classes", sentences, ["class", *census.splits], rows)
 
