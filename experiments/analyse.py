@@ -18,6 +18,7 @@ from experiments.results import Runs, Task, read_runs, read_tasks, task_names
 from utils.errors import UserError, run_script
 from utils.figures import write_figure
 from utils.files import write_atomically
+from utils.reading import read_bytes
 from utils.run_folder import RunFolder
 
 TABLES = "tables.md"
@@ -123,8 +124,15 @@ def _check_output(folder: Path) -> None:
     except OSError as error:
         raise UserError(f"-o {folder}: cannot be made ({error.strerror}).") from None
     there = [name for name in (TABLES, *FIGURES) if (folder / name).exists()]
-    if there and not ((folder / TABLES).exists() and (folder / TABLES).read_bytes().startswith(MARK.encode())):
+    if there and not _is_own(folder / TABLES):
         raise UserError(f"{folder / there[0]}: is there and not of this command; give another -o.")
+
+
+def _is_own(path: Path) -> bool:
+    try:
+        return read_bytes(path).startswith(MARK.encode())
+    except OSError:
+        return False
 
 
 def main(argv: Sequence[str] | None = None) -> None:

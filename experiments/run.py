@@ -27,6 +27,7 @@ from utils.errors import UserError, run_script
 from utils.files import write_atomically
 from utils.folders import LAYOUT
 from utils.interruption import EXIT_CODE as INTERRUPTED
+from utils.reading import read_json
 
 FINISHED = "finished.json"
 PROGRESS = "progress.json"  # of a run that has begun
@@ -102,9 +103,8 @@ def commands(stage: Stage, seed: int, run: Path, data: Path, flags: Sequence[str
 
 def is_finished(arm: Arm, run: Path) -> bool:
     """Has this run come to its end? Raises UserError if it was another one, of the same name."""
-    try:
-        found = json.loads((run / FINISHED).read_bytes())
-    except FileNotFoundError:
+    found = _read_json(run / FINISHED, ("stages", "seconds"))
+    if found is None:
         return False
     if found["stages"] != as_written(arm):
         raise UserError(f"{run}: was run with other stages than the plan says now; give another --output.")
@@ -116,13 +116,27 @@ def read_progress(arm: Arm, run: Path) -> tuple[int, float]:
 
     Raises UserError if it was begun as another one, of the same name: its checkpoints are of other flags.
     """
-    try:
-        found = json.loads((run / PROGRESS).read_bytes())
-    except FileNotFoundError:
+    found = _read_json(run / PROGRESS, ("stages", "seconds", "done"))
+    if found is None:
         return 0, 0.0
     if found["stages"] != as_written(arm):
         raise UserError(f"{run}: was begun with other stages than the plan says now; remove it, or give another -o.")
     return found["done"], found["seconds"]
+
+
+def _read_json(path: Path, names: Sequence[str]) -> dict[str, Any] | None:
+    """What `_write_json` wrote, None if there is none; raises UserError where anything else is there."""
+    try:
+        found = read_json(path)
+        seconds, done = found.get("seconds", 0), found.get("done", 0)
+        numbers = type(seconds) in (int, float) and 0 <= seconds < float("inf") and type(done) is int and done >= 0
+        if numbers and all(name in found for name in names):
+            return found
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, AttributeError):
+        pass
+    raise UserError(f"{path}: does not hold what this command writes there; remove the run's folder, or the file.")
 
 
 def run_stages(arm: Arm, seed: int, options: argparse.Namespace, machine: Machine) -> str:
@@ -200,7 +214,7 @@ def subset_folder(output: Path, stage: Stage) -> Path:
 
 def expected_seconds(output: Path, arm: str) -> float:
     """The longest that a finished run of the arm took, or of any arm if there is none; 0 where nothing is known."""
-    seconds = {path: json.loads(path.read_bytes())["seconds"] for path in output.glob(f"*/seed*/{FINISHED}")}
+    seconds = {path: _read_json(path, ["seconds"])["seconds"] for path in output.glob(f"*/seed*/{FINISHED}")}
     own = [value for path, value in seconds.items() if path.parents[1].name == arm]
     return max(own or seconds.values(), default=0.0)
 

@@ -24,7 +24,7 @@ from utils.errors import UserError
 from utils.files import temporary_path, write_atomically
 from utils.models import StateDict
 from utils.pickle_scan import ForeignObject, Refused
-from utils.reading import open_regular, parse_json
+from utils.reading import open_regular, parse_json, read_bytes
 from utils.torch_files import checked_copy
 
 FORMAT_VERSION = 1
@@ -88,7 +88,7 @@ def replace_damaged(output_dir: Path, script: str) -> None:
             read_checkpoint(newest, script)
     except UserError:
         os.replace(newest, output_dir / DAMAGED)
-        write_atomically(newest, previous.read_bytes())
+        write_atomically(newest, read_bytes(previous, most=None))
 
 
 def read(path: str | Path) -> dict[str, Any]:
@@ -118,7 +118,8 @@ def read(path: str | Path) -> dict[str, Any]:
     except PermissionError:
         raise NotDamaged(f"{path}: no permission to read this file.") from None
     except OSError as error:
-        raise UserError(f"{path}: {error.strerror}; expected a checkpoint or weights.") from None
+        reason = "is no regular file" if isinstance(error, IsADirectoryError) else error.strerror
+        raise UserError(f"{path}: {reason}; expected a checkpoint or weights.") from None
     except MemoryError:
         raise NotDamaged(f"{path}: there is too little memory to read it.") from None
     except Exception as error:  # torch's readers raise nearly anything at bytes that they do not expect

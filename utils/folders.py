@@ -11,6 +11,7 @@ import numpy as np
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from utils.errors import UserError
+from utils.reading import read_bytes
 
 LAYOUT = "DATA/{train,val,test}/<class>/<image>"
 SPLITS = ("train", "val", "test")
@@ -76,7 +77,7 @@ def read_excluded(path: Path) -> dict[str, set[str]]:
     the list cannot be read.
     """
     try:
-        lines = os.fsdecode(path.read_bytes()).split("\n")  # names may be no text
+        lines = os.fsdecode(read_bytes(path)).split("\n")  # names may be no text
     except OSError as error:
         raise UserError(f"--exclude {path}: cannot be read ({error.strerror}); give a text file.") from None
     excluded: dict[str, set[str]] = {split: set() for split in (*SPLITS, "")}

@@ -15,6 +15,7 @@ from utils.checkpoint import Weights
 from utils.errors import UserError
 from utils.flag_types import positive_float, positive_int
 from utils.folders import find_classes
+from utils.reading import read_bytes
 
 # How a file's pixels become the classifier's input; evaluation does without the other flags.
 INPUT = ("val_resize_size", "val_crop_size", "interpolation", "gray", "backend", "mean", "std")
@@ -106,7 +107,7 @@ def read_class_names(path: Path) -> list[str]:
     if path.is_dir():
         return find_classes(path)
     try:
-        text = os.fsdecode(path.read_bytes()).removeprefix("\ufeff")  # names of folders may be no valid text
+        text = os.fsdecode(read_bytes(path)).removeprefix("\ufeff")  # names of folders may be no valid text
     except OSError as error:
         raise UserError(f"--classes {path}: cannot be read ({error.strerror}).") from None
     names = text.replace("\r\n", "\n").removesuffix("\n").split("\n")

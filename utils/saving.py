@@ -19,6 +19,7 @@ from utils.guard import ADVICE, NonFiniteLoss, StepGuard
 from utils.interruption import Interrupted, StopRequest
 from utils.metrics import Metrics
 from utils.progress import Position
+from utils.reading import read_json
 from utils.state import TrainingState
 
 STATUS = "status.json"
@@ -168,8 +169,8 @@ class Saver:
         self._write_status(status, message)
 
     def _is_running(self) -> bool:
-        with suppress(OSError, ValueError):
-            return json.loads((self.output_dir / STATUS).read_text())["status"] == "running"
+        with suppress(OSError, ValueError, TypeError, KeyError):
+            return read_json(self.output_dir / STATUS)["status"] == "running"
         return False
 
     def _write_status(self, status: str, message: str) -> None:

@@ -14,6 +14,7 @@ from utils.files import write_atomically
 from utils.radimagenet.archive import Member, is_archive, read_archive
 from utils.radimagenet.lists import ROOT, SPLITS, ImageLists, list_name
 from utils.radimagenet.routes import KINDS, Masks, Tree, place_archive, place_folder
+from utils.reading import open_regular
 
 DESCRIPTION = """\
 Make OUTPUT/{train,val,test}/<class>/<image> of RadImageNet as it is handed out: radiology_ai/{CT,MR}/<anatomy>/<label>
@@ -72,7 +73,7 @@ def _check_output(output: Path) -> None:
     for name, head in TABLES.items():
         path = output / name
         try:
-            with open(path, "rb") as file:
+            with open_regular(path) as file:
                 ours = file.readline(100) == f"{','.join(head)}\n".encode()
         except FileNotFoundError:
             continue
@@ -108,7 +109,7 @@ def _read_lists(folder: Path) -> ImageLists:
     for split in SPLITS:
         path = folder / list_name(split)
         try:
-            with open(path, "rb") as file:
+            with open_regular(path) as file:
                 lists.read(split, file, path)
         except OSError as error:
             raise UserError(

@@ -15,6 +15,7 @@ from utils.files import temporary_path
 from utils.images import read_image
 from utils.radimagenet.archive import Member
 from utils.radimagenet.masks import MAX_BYTES, correct, read_mask
+from utils.reading import open_regular
 
 THREADS = 16  # a file system on the network answers each call late, and many calls at once
 TOLERANCE = 2.0  # seconds to which every file system keeps the time of change
@@ -44,7 +45,7 @@ def copy(source: str, target: str, there: bool) -> bool:
     status = os.stat(source)
     if there:
         return is_written(target, status.st_mtime, status.st_size)
-    with open(source, "rb") as file:
+    with open_regular(source) as file:
         write(target, file.read(), status.st_mtime)
     return True
 
@@ -66,7 +67,7 @@ def copy_corrected(source: str, target: str, there: bool, mask: str | Member) ->
 
 def _read_start(mask: str) -> bytes:
     """A mask's file, or, if it is longer than a mask can be, so much of it that it cannot be taken for one."""
-    with open(mask, "rb") as file:
+    with open_regular(mask) as file:
         return file.read(MAX_BYTES)
 
 
