@@ -18,6 +18,7 @@ from utils import arguments, checkpoint, wiring, wiring_data
 from utils.errors import UserError, run_script
 from utils.figures import output_path, write_figure
 from utils.flag_types import positive_int
+from utils.text import CommandParser, print_line
 from utils.transforms import Normalize
 
 
@@ -39,7 +40,7 @@ def compute_stages(
     mask = build_mask(args, args.val_crop_size, CPU)
     before, now = initial_policy(args, state), build_policy(args, state, None, CPU)
     if before is None:
-        print("The policy's first weights cannot be built anew (other versions of torch or timm?): without them.")
+        print_line("The policy's first weights cannot be built anew (other versions of torch or timm?): without them.")
         alpha, beta = now.initial_prior  # (1, G*G) each
         stages = {after(0): (alpha - beta).sigmoid().view(args.grid, args.grid).numpy()}
     else:
@@ -61,7 +62,7 @@ def read_run(path: Path, data_path: str | None, split: str) -> tuple[argparse.Na
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser("python -m _policy_gradient.gallery", description=__doc__)
+    parser = CommandParser("python -m _policy_gradient.gallery", description=__doc__)
     parser.add_argument("run", type=Path, metavar="RUN", help="the --output-dir of a run, or a checkpoint of it")
     parser.add_argument("--data-path", help="folder with {train,val,test}/<class>/<image>; default: the run's own")
     parser.add_argument("--split", default="val", choices=("train", "val", "test"), help="default: val")
@@ -70,6 +71,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("-o", "--output", help="a .png or .svg file; default: plots/masks.png beside the checkpoint")
     parser.add_argument("--overwrite", action="store_true", help="write over a file that is there already")
     options = parser.parse_args(argv)
+    arguments.check_limits(vars(options))
     path = options.run / checkpoint.CHECKPOINT if options.run.is_dir() else options.run
     output = output_path(options.output, path.parent / "plots" / "masks.png", options.overwrite)
     args, state = read_run(path, options.data_path, options.split)
@@ -79,7 +81,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     stages = compute_stages(args, state, examples, normalize)
     title = f"Masks of {options.split} images: {options.run}"
     write_figure(output, draw_stages(examples, stages, normalize, title, args.mask_range))
-    print(output)
+    print_line(output)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,6 @@
 Writes tables.md, differences.png, health.png and validation.png. Runs that have not finished are left out, and named.
 """
 
-import argparse
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -15,11 +14,13 @@ from experiments import pictures, tables
 from experiments.differences import Comparison, compare
 from experiments.plan import Plan, read_plan
 from experiments.results import Runs, Task, read_runs, read_tasks, task_names
+from utils.arguments import check_limits
 from utils.errors import UserError, run_script
 from utils.figures import write_figure
 from utils.files import write_atomically
 from utils.reading import read_bytes
 from utils.run_folder import RunFolder
+from utils.text import CommandParser, printable
 
 TABLES = "tables.md"
 MARK = "<!-- written by experiments/analyse.py -->"  # of a file that may be written anew
@@ -136,12 +137,13 @@ def _is_own(path: Path) -> bool:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python experiments/analyse.py", description=__doc__)
+    parser = CommandParser(prog="python experiments/analyse.py", description=__doc__)
     parser.add_argument("plan", type=Path, metavar="PLAN", help="such as experiments/plans/classification.py")
     parser.add_argument("results", type=Path, metavar="RESULTS", help="the folder of its runs")
     parser.add_argument("-o", "--output", type=Path, metavar="FOLDER", help="default: RESULTS; files are written anew")
     parser.add_argument("--resamples", type=int, default=2000, help="of the bootstrap; default: %(default)s")
     options = parser.parse_args(argv)
+    check_limits(vars(options))
     if options.resamples < 1:
         raise UserError(f"--resamples {options.resamples}: expected 1 or more.")
     plan = read_plan(options.plan)
@@ -162,7 +164,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             (output / name).unlink(missing_ok=True)  # of an earlier analysis
         else:
             write_figure(output / name, figure)
-    print(text)
+    print("\n".join(map(printable, text.split("\n"))))
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ The copy is 8-bit grey, with the quantisation tables of Pillow's JPEG of quality
 documented. Lanczos, and rounding the longer side, are the choice of this command: pixels may differ from the copy's.
 """
 
-import argparse
 import csv
 import hashlib
 import io
@@ -29,7 +28,7 @@ from utils.files import write_atomically
 from utils.folders import find_images
 from utils.images import read_image
 from utils.radimagenet.images import find_there
-from utils.text import printable
+from utils.text import CommandParser, print_line
 
 MANIFEST = Path(__file__).with_name("mini_rin.csv")
 LAYOUTS = {  # by download: the path that an id is made of; {} stand for the last names of a file's path
@@ -65,7 +64,7 @@ def build(downloads: dict[str, Path], output: Path, manifest: Path = MANIFEST) -
         write_atomically(output / place, as_jpeg(read_image(Path(sources[image]), gray=True)))
     missing = [place for image, place in absent.items() if image not in sources]
     here = len(places) - len(missing)
-    print(printable(f"{output}: {here} of {len(places)} images, {len(wanted)} of them written now"))
+    print_line(f"{output}: {here} of {len(places)} images, {len(wanted)} of them written now")
     if missing:
         raise UserError(
             f"{output}: {len(missing)} of {len(places)} images are missing, such as "
@@ -143,7 +142,7 @@ def as_jpeg(image: Image.Image) -> bytes:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         description="Make OUTPUT/{train,val,test}/<class>/<id>.jpg of mini-RIN from its three public downloads, "
         "unpacked, with the files' names as they came: an image is found by its name and the last folders above it, "
         "whatever stands around these. Killed, or with images missing, it goes on when started again; an image that is "

@@ -23,9 +23,10 @@ from _policy_gradient.mask import SmoothMask
 from _policy_gradient.objective import leave_one_out_baseline
 from _policy_gradient.policy import Policy, create_policy, draw_masks
 from _policy_gradient.train import build_mask, build_policy
-from utils import checkpoint, wiring, wiring_data
+from utils import arguments, checkpoint, wiring, wiring_data
 from utils.errors import UserError, run_script
 from utils.flag_types import positive_float, positive_int
+from utils.text import CommandParser
 from utils.transforms import Normalize
 
 SHUFFLES = 20
@@ -128,7 +129,7 @@ def uniform(args: argparse.Namespace, options: argparse.Namespace) -> Policy:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser("python experiments/learning_signal.py", description=__doc__)
+    parser = CommandParser("python experiments/learning_signal.py", description=__doc__)
     parser.add_argument("run", type=Path, metavar="RUN", help="the --output-dir of a run, or a checkpoint of it")
     parser.add_argument("--data-path", help="folder with {train,val,test}/<class>/<image>; default: the run's own")
     parser.add_argument("--split", default="val", choices=("train", "val", "test"), help="default: val")
@@ -139,6 +140,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--kernel", type=positive_int, help="with --grid: their blur, pixels; default: the run's")
     parser.add_argument("--sigma", type=positive_float, help="with --grid: their blur, pixels; default: the run's")
     options = parser.parse_args(argv)
+    arguments.check_limits(vars(options))
     if options.masks_per_image < 4 or options.masks_per_image % 2:
         raise UserError(f"--masks-per-image {options.masks_per_image}: expected an even number of at least 4.")
     if options.grid is None and (options.kernel or options.sigma):

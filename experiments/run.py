@@ -23,11 +23,13 @@ import torch
 
 from experiments.plan import Arm, Plan, Stage, as_written, read_plan, run_folder
 from experiments.subsets import link_subset
+from utils.arguments import check_limits
 from utils.errors import UserError, run_script
-from utils.files import write_atomically
+from utils.files import not_followed, write_atomically
 from utils.folders import LAYOUT
 from utils.interruption import EXIT_CODE as INTERRUPTED
 from utils.reading import read_json
+from utils.text import CommandParser, print_line
 
 FINISHED = "finished.json"
 PROGRESS = "progress.json"  # of a run that has begun
@@ -145,7 +147,7 @@ def run_stages(arm: Arm, seed: int, options: argparse.Namespace, machine: Machin
     if not machine.has_time_for(expected_seconds(options.output, arm.name) - read_progress(arm, run)[1]):
         return "left for another time"
     run.mkdir(parents=True, exist_ok=True)
-    with (run / OUTPUT).open("ab") as output:
+    with open(run / OUTPUT, "ab", opener=not_followed) as output:
         if not _lock(output):
             return "left to another process, which runs it"
         if is_finished(arm, run):
@@ -235,7 +237,7 @@ def tidy(run: Path, done: Sequence[Stage], left: Sequence[Stage] = ()) -> None:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python experiments/run.py", description=__doc__)
+    parser = CommandParser(prog="python experiments/run.py", description=__doc__)
     parser.add_argument("plan", type=Path, help="a Python file that defines PLAN, such as those in experiments/plans")
     parser.add_argument("--data-path", type=Path, required=True, help="DATA/{train,val,test}/<class>/<image>")
     parser.add_argument("--exclude", type=Path, help="images to leave out, as the training scripts take it")
@@ -259,7 +261,7 @@ def run_plan(plan: Plan, options: argparse.Namespace) -> dict[tuple[str, int], s
         else:
             read_progress(arm, run)  # now rather than when its turn comes
             left.append((arm, seed))
-    print(f"{plan.name}: {len(plan.runs())} runs, {len(plan.runs()) - len(left)} finished before", flush=True)
+    print_line(f"{plan.name}: {len(plan.runs())} runs, {len(plan.runs()) - len(left)} finished before")
     for arm in plan.arms:
         for stage in arm.stages:
             if stage.subset:
@@ -271,7 +273,7 @@ def run_plan(plan: Plan, options: argparse.Namespace) -> dict[tuple[str, int], s
             outcome = run_stages(arm, seed, options, machine)
         except (UserError, OSError) as error:  # a full disk, say
             outcome = f"failed: {error}"
-        print(f"{arm.name}, seed {seed}: {outcome}", flush=True)
+        print_line(f"{arm.name}, seed {seed}: {outcome}")
         return outcome
 
     alarm = threading.Timer(min(machine.budget, threading.TIMEOUT_MAX), machine.stop)
@@ -285,6 +287,7 @@ def run_plan(plan: Plan, options: argparse.Namespace) -> dict[tuple[str, int], s
 
 def main(argv: Sequence[str] | None = None) -> None:
     options = build_parser().parse_args(argv)
+    check_limits(vars(options))
     plan = read_plan(options.plan)
     # Relative, so that what the runs note of their places means something elsewhere too.
     options.output = options.output or Path(os.path.relpath(ROOT / "experiments" / "results" / plan.name))
@@ -298,7 +301,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise UserError(f"{len(failed)} runs failed ({'; '.join(failed)}); their output tells why.")
     unfinished = sum(not outcome.startswith("finished") for outcome in outcomes.values())
     if unfinished:
-        print(f"{unfinished} runs are not finished; the same command goes on with them.")
+        print_line(f"{unfinished} runs are not finished; the same command goes on with them.")
 
 
 if __name__ == "__main__":

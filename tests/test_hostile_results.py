@@ -2,7 +2,6 @@
 
 import json
 import os
-import signal
 from functools import partial
 from pathlib import Path
 
@@ -60,18 +59,7 @@ VALUES = (
 )
 
 
-@pytest.fixture(autouse=True)
-def ended_in_time():
-    """A reader that waits for a pipe's other end is stopped, and fails."""
-
-    def fail(*_):
-        raise AssertionError("it hangs")
-
-    before = signal.signal(signal.SIGALRM, fail)
-    signal.alarm(300)
-    yield
-    signal.alarm(0)
-    signal.signal(signal.SIGALRM, before)
+pytestmark = pytest.mark.usefixtures("ended_in_time")
 
 
 @pytest.fixture

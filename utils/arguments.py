@@ -27,6 +27,12 @@ MODEL_FLAGS = (
 FREE_ON_FINETUNE = {"train_crop_size", "val_resize_size", "val_crop_size", "interpolation", "gray", "backend"}
 
 
+LARGEST = {  # far above what any run uses, and below what takes all memory or processes of a machine
+    **{"epochs": 100_000, "workers": 1_024, "batch_size": 1_000_000, "masks_per_image": 10_000, "ra_reps": 1_000},
+    **{"train_crop_size": 8_192, "val_resize_size": 8_192, "val_crop_size": 8_192, "grid": 1_024, "kernel": 8_191},
+    **{"images_per_class": 100_000, "jobs": 1_024, "resamples": 1_000_000, "timeout": 10_000_000},
+}
+
 Switch = argparse.BooleanOptionalAction  # --flag and --no-flag
 
 
@@ -167,10 +173,19 @@ def parse_given(parser: Parser, argv: Sequence[str] | None = None) -> dict[str, 
     blank = argparse.Namespace(**dict.fromkeys(_actions(parser), absent))
     parsed = vars(parser.parse_args(argv, namespace=blank))
     given = {name: value for name, value in parsed.items() if value is not absent}
+    check_limits(given)
     for name in ("mean", "std"):  # three equal values are one
         if len(given.get(name, ())) == 3 and len(set(given[name])) == 1:
             given[name] = given[name][:1]
     return given
+
+
+def check_limits(values: dict[str, Any]) -> None:
+    """Raise UserError for a number that no machine could use."""
+    for name, largest in LARGEST.items():
+        value = values.get(name)
+        if value is not None and value > largest:
+            raise UserError(f"{typed(name, value)}: expected at most {largest}.", agreed=True)
 
 
 def defaults(parser: Parser) -> dict[str, Any]:
@@ -274,6 +289,7 @@ def typed(name: str, value: Any) -> str:
 
 def _namespace(values: dict[str, Any]) -> argparse.Namespace:
     """The final values; raises UserError where two of them do not go together."""
+    check_limits(values)
     args = argparse.Namespace(**values)
     args.output_dir = args.output_dir or "."
     args.cache_dir = args.cache_dir and os.path.abspath(args.cache_dir)  # the same when resumed from another folder

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from utils import verification
 from utils.errors import UserError
-from utils.files import temporary_path, write_atomically
+from utils.files import open_new, temporary_path, write_atomically
 from utils.models import StateDict
 from utils.pickle_scan import ForeignObject, Refused
 from utils.reading import open_regular, parse_json, read_bytes
@@ -68,7 +68,8 @@ def save_checkpoint(output_dir: Path, state: dict[str, Any]) -> None:
             try:
                 os.link(newest, link)
             except OSError:  # a file system without hard links
-                shutil.copyfile(newest, link)
+                with open(open_new(link), "wb") as copied, open_regular(newest) as file:
+                    shutil.copyfileobj(file, copied)
             os.replace(link, previous)
         except OSError as error:
             raise UserError(f"{previous}: cannot be written ({error.strerror}); {newest} is unharmed.") from None

@@ -16,6 +16,7 @@ from utils import distributed
 from utils.allocator import keep_freed_memory
 from utils.interruption import EXIT_CODE as INTERRUPTED_EXIT_CODE
 from utils.interruption import Interrupted
+from utils.text import print_line
 
 EXIT_CODE = 2
 GRACE_SECONDS = 10
@@ -74,11 +75,12 @@ def run_script(main: Callable[[], None]) -> None:
     if hasattr(sys.stdout, "reconfigure"):  # which a stream in a notebook lacks
         sys.stdout.reconfigure(errors="backslashreplace")  # the names of files may be no text
     try:
-        main()
+        with _as_sentences():
+            main()
     except UserError as error:
         alone = distributed.launched_world_size() == 1
         if alone or not error.agreed or distributed.launched_rank() == 0:
-            print(f"error: {error}", file=sys.stderr, flush=True)
+            print_line(f"error: {error}", sys.stderr)
         if not alone and error.agreed:
             _wait_for_rank_0()
         elif not alone:
@@ -90,26 +92,47 @@ def run_script(main: Callable[[], None]) -> None:
         sys.exit(128 + signal.SIGINT)
     except Interrupted as stop:
         if distributed.is_main_process():
-            print(stop, flush=True)
+            print_line(stop)
         if distributed.in_process_group():
             _wait_for_rank_0()
         distributed.shutdown()
         sys.exit(INTERRUPTED_EXIT_CODE)
     except Exception as error:
         if _says_too_many_files(error):
-            print(f"error: {TOO_MANY_FILES}", file=sys.stderr, flush=True)
+            print_line(f"error: {TOO_MANY_FILES}", sys.stderr)
             distributed.post_failure(TOO_MANY_FILES)
             _leave_at_once()
         if distributed.launched_world_size() == 1:
             raise
         if distributed.is_lost_contact(error):
             if not distributed.failure_posted():
-                print(f"error: {lost_contact(error)}", file=sys.stderr, flush=True)
+                print_line(f"error: {lost_contact(error)}", sys.stderr)
         else:
             traceback.print_exc()
             distributed.post_failure(str(error))
         _leave_at_once()
     distributed.shutdown()
+
+
+@contextmanager
+def _as_sentences() -> Iterator[None]:
+    """Turn what a file system, a name or the memory refuses, where nothing closer has done so, into a UserError."""
+    try:
+        yield
+    except OSError as error:
+        if not isinstance(error.filename, (str, bytes)) or _says_too_many_files(error):
+            raise
+        raise UserError(f"{os.fsdecode(error.filename)}: {error.strerror}.") from error
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and "can't allocate memory" not in str(error):
+            raise
+        raise UserError("there is too little memory for this; give smaller sizes, or fewer of them.") from error
+    except UnicodeEncodeError as error:
+        raise UserError(f"{error.object!r}: no file can have this name.") from error
+    except ValueError as error:
+        if "embedded null" not in str(error):
+            raise
+        raise UserError("a name holds a NUL character, which no file can have; give another.") from error
 
 
 def _says_too_many_files(error: BaseException | None) -> bool:

@@ -16,6 +16,7 @@ from utils.errors import UserError
 from utils.flag_types import positive_float, positive_int
 from utils.folders import find_classes
 from utils.reading import read_bytes
+from utils.text import print_line
 
 # How a file's pixels become the classifier's input; evaluation does without the other flags.
 INPUT = ("val_resize_size", "val_crop_size", "interpolation", "gray", "backend", "mean", "std")
@@ -84,7 +85,7 @@ def _say_what_is_assumed(args: argparse.Namespace, flags: dict[str, Any], weight
     assumed = [name for name in INPUT if name not in flags and name not in weights.args]
     if assumed:
         values = " ".join(arguments.typed(name, getattr(args, name)) for name in assumed)
-        print(f"{weights.path} does not say how its images were prepared; taken for it: {values}", file=sys.stderr)
+        print_line(f"{weights.path} does not say how its images were prepared; taken for it: {values}", sys.stderr)
 
 
 def _class_names(weights: Weights, given: str | None) -> list[str]:

@@ -14,6 +14,7 @@ import numpy as np
 from PIL import Image
 
 from utils.phantom_images import PAINTERS
+from utils.text import CommandParser, print_line
 
 VERSION = 1  # part of the default folder's name: raise it with every change of the images
 # Class (modality-organ-finding) and its training images: as uneven as findings in a clinic.
@@ -118,7 +119,7 @@ def ensure_default(seed: int = 0) -> Path:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Command line: generate a set and print its counts; bad input exits with code 2."""
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         "python -m utils.phantoms",
         usage=argparse.SUPPRESS,  # so that an error is one line, not buried under the usage
         description="Make a small ImageFolder data set of synthetic CT, MR and ultrasound images.",
@@ -134,7 +135,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parser.error(str(error))
     for split, classes in image_counts(options.scale).items():
         listing = ", ".join(f"{name} {count}" for name, count in classes.items())
-        print(f"{root / split}: {sum(classes.values())} images ({listing})")
+        print_line(f"{root / split}: {sum(classes.values())} images ({listing})")
 
 
 if __name__ == "__main__":

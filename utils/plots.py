@@ -21,6 +21,7 @@ from utils.errors import UserError, run_script
 from utils.figures import COLOURS, FAINT, INK, as_text, output_path, write_figure
 from utils.progress import LOG, read_log
 from utils.run_folder import read_tested
+from utils.text import CommandParser, print_line
 
 Runs = dict[str, list[dict]]  # the lines of log.jsonl, by the run's name
 STYLES, MARKERS = ("-", "--", "-.", ":"), ("o", "s", "^", "D", "v")
@@ -171,7 +172,7 @@ CLASS_PICTURES = {"confusion": confusion_matrix, "recall": per_class_recall}
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser("python -m utils.plots", description=__doc__)
+    parser = CommandParser("python -m utils.plots", description=__doc__)
     commands = parser.add_subparsers(dest="picture", required=True, metavar="PICTURE")
     for name, text in (("curves", "losses, accuracies, learning rates"), ("health", "of the policy")):
         command = commands.add_parser(name, help=f"{text}; several runs are compared")
@@ -199,7 +200,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         classes = [row["class"] for row in table]
         figure = CLASS_PICTURES[options.picture](outcome.targets, outcome.predictions, classes, what)
     write_figure(output, figure)
-    print(output)
+    print_line(output)
 
 
 if __name__ == "__main__":

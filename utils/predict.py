@@ -4,8 +4,6 @@ The images go the way they go in `--test-only`, so the probabilities are the sam
 image that cannot be read is named on stderr, and the exit code is then 2 (see --bad-images).
 """
 
-import csv
-import io
 import json
 import os
 import signal
@@ -28,7 +26,7 @@ from utils.flag_types import natural, positive_int
 from utils.folders import ImageFiles, find_images
 from utils.inference import Classifier, add_weights_flags, is_heated, open_classifier
 from utils.samplers import EvaluationSampler
-from utils.text import printable
+from utils.text import as_cell, as_line, csv_line, printable
 
 TABLE_TOP = 3
 Row = tuple[str, list[str], list[float]]  # an image's path, the classes from likely to unlikely, their probabilities
@@ -118,7 +116,7 @@ def as_csv(rows: Iterator[Row], classes: list[str], top: int, width: int) -> Ite
         more = classes
     else:
         more = [f"{name}_{place}" for place in range(2, top + 1) for name in ("prediction", "probability")]
-    yield _csv_line(["image", "prediction", "probability", *more])
+    yield csv_line(map(as_cell, ["image", "prediction", "probability", *more]))
     for path, names, probabilities in rows:
         texts = [f"{value:.6g}" for value in probabilities]
         if top == len(classes):
@@ -126,13 +124,7 @@ def as_csv(rows: Iterator[Row], classes: list[str], top: int, width: int) -> Ite
             more = [by_name[name] for name in classes]
         else:
             more = [text for pair in zip(names[1:], texts[1:], strict=True) for text in pair]
-        yield _csv_line([path, names[0], texts[0], *more])
-
-
-def _csv_line(values: list[str]) -> str:
-    text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerow(values)
-    return text.getvalue()
+        yield csv_line(map(as_cell, [path, names[0], texts[0], *more]))
 
 
 def as_json(rows: Iterator[Row], classes: list[str], top: int, width: int) -> Iterator[str]:
@@ -206,7 +198,7 @@ def write_lines(lines: Iterator[str], output: Path | None) -> None:
         return
     try:
         for line in lines:
-            sys.stdout.write(line)
+            sys.stdout.write(f"{printable(line[:-1])}\n" if sys.stdout.isatty() else line)
         sys.stdout.flush()
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains when it closes stdout
@@ -215,7 +207,7 @@ def write_lines(lines: Iterator[str], output: Path | None) -> None:
 
 def _say(message: str) -> None:
     """A line on stderr, without breaking the bar."""
-    tqdm.write(message.encode(errors="backslashreplace").decode(), file=sys.stderr)
+    tqdm.write(as_line(message), file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from utils import distributed
 from utils.errors import UserError
 from utils.files import write_atomically
 from utils.reading import parse_json, read_bytes
+from utils.text import as_line
 from utils.verification import MOST_EPOCHS
 
 if TYPE_CHECKING:  # data imports this module
@@ -27,7 +28,7 @@ STEPS_FOR_ESTIMATE = 50
 def say(message: str) -> None:
     """Print a line, on rank 0 only, without breaking a bar."""
     if distributed.is_main_process():
-        tqdm.write(message, file=sys.stdout)
+        tqdm.write(as_line(message), file=sys.stdout)
         sys.stdout.flush()
 
 
@@ -67,7 +68,7 @@ class Progress:
         self.in_terminal = sys.stderr.isatty()
         self.started = time.perf_counter()
         shown = distributed.is_main_process() and self.in_terminal
-        self.bar = tqdm(total=total, initial=self.start.step, desc=label, disable=not shown, leave=False)
+        self.bar = tqdm(total=total, initial=self.start.step, desc=as_line(label), disable=not shown, leave=False)
 
     @classmethod
     def over_epoch(

@@ -3,7 +3,6 @@
 The page holds all it shows: it asks nothing of a network, opens from the disk, and prints.
 """
 
-import argparse
 import math
 import os
 from collections.abc import Callable, Sequence
@@ -19,6 +18,7 @@ from utils.files import write_atomically
 from utils.intervals import LEVEL, Outcome, bootstrap_intervals
 from utils.reading import open_regular, read_bytes
 from utils.run_folder import TITLES, Evaluation, RunFolder, describe_tested, read_run_folder
+from utils.text import CommandParser, print_line
 
 TEMPLATE = "report.html"
 RESAMPLES = 1000
@@ -210,7 +210,7 @@ def _is_report(path: Path) -> bool:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m utils.report", description=__doc__)
+    parser = CommandParser(prog="python -m utils.report", description=__doc__)
     parser.add_argument("outputs", nargs="+", type=Path, metavar="OUTPUT", help="the --output-dir of a run")
     parser.add_argument("-o", "--output", type=Path, help="an .html file, written anew each time; "
         "None: report.html in the folder of the only run, or in the current one")  # fmt: skip
@@ -224,7 +224,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if len({folder.resolve() for folder in folders}) < len(folders):
         raise UserError("OUTPUT: a folder is named twice; name each run once.")
     write_atomically(output, page([read_run_folder(folder) for folder in folders]))
-    print(f"{output}: {len(folders)} {'run' if len(folders) == 1 else 'runs'}")
+    print_line(f"{output}: {len(folders)} {'run' if len(folders) == 1 else 'runs'}")
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from utils.progress import LOG, read_log
 from utils.provenance import RUN, is_start
 from utils.reading import read_bytes, read_json
 from utils.saving import STATUS
+from utils.text import from_cell
 
 METRICS = "metrics.json"
 TITLES = {"clean": "without masks", "masked": "with mean masks"}
@@ -162,7 +163,7 @@ def read_table(path: Path, columns: tuple[str, ...]) -> list[dict[str, str]]:
     """The rows of a CSV; raises UserError unless it holds one or more, with these columns among others."""
     try:
         text = io.StringIO(read_bytes(path).decode(), newline="")
-        rows = list(csv.DictReader(text, strict=True))
+        rows = [_undone(row) for row in csv.DictReader(text, strict=True)]
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; --test-only with --output-dir {path.parent} writes it.") from None
     except (OSError, ValueError, csv.Error) as error:
@@ -171,3 +172,7 @@ def read_table(path: Path, columns: tuple[str, ...]) -> list[dict[str, str]]:
     if not rows or any(row.get(column) is None for row in rows for column in columns):
         raise UserError(f"{path}: expected rows with {', '.join(columns)}; run --test-only again.")
     return rows
+
+
+def _undone(row: dict) -> dict:
+    return {key: from_cell(value) if isinstance(value, str) else value for key, value in row.items()}

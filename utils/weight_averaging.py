@@ -1,6 +1,5 @@
 """Average the weights of several files: `python -m utils.weight_averaging A.pth B.pth C.pth -o OUT.pth`."""
 
-import argparse
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,6 +8,7 @@ import torch
 
 from utils.checkpoint import FORMAT_VERSION, StateDict, Weights, read_weights, save
 from utils.errors import UserError, run_script
+from utils.text import CommandParser, print_line
 
 
 def average(files: list[Weights]) -> StateDict:
@@ -46,7 +46,7 @@ def _check_different(paths: list[str]) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m utils.weight_averaging", description=__doc__)
+    parser = CommandParser(prog="python -m utils.weight_averaging", description=__doc__)
     parser.add_argument("files", nargs="+", metavar="FILE", help="weights of one model, usually of its last epochs")
     parser.add_argument("-o", "--output", required=True, help="where to write; --finetune and --test-only read it")
     parser.add_argument("--overwrite", action="store_true", help="write over a file that is there already")
@@ -63,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if last.classes is not None:  # which the authors' files do not name
         state |= {"format_version": FORMAT_VERSION, "classes": last.classes}
     save(output, state)
-    print(f"{output}: the average of {len(files)} files")
+    print_line(f"{output}: the average of {len(files)} files")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,5 @@
 """RadImageNet as it is handed out, made the folders to train on: `python -m utils.radimagenet prepare --help`."""
 
-import argparse
-import csv
 import io
 import os
 from collections.abc import Iterable, Iterator, Sequence
@@ -15,6 +13,7 @@ from utils.radimagenet.archive import Member, is_archive, read_archive
 from utils.radimagenet.lists import ROOT, SPLITS, ImageLists, list_name
 from utils.radimagenet.routes import KINDS, Masks, Tree, place_archive, place_folder
 from utils.reading import open_regular
+from utils.text import CommandParser, as_cell, csv_line, print_line
 
 DESCRIPTION = """\
 Make OUTPUT/{train,val,test}/<class>/<image> of RadImageNet as it is handed out: radiology_ai/{CT,MR}/<anatomy>/<label>
@@ -141,7 +140,7 @@ def _lists_for_archive(archive: Path, members: Iterator[Member], csv_dir: Path |
 def _say_lists(lists: ImageLists) -> None:
     totals = {split: sum(len(names[split]) for names in lists.names.values()) for split in SPLITS}
     counts = ", ".join(f"{split} {total}" for split, total in totals.items())
-    print(f"The lists name {len(lists)} images of {len(lists.folders)} classes: {counts}.", flush=True)
+    print_line(f"The lists name {len(lists)} images of {len(lists.folders)} classes: {counts}.")
 
 
 def _summarise(output: Path, lists: ImageLists, found: dict[str, set[str]]) -> None:
@@ -153,20 +152,22 @@ def _summarise(output: Path, lists: ImageLists, found: dict[str, set[str]]) -> N
     _write_table(output / "summary.csv", table)
     totals = [sum(column) for column in zip(*(row[1:] for row in table), strict=True)]
     width = max(len("class"), *(len(row[0]) for row in table))
-    print("Images found:")
+    print_line("Images found:")
     for name, *numbers in [TABLES["summary.csv"], *table, ("all", *totals)]:
-        print(f"{name:{width}}" + "".join(f"{number:>10}" for number in numbers))
+        print_line(f"{name:{width}}" + "".join(f"{number:>10}" for number in numbers))
     repeated = lists.repeated()
     _write_table(output / "repeated.csv", [(name, " ".join(of)) for name, of in repeated.items()])
     shared = sum(len(set(of)) > 1 for of in repeated.values())
     if shared:
-        print(f"warning: {shared} images stand in several splits (repeated.csv): what is learned from is tested on.")
+        print_line(
+            f"warning: {shared} images stand in several splits (repeated.csv): what is learned from is tested on."
+        )
     if len(repeated) > shared:
-        print(f"warning: {len(repeated) - shared} images are named more than once in one list (repeated.csv).")
+        print_line(f"warning: {len(repeated) - shared} images are named more than once in one list (repeated.csv).")
     uneven = [name for name, *numbers in rows if not all(numbers)]
     if uneven:
         names = ", ".join(uneven[:NAMES_SHOWN]) + (", ..." if len(uneven) > NAMES_SHOWN else "")
-        print(f"warning: {len(uneven)} classes lack images in a split, where training refuses the set: {names}.")
+        print_line(f"warning: {len(uneven)} classes lack images in a split, where training refuses the set: {names}.")
 
 
 def _report_missing(
@@ -185,18 +186,17 @@ def _report_missing(
         raise UserError(
             f"{path}: {len(missing)} {what}, of {len(lists)}; get them and run this again, or --allow-missing."
         )
-    print(f"{output}: {len(lists) - len(missing)} images; {len(missing)} missing.")
+    print_line(f"{output}: {len(lists) - len(missing)} images; {len(missing)} missing.")
 
 
 def _write_table(path: Path, rows: Iterable[Sequence[object]]) -> None:
     """Write one of TABLES whole or not at all; file names that are no text keep their bytes."""
-    text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows([TABLES[path.name], *rows])
-    write_atomically(path, text.getvalue().encode("utf-8", "surrogateescape"))
+    text = "".join(csv_line(map(as_cell, row)) for row in [TABLES[path.name], *rows])
+    write_atomically(path, text.encode("utf-8", "surrogateescape"))
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m utils.radimagenet", description=__doc__)
+    parser = CommandParser(prog="python -m utils.radimagenet", description=__doc__)
     command = parser.add_subparsers(required=True, metavar="prepare").add_parser(
         "prepare", description=DESCRIPTION, help="make OUTPUT/{train,val,test}/<class>/<image>"
     )

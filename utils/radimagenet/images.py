@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import NamedTuple, TypeVar
 
 from utils.errors import UserError
-from utils.files import temporary_path
+from utils.files import open_new, temporary_path
 from utils.images import read_image
 from utils.radimagenet.archive import Member
 from utils.radimagenet.masks import MAX_BYTES, correct, read_mask
@@ -94,7 +94,7 @@ def write(target: str, data: bytes, changed: float) -> None:
     """Write a file that appears whole, with this time of change. A kill cannot halve it; a power failure might."""
     temporary = temporary_path(Path(target))
     try:
-        with open(temporary, "wb") as file:
+        with open(open_new(temporary), "wb") as file:
             file.write(data)
         os.utime(temporary, (changed, changed))
         os.replace(temporary, target)
