@@ -8,7 +8,7 @@ from _policy_gradient.objective import BASELINES, OBJECTIVES, POLICY_SIGNS
 from _policy_gradient.policy import HEAD_WEIGHT, MASK_POLICIES
 from utils import arguments
 from utils.errors import UserError
-from utils.flag_types import natural, non_negative_float, positive_float, positive_fraction, positive_int, repetitions
+from utils.flag_types import natural, non_negative_float, positive_float, positive_fraction, positive_int
 from utils.model_sources import model_name
 from utils.progress import say
 
@@ -41,7 +41,7 @@ def build_parser() -> arguments.Parser:
     add("--objective", default="published", choices=OBJECTIVES, help="objective.py says what each implies")
     add("--policy-sign", default="cooperative", choices=POLICY_SIGNS, help="the policy lowers the loss, or raises it")
     add("--baseline", choices=BASELINES, help="of reinforce; None: ema, a moving average; loo: leave-one-out")
-    add("--masks-per-image", type=repetitions, default=1, help="masks sampled for each image of a batch")
+    add("--masks-per-image", type=positive_int, default=1, help="masks sampled for each image of a batch")
     add("--entropy-weight", type=non_negative_float, default=0.0, help="of reinforce: reward for entropy")
     return parser
 

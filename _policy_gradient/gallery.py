@@ -22,6 +22,7 @@ from utils.command_line import Parser, expanded, expanded_path
 from utils.errors import UserError, run_script
 from utils.figures import output_path, write_figure
 from utils.flag_types import positive_int
+from utils.text import print_line
 from utils.transforms import Normalize
 
 
@@ -43,7 +44,7 @@ def compute_stages(
     mask = build_mask(args, args.val_crop_size, CPU)
     before, now = initial_policy(args, state), build_policy(args, state, None, CPU)
     if before is None:
-        print("The policy's first weights cannot be built anew (other versions of torch or timm?): without them.")
+        print_line("The policy's first weights cannot be built anew (other versions of torch or timm?): without them.")
         alpha, beta = now.initial_prior  # (1, G*G) each
         stages = {after(0): (alpha - beta).sigmoid().view(args.grid, args.grid).numpy()}
     else:
@@ -81,6 +82,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--overwrite", action="store_true", help="write over a file that is there already")
     options = parser.parse_args(argv)
+    arguments.check_limits(vars(options))
     path = options.run / checkpoint.CHECKPOINT if options.run.is_dir() else options.run
     output = output_path(options.output, path.parent / "plots" / "masks.png", options.overwrite)
     args, state = read_run(path, options.data_path, options.split)
@@ -91,7 +93,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     stages = compute_stages(args, state, examples, normalize)
     title = f"Masks of {options.split} images: {options.run}"
     write_figure(output, draw_stages(examples, stages, normalize, title, args.mask_range))
-    print(output)
+    print_line(output)
 
 
 if __name__ == "__main__":

@@ -14,11 +14,14 @@ from experiments import pictures, tables
 from experiments.differences import Comparison, compare
 from experiments.plan import Plan, read_plan
 from experiments.results import Runs, Task, read_runs, read_tasks, task_names
+from utils.arguments import check_limits
 from utils.command_line import Parser, expanded_path
 from utils.errors import UserError, run_script
 from utils.figures import write_figure
 from utils.files import write_atomically
+from utils.reading import read_bytes
 from utils.run_folder import RunFolder
+from utils.text import printable
 
 TABLES = "tables.md"
 MARK = "<!-- written by experiments/analyse.py -->"  # of a file that may be written anew
@@ -123,8 +126,15 @@ def _check_output(folder: Path) -> None:
     except OSError as error:
         raise UserError(f"-o {folder}: cannot be made ({error.strerror}).") from None
     there = [name for name in (TABLES, *FIGURES) if (folder / name).exists()]
-    if there and not ((folder / TABLES).exists() and (folder / TABLES).read_bytes().startswith(MARK.encode())):
+    if there and not _is_own(folder / TABLES):
         raise UserError(f"{folder / there[0]}: is there and not of this command; give another -o.")
+
+
+def _is_own(path: Path) -> bool:
+    try:
+        return read_bytes(path).startswith(MARK.encode())
+    except OSError:
+        return False
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -136,6 +146,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--resamples", type=int, default=2000, help="of the bootstrap; default: %(default)s")
     options = parser.parse_args(argv)
+    check_limits(vars(options))
     if options.resamples < 1:
         raise UserError(f"--resamples {options.resamples}: expected 1 or more.")
     plan = read_plan(options.plan)
@@ -156,7 +167,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             (output / name).unlink(missing_ok=True)  # of an earlier analysis
         else:
             write_figure(output / name, figure)
-    print(text)
+    print("\n".join(map(printable, text.split("\n"))))
 
 
 if __name__ == "__main__":

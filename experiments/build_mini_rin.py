@@ -29,7 +29,7 @@ from utils.files import write_atomically
 from utils.images import read_image
 from utils.listing import PassedOver, find_images
 from utils.radimagenet.images import find_there
-from utils.text import printable
+from utils.text import print_line
 
 MANIFEST = Path(__file__).with_name("mini_rin.csv")
 LAYOUTS = {  # by download: the path that an id is made of; {} stand for the last names of a file's path
@@ -65,7 +65,7 @@ def build(downloads: dict[str, Path], output: Path, manifest: Path = MANIFEST) -
         write_atomically(output / place, as_jpeg(read_image(Path(sources[image]), gray=True)))
     missing = [place for image, place in absent.items() if image not in sources]
     here = len(places) - len(missing)
-    print(printable(f"{output}: {here} of {len(places)} images, {len(wanted)} of them written now"))
+    print_line(f"{output}: {here} of {len(places)} images, {len(wanted)} of them written now")
     if missing:
         raise UserError(
             f"{output}: {len(missing)} of {len(places)} images are missing, such as "
@@ -94,7 +94,7 @@ def find_sources(download: str, folder: Path, wanted: Collection[str]) -> dict[s
                 raise UserError(f"{path}: by its name the same image as {sources[image]}; give a folder that has one.")
             sources[image] = path
     if content := passed_over.describe():
-        print(f"--{download} {printable(str(folder))}: {content}")
+        print_line(f"--{download} {folder}: {content}")
     if not sources:
         raise UserError(f"--{download} {folder}: holds no image of mini-RIN; expected {EXPECTED[download]}.")
     return sources

@@ -23,7 +23,7 @@ from _policy_gradient.mask import SmoothMask
 from _policy_gradient.objective import leave_one_out_baseline
 from _policy_gradient.policy import Policy, create_policy, draw_masks
 from _policy_gradient.train import build_mask, build_policy
-from utils import checkpoint, wiring, wiring_data
+from utils import arguments, checkpoint, wiring, wiring_data
 from utils.command_line import Parser, expanded, expanded_path
 from utils.errors import UserError, run_script
 from utils.flag_types import positive_float, positive_int
@@ -145,6 +145,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--kernel", type=positive_int, help="with --grid: their blur, pixels; default: the run's")
     parser.add_argument("--sigma", type=positive_float, help="with --grid: their blur, pixels; default: the run's")
     options = parser.parse_args(argv)
+    arguments.check_limits(vars(options))
     if options.masks_per_image < 4 or options.masks_per_image % 2:
         raise UserError(f"--masks-per-image {options.masks_per_image}: expected an even number of at least 4.")
     if options.grid is None and (options.kernel or options.sigma):

@@ -1,6 +1,6 @@
 """What the finished runs of a plan left: their logs and origins, and of each task what was predicted for its images."""
 
-import json
+import math
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import NamedTuple
@@ -10,6 +10,7 @@ import numpy as np
 from experiments.comparisons import SCORES, scores
 from experiments.plan import Arm, Plan, Stage, as_written, run_folder
 from utils.errors import UserError
+from utils.reading import read_json
 from utils.run_folder import Evaluation, RunFolder, read_run_folder, read_table
 
 FINISHED = "finished.json"
@@ -87,9 +88,11 @@ def _read_stage(folder: Path, stage: Stage) -> RunFolder:
 
 def _seconds(path: Path, arm: Arm) -> float:
     try:
-        content = json.loads(path.read_bytes())
+        content = read_json(path)
         seconds, stages = float(content["seconds"]), content.get("stages", as_written(arm))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        if not 0 <= seconds < math.inf:
+            raise ValueError
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise UserError(f"{path}: expected the seconds that the run took; run this seed of the arm again.") from None
     if stages != as_written(arm):
         raise UserError(f"{path}: is of other stages than the plan says now; give the plan that was run.")

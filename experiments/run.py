@@ -23,12 +23,15 @@ import torch
 
 from experiments.plan import Arm, Plan, Stage, as_written, read_plan, run_folder
 from experiments.subsets import link_subset
+from utils.arguments import check_limits
 from utils.command_line import Parser, expanded_path
 from utils.errors import UserError, run_script
-from utils.files import write_atomically
+from utils.files import not_followed, write_atomically
 from utils.folders import LAYOUT
 from utils.interruption import EXIT_CODE as INTERRUPTED
 from utils.interruption import stopping_signals
+from utils.reading import read_json
+from utils.text import print_line
 
 FINISHED = "finished.json"
 PROGRESS = "progress.json"  # of a run that has begun
@@ -104,9 +107,8 @@ def commands(stage: Stage, seed: int, run: Path, data: Path, flags: Sequence[str
 
 def is_finished(arm: Arm, run: Path) -> bool:
     """Has this run come to its end? Raises UserError if it was another one, of the same name."""
-    try:
-        found = json.loads((run / FINISHED).read_bytes())
-    except FileNotFoundError:
+    found = _read_json(run / FINISHED, ("stages", "seconds"))
+    if found is None:
         return False
     if found["stages"] != as_written(arm):
         raise UserError(f"{run}: was run with other stages than the plan says now; give another --output.")
@@ -118,13 +120,27 @@ def read_progress(arm: Arm, run: Path) -> tuple[int, float]:
 
     Raises UserError if it was begun as another one, of the same name: its checkpoints are of other flags.
     """
-    try:
-        found = json.loads((run / PROGRESS).read_bytes())
-    except FileNotFoundError:
+    found = _read_json(run / PROGRESS, ("stages", "seconds", "done"))
+    if found is None:
         return 0, 0.0
     if found["stages"] != as_written(arm):
         raise UserError(f"{run}: was begun with other stages than the plan says now; remove it, or give another -o.")
     return found["done"], found["seconds"]
+
+
+def _read_json(path: Path, names: Sequence[str]) -> dict[str, Any] | None:
+    """What `_write_json` wrote, None if there is none; raises UserError where anything else is there."""
+    try:
+        found = read_json(path)
+        seconds, done = found.get("seconds", 0), found.get("done", 0)
+        numbers = type(seconds) in (int, float) and 0 <= seconds < float("inf") and type(done) is int and done >= 0
+        if numbers and all(name in found for name in names):
+            return found
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, AttributeError):
+        pass
+    raise UserError(f"{path}: does not hold what this command writes there; remove the run's folder, or the file.")
 
 
 def run_stages(arm: Arm, seed: int, options: argparse.Namespace, machine: Machine) -> str:
@@ -133,7 +149,7 @@ def run_stages(arm: Arm, seed: int, options: argparse.Namespace, machine: Machin
     if not machine.has_time_for(expected_seconds(options.output, arm.name) - read_progress(arm, run)[1]):
         return "left for another time"
     run.mkdir(parents=True, exist_ok=True)
-    with (run / OUTPUT).open("ab") as output:
+    with open(run / OUTPUT, "ab", opener=not_followed) as output:
         if not _lock(output):
             return "left to another process, which runs it"
         if is_finished(arm, run):
@@ -202,7 +218,7 @@ def subset_folder(output: Path, stage: Stage) -> Path:
 
 def expected_seconds(output: Path, arm: str) -> float:
     """The longest that a finished run of the arm took, or of any arm if there is none; 0 where nothing is known."""
-    seconds = {path: json.loads(path.read_bytes())["seconds"] for path in output.glob(f"*/seed*/{FINISHED}")}
+    seconds = {path: _read_json(path, ["seconds"])["seconds"] for path in output.glob(f"*/seed*/{FINISHED}")}
     own = [value for path, value in seconds.items() if path.parents[1].name == arm]
     return max(own or seconds.values(), default=0.0)
 
@@ -251,7 +267,7 @@ def run_plan(plan: Plan, options: argparse.Namespace) -> dict[tuple[str, int], s
         else:
             read_progress(arm, run)  # now rather than when its turn comes
             left.append((arm, seed))
-    print(f"{plan.name}: {len(plan.runs())} runs, {len(plan.runs()) - len(left)} finished before", flush=True)
+    print_line(f"{plan.name}: {len(plan.runs())} runs, {len(plan.runs()) - len(left)} finished before")
     for arm in plan.arms:
         for stage in arm.stages:
             if stage.subset:
@@ -263,7 +279,7 @@ def run_plan(plan: Plan, options: argparse.Namespace) -> dict[tuple[str, int], s
             outcome = run_stages(arm, seed, options, machine)
         except (UserError, OSError) as error:  # a full disk, say
             outcome = f"failed: {error}"
-        print(f"{arm.name}, seed {seed}: {outcome}", flush=True)
+        print_line(f"{arm.name}, seed {seed}: {outcome}")
         return outcome
 
     alarm = threading.Timer(min(machine.budget, threading.TIMEOUT_MAX), machine.stop)
@@ -277,6 +293,7 @@ def run_plan(plan: Plan, options: argparse.Namespace) -> dict[tuple[str, int], s
 
 def main(argv: Sequence[str] | None = None) -> None:
     options = build_parser().parse_args(argv)
+    check_limits(vars(options))
     plan = read_plan(options.plan)
     # Relative, so that what the runs note of their places means something elsewhere too.
     options.output = options.output or Path(os.path.relpath(ROOT / "experiments" / "results" / plan.name))
@@ -290,7 +307,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise UserError(f"{len(failed)} runs failed ({'; '.join(failed)}); their output tells why.")
     unfinished = sum(not outcome.startswith("finished") for outcome in outcomes.values())
     if unfinished:
-        print(f"{unfinished} runs are not finished; the same command goes on with them.")
+        print_line(f"{unfinished} runs are not finished; the same command goes on with them.")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """What several test files share: the repository's root on sys.path, tiny data, and the scripts run as processes."""
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -96,3 +97,17 @@ def run_script(
     if check:
         assert result.returncode == 0, f"{' '.join(command)}\n{result.stdout}\n{result.stderr}"
     return result
+
+
+@pytest.fixture
+def ended_in_time():
+    """A test that waits for the other end of a pipe, say, is stopped, and fails."""
+
+    def fail(*_):
+        raise AssertionError("it hangs")
+
+    before = signal.signal(signal.SIGALRM, fail)
+    signal.alarm(300)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)

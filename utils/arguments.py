@@ -13,7 +13,6 @@ from utils.errors import UserError
 from utils.flag_types import (
     average_decay,
     fraction,
-    image_size,
     mixing_alpha,
     momentum,
     natural,
@@ -23,9 +22,7 @@ from utils.flag_types import (
     positive_float,
     positive_fraction,
     positive_int,
-    processes,
     rate_factor,
-    repetitions,
     seconds,
     seed,
     smoothing,
@@ -54,6 +51,12 @@ FREE_ON_FINETUNE = {
 # What an evaluation may choose although the file says otherwise: it changes which images are read, not their pixels.
 FREE_ON_EVALUATION = {"upper_8_bits"}
 
+
+LARGEST = {  # far above what any run uses, and below what takes all memory or processes of a machine
+    **{"epochs": 100_000, "workers": 1_024, "batch_size": 1_000_000, "masks_per_image": 10_000, "ra_reps": 1_000},
+    **{"train_crop_size": 8_192, "val_resize_size": 8_192, "val_crop_size": 8_192, "grid": 1_024, "kernel": 8_191},
+    **{"images_per_class": 100_000, "jobs": 1_024, "resamples": 1_000_000},
+}
 
 Switch = argparse.BooleanOptionalAction  # --flag and --no-flag
 
@@ -84,7 +87,7 @@ def _add_data_flags(group: argparse._ArgumentGroup) -> None:
     add("--max-bad-images", type=natural, default=100, help="of --bad-images skip: more than so many end the run")
     add("--split", default="val", choices=("train", "val", "test"), help="what --test-only evaluates on")
     add("-b", "--batch-size", "--batch_size", type=positive_int, default=32, help="images in each process")
-    add("-j", "--workers", type=processes, default=16, help="data loading processes for each process; 0: none")
+    add("-j", "--workers", type=natural, default=16, help="data loading processes for each process; 0: none")
     add_input_flags(group)
 
 
@@ -99,9 +102,9 @@ def add_input_flags(group: argparse._ActionsContainer) -> None:
         help="of the pixels in 0..1; one value, or one a channel",
     )
     add("--std", type=pixel_std, nargs="+", default=[0.3213], help="of the pixels; one value, or one a channel")
-    add("--train-crop-size", type=image_size, default=224, help="pixels, random resized crop")
-    add("--val-resize-size", type=image_size, default=256, help="pixels, shorter side in evaluation")
-    add("--val-crop-size", type=image_size, default=224, help="pixels, central crop in evaluation")
+    add("--train-crop-size", type=positive_int, default=224, help="pixels, random resized crop")
+    add("--val-resize-size", type=positive_int, default=256, help="pixels, shorter side in evaluation")
+    add("--val-crop-size", type=positive_int, default=224, help="pixels, central crop in evaluation")
     add("--interpolation", default="bilinear", choices=transforms.INTERPOLATIONS, help="of every resize")
     add("--gray", action=Switch, default=False, help="read images as one channel, and make it three on the device")
     add("--upper-8-bits", action=Switch, default=False, help="of PNG and TIFF images of 12 or 16 bits a channel, keep "
@@ -167,7 +170,7 @@ def _add_augmentation_flags(group: argparse._ArgumentGroup) -> None:
     add("--mixup-alpha", type=mixing_alpha, default=0.0, help="0: no MixUp")
     add("--cutmix-alpha", type=mixing_alpha, default=0.0, help="0: no CutMix")
     add("--ra-sampler", action="store_true", help="repeated augmentation: each image several times in an epoch")
-    add("--ra-reps", type=repetitions, default=3, help="repetitions of --ra-sampler")
+    add("--ra-reps", type=positive_int, default=3, help="repetitions of --ra-sampler")
 
 
 def _add_run_flags(group: argparse._ArgumentGroup) -> None:
@@ -199,10 +202,19 @@ def parse_given(parser: Parser, argv: Sequence[str] | None = None) -> dict[str, 
     blank = argparse.Namespace(**dict.fromkeys(_actions(parser), absent))
     parsed = vars(parser.parse_args(argv, namespace=blank))
     given = {name: value for name, value in parsed.items() if value is not absent}
+    check_limits(given)
     for name in ("mean", "std"):  # three equal values are one
         if len(given.get(name, ())) == 3 and len(set(given[name])) == 1:
             given[name] = given[name][:1]
     return given
+
+
+def check_limits(values: dict[str, Any]) -> None:
+    """Raise UserError for a number that no machine could use."""
+    for name, largest in LARGEST.items():
+        value = values.get(name)
+        if value is not None and value > largest:
+            raise UserError(f"{typed(name, value)}: expected at most {largest}.", agreed=True)
 
 
 def defaults(parser: Parser) -> dict[str, Any]:
@@ -305,6 +317,7 @@ def typed(name: str, value: Any) -> str:
 
 def _namespace(values: dict[str, Any]) -> argparse.Namespace:
     """The final values; raises UserError where two of them do not go together."""
+    check_limits(values)
     args = argparse.Namespace(**values)
     args.output_dir = args.output_dir or "."
     args.cache_dir = args.cache_dir and os.path.abspath(args.cache_dir)  # the same when resumed from another folder

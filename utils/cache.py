@@ -8,6 +8,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from utils.reading import open_regular
+
 PIXELS, INDEX = "pixels.u8", "index.npy"
 VERSION = 2  # of these files, and of what the folder's name is computed from
 
@@ -24,6 +26,8 @@ class ImageCache:
     def __init__(self, folder: Path, channels: int, kind: str) -> None:
         """kind: what an item is, "pil", "tensor", or "size": a tensor (C, H, W) without values."""
         self.folder, self.channels, self.kind = folder, channels, kind
+        for name in (INDEX, PIXELS):
+            open_regular(folder / name).close()  # anything else is refused, before a pipe is waited for
         # As plain arrays, whose slices are made faster; read-only, since a writable map would count as memory.
         self.index = np.asarray(np.load(folder / INDEX, mmap_mode="r"))  # (N, 3)
         self.pixels = np.asarray(np.memmap(folder / PIXELS, dtype=np.uint8, mode="r"))

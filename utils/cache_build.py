@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, Dataset
 from utils import distributed
 from utils.cache import INDEX, PIXELS, VERSION, ImageCache
 from utils.errors import UserError, agreed
-from utils.files import write_atomically
+from utils.files import not_followed, write_atomically
 from utils.fingerprint import fingerprint
 from utils.folders import ImageFiles
 from utils.images import read_image
@@ -127,7 +127,7 @@ class CacheBuild:
             if self.is_whole():
                 return
             self.folder.mkdir(parents=True, exist_ok=True)
-            with open(self.folder / "lock", "a+") as lock:
+            with open(self.folder / "lock", "a+", opener=not_followed) as lock:
                 yield from self._wait_for_lock(lock)
                 if not self.is_whole():
                     _name_holder(lock)
@@ -166,7 +166,10 @@ class CacheBuild:
         for path in self.folder.glob(".*.tmp"):  # of a build that was killed
             path.unlink()
         sizes = np.zeros((len(self.files), 2), dtype=np.int32)  # height and width
-        with open(self.folder / PIXELS, "ab") as pixels, open(self.folder / SIZES, "ab") as noted:
+        with (
+            open(self.folder / PIXELS, "ab", opener=not_followed) as pixels,
+            open(self.folder / SIZES, "ab", opener=not_followed) as noted,
+        ):
             began = done = self._resume(sizes, pixels, noted)
             started, last_word = time.monotonic(), -SECONDS
             for part in self._decode(first=done):

@@ -8,9 +8,8 @@ import argparse
 import io
 import json
 import os
-import pickle
 import shutil
-import stat
+from collections import OrderedDict
 from pathlib import Path
 from types import NoneType
 from typing import Any, NamedTuple
@@ -22,8 +21,11 @@ from torch import nn
 
 from utils import foreign, verification
 from utils.errors import UserError
-from utils.files import temporary_path, write_atomically
+from utils.files import open_new, temporary_path, write_atomically
 from utils.models import StateDict
+from utils.pickle_scan import ForeignObject, Refused
+from utils.reading import open_regular, parse_json, read_bytes
+from utils.torch_files import checked_copy
 
 FORMAT_VERSION = 1
 CHECKPOINT = "checkpoint.pth"
@@ -66,7 +68,8 @@ def save_checkpoint(output_dir: Path, state: dict[str, Any]) -> None:
             try:
                 os.link(newest, link)
             except OSError:  # a file system without hard links
-                shutil.copyfile(newest, link)
+                with open(open_new(link), "wb") as copied, open_regular(newest) as file:
+                    shutil.copyfileobj(file, copied)
             os.replace(link, previous)
         except OSError as error:
             raise UserError(f"{previous}: cannot be written ({error.strerror}); {newest} is unharmed.") from None
@@ -86,7 +89,7 @@ def replace_damaged(output_dir: Path, script: str) -> None:
             read_checkpoint(newest, script)
     except UserError:
         os.replace(newest, output_dir / DAMAGED)
-        write_atomically(newest, previous.read_bytes())
+        write_atomically(newest, read_bytes(previous, most=None))
 
 
 def read(path: str | Path) -> dict[str, Any]:
@@ -97,47 +100,51 @@ def read(path: str | Path) -> dict[str, Any]:
     """
     path = Path(path)
     try:
-        if not stat.S_ISREG(path.stat().st_mode):
-            raise UserError(f"{path}: is no regular file; expected a checkpoint or weights.")
         if path.suffix == ".safetensors":
             state = _read_safetensors(path)
         else:
             with torch.serialization.safe_globals([argparse.Namespace]):
-                state = torch.load(verification.checked_archive(path), map_location="cpu", weights_only=True)
+                state = torch.load(checked_copy(path), map_location="cpu", weights_only=True)
     except UserError:
         raise
+    except ForeignObject:
+        raise UserError(
+            f"{path}: holds pickled objects beyond tensors and plain values, which could run code when read; "
+            "refused. Save a state dict, or convert the file to safetensors where you trust it."
+        ) from None
+    except Refused as refusal:
+        raise UserError(f"{path}: {refusal}") from None
     except FileNotFoundError:
         raise UserError(f"{path}: no such file.") from None
     except PermissionError:
         raise NotDamaged(f"{path}: no permission to read this file.") from None
+    except OSError as error:
+        reason = "is no regular file" if isinstance(error, IsADirectoryError) else error.strerror
+        raise UserError(f"{path}: {reason}; expected a checkpoint or weights.") from None
     except MemoryError:
         raise NotDamaged(f"{path}: there is too little memory to read it.") from None
-    except pickle.UnpicklingError as error:
-        if "GLOBAL" in str(error):
-            raise UserError(
-                f"{path}: holds pickled objects beyond tensors and plain values, which could run code when read; "
-                "refused. Save a state dict, or convert the file to safetensors where you trust it."
-            ) from None
-        raise UserError(f"{path}: is no checkpoint that torch can read, or is damaged.") from None
     except Exception as error:  # torch's readers raise nearly anything at bytes that they do not expect
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{path}: is no checkpoint, or is damaged ({reason}).") from None
+        raise UserError(f"{path}: is no checkpoint, or is damaged ({reason[:200]}).") from None
     if not isinstance(state, dict):
         raise UserError(f"{path}: holds a {type(state).__name__}; expected a dictionary of weights.")
-    verification.check_tensors(path, state)
+    for held in (state, *state.values()):
+        if isinstance(held, OrderedDict):
+            vars(held).clear()  # torch's note of versions, which nothing has checked and no weights here need
     return state
 
 
 def _read_safetensors(path: Path) -> dict[str, Any]:
     """The tensors, and where `safetensors_bytes` wrote the file, what it says of them, as in a .pth."""
-    tensors = safetensors.torch.load_file(path)
+    with open_regular(path):  # anything else is refused, before a pipe is waited for
+        tensors = safetensors.torch.load_file(path)
     with safetensors.safe_open(path, framework="pt") as file:
         metadata = (file.metadata() or {}).get(METADATA)
     if metadata is None:
         return tensors
     if len(metadata) > MOST_METADATA:
         raise ValueError(f"its '{METADATA}' has {len(metadata)} characters, more than {MOST_METADATA}")
-    said = json.loads(metadata)
+    said = parse_json(metadata)
     if not isinstance(said, dict):
         raise ValueError(f"its '{METADATA}' is no JSON object")
     return {"model": tensors} | {name: said.get(name) for name in ("format_version", "classes", "args")}
@@ -152,6 +159,8 @@ def read_checkpoint(path: str | Path, script: str) -> dict[str, Any]:
             f"use {CHECKPOINT}, or start from these weights with _normal/train.py --finetune."
         )
     verification.check_types(path, state, format_version=int, script=str)
+    version = state["format_version"]
+    verification.require(path, "format_version", type(version) is int and version >= 1, "a number of 1 or more")
     if state["format_version"] > FORMAT_VERSION:
         raise NotDamaged(
             f"{path}: was written by a newer version (format {state['format_version']}); update this code."

@@ -20,6 +20,7 @@ from utils.interruption import Interrupted
 from utils.lifetimes import end_workers
 from utils.node_limits import explain
 from utils.output import drop_lost_output
+from utils.text import print_line
 
 EXIT_CODE = 2
 GRACE_SECONDS = 10
@@ -112,7 +113,8 @@ def run_script(main: Callable[[], None], *, prints_result: bool = False) -> None
         sys.stdout.reconfigure(errors="backslashreplace")  # the names of files may be no text
     try:
         try:
-            main()
+            with _as_sentences():
+                main()
         finally:
             end_workers()
     except UserError as error:
@@ -130,7 +132,7 @@ def run_script(main: Callable[[], None], *, prints_result: bool = False) -> None
         sys.exit(128 + signal.SIGINT)
     except Interrupted as stop:
         if distributed.is_main_process():
-            print(stop, flush=True)
+            print_line(stop)
         if distributed.in_process_group():
             _wait_for_rank_0()
         distributed.shutdown()
@@ -154,11 +156,32 @@ def run_script(main: Callable[[], None], *, prints_result: bool = False) -> None
 
 def _print_error(message: str) -> None:
     """Print the sentence on stderr, and leave it where torchrun looks for what to show in its own summary."""
-    print(f"error: {message}", file=sys.stderr, flush=True)
+    print_line(f"error: {message}", sys.stderr)
     if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
         content = {"message": message, "extraInfo": {"timestamp": str(int(time.time()))}}
         with suppress(OSError), open(path, "w") as file:
             json.dump({"message": content}, file)
+
+
+@contextmanager
+def _as_sentences() -> Iterator[None]:
+    """Turn what a file system, a name or the memory refuses, where nothing closer has done so, into a UserError."""
+    try:
+        yield
+    except OSError as error:
+        if not isinstance(error.filename, (str, bytes)) or explain(error) is not None:
+            raise
+        raise UserError(f"{os.fsdecode(error.filename)}: {error.strerror}.") from error
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and "can't allocate memory" not in str(error):
+            raise
+        raise UserError("there is too little memory for this; give smaller sizes, or fewer of them.") from error
+    except UnicodeEncodeError as error:
+        raise UserError(f"{error.object!r}: no file can have this name.") from error
+    except ValueError as error:
+        if "embedded null" not in str(error):
+            raise
+        raise UserError("a name holds a NUL character, which no file can have; give another.") from error
 
 
 def lost_contact(error: BaseException) -> str:

@@ -28,6 +28,7 @@ from utils.files import write_atomically
 from utils.inference import Classifier, add_mask_flags, add_weights_flags, is_heated, open_classifier
 from utils.model_card import model_card, read_measured, recipe_flags
 from utils.model_sources import plain_name
+from utils.text import print_line
 from utils.transforms import three_values
 
 CPU = torch.device("cpu")
@@ -167,7 +168,7 @@ def write_folder(target: Path, classifier: Classifier, data_name: str, license_n
         config = timm_config(model, args, classes, weights_file.name)
         write_atomically(draft / "config.json", (json.dumps(config, indent=2) + "\n").encode())
         if with_onnx:
-            print(onnx_file.export(model, args.val_crop_size, draft / f"{name}.onnx"))
+            print_line(onnx_file.export(model, args.val_crop_size, draft / f"{name}.onnx"))
         card = model_card(
             name,
             data_name,
@@ -219,7 +220,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         write_folder(target, classifier, data_name, options["license"], options["onnx"])
     except OSError as error:
         raise UserError(f"{target}: cannot be written ({error.strerror}); what was there is unharmed.") from None
-    print(f"{target}: {', '.join(sorted(path.name for path in target.iterdir()))}")
+    print_line(f"{target}: {', '.join(sorted(path.name for path in target.iterdir()))}")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,9 @@
 """Files that appear whole or not at all."""
 
+import errno
 import os
 import re
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -44,7 +46,8 @@ def opened_atomically(path: Path) -> Iterator[TextIO]:
     temporary = temporary_path(path)
     try:
         try:
-            with temporary.open("w", encoding="utf-8", errors="backslashreplace", newline="") as file:
+            descriptor = open_new(temporary)
+            with open(descriptor, "w", encoding="utf-8", errors="backslashreplace", newline="") as file:
                 yield file
                 file.flush()
                 os.fsync(file.fileno())
@@ -54,6 +57,28 @@ def opened_atomically(path: Path) -> Iterator[TextIO]:
             temporary.unlink(missing_ok=True)
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error.strerror}).") from None
+
+
+def open_new(path: str | Path) -> int:
+    """A descriptor for writing a file that was not there; whatever else has its name is removed, and not followed."""
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+    try:
+        return os.open(path, flags, 0o666)
+    except FileExistsError:
+        os.unlink(path)
+        return os.open(path, flags, 0o666)
+
+
+def not_followed(path: str, flags: int) -> int:
+    """For `open(..., opener=not_followed)`: a regular file, made where there is none; no link, and no pipe waited for.
+
+    Raises OSError for anything else.
+    """
+    descriptor = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
+    if stat.S_ISREG(os.fstat(descriptor).st_mode):
+        return descriptor
+    os.close(descriptor)
+    raise OSError(errno.EINVAL, "is no regular file", path)
 
 
 def temporary_path(path: Path) -> Path:
@@ -88,7 +113,7 @@ def prove_writable(folder: Path, data: memoryview) -> None:
 
 
 def _write_and_sync(path: Path, data: memoryview) -> None:
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
+    descriptor = open_new(path)
     try:
         while data:
             data = data[os.write(descriptor, data) :]

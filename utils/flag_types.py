@@ -6,6 +6,8 @@ from collections.abc import Callable
 from typing import TypeVar
 
 Number = TypeVar("Number", int, float)
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = 80
 SMALLEST, LARGEST = 1e-37, 1e37  # beyond these float32, in which all is computed, holds only 0 and infinity
 
 
@@ -18,7 +20,7 @@ def _number(kind: type[Number], is_allowed: Callable[[Number], bool], expected: 
         except ValueError:
             value = None
         if value is None or not is_allowed(value):
-            raise argparse.ArgumentTypeError(f"{reprlib.repr(text)}: expected {expected}")
+            raise argparse.ArgumentTypeError(f"{_SHORT.repr(text)}: expected {expected}")
         return value
 
     return parse
@@ -26,9 +28,6 @@ def _number(kind: type[Number], is_allowed: Callable[[Number], bool], expected: 
 
 positive_int = _number(int, lambda value: value >= 1, "a whole number of at least 1")
 natural = _number(int, lambda value: value >= 0, "a whole number of at least 0")
-image_size = _number(int, lambda value: 1 <= value <= 16384, "a whole number of pixels from 1 to 16384")
-repetitions = _number(int, lambda value: 1 <= value <= 1000, "a whole number from 1 to 1000")
-processes = _number(int, lambda value: 0 <= value <= 1024, "a whole number from 0 to 1024")
 seed = _number(int, lambda value: 0 <= value < 2**64, "a whole number from 0 to 2^64 - 1, which torch takes as a seed")
 positive_float = _number(
     float, lambda value: SMALLEST < value < LARGEST, f"a number above 0 (from {SMALLEST:g} to {LARGEST:g})"

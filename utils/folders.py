@@ -12,6 +12,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from utils.errors import UserError
 from utils.listing import PassedOver, find_images, is_hidden, is_image
+from utils.reading import read_bytes
 from utils.text import canonical, decode_text, explain_forms, list_names
 
 LAYOUT = "DATA/{train,val,test}/<class>/<image>"
@@ -136,9 +137,9 @@ def read_excluded(path: Path) -> dict[str, set[str]]:
     a byte order mark. Raises UserError if the list cannot be read.
     """
     try:
-        lines = decode_text(path.read_bytes()).split("\n")  # names may be no text
+        lines = decode_text(read_bytes(path)).split("\n")  # names may be no text
     except (OSError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) else error
+        reason = getattr(error, "strerror", None) or error
         raise UserError(f"--exclude {path}: cannot be read ({reason}); give a text file.") from None
     excluded: dict[str, set[str]] = {split: set() for split in (*SPLITS, "")}
     for line in map(str.strip, lines):

@@ -16,7 +16,8 @@ from utils.errors import UserError
 from utils.flag_types import positive_float, positive_int
 from utils.folders import find_classes
 from utils.model_sources import model_name
-from utils.text import decode_text, explain_forms
+from utils.reading import read_bytes
+from utils.text import decode_text, explain_forms, print_line
 
 
 class Classifier(NamedTuple):
@@ -86,7 +87,7 @@ def is_heated(args: argparse.Namespace) -> bool:
 
 def _say(message: str) -> None:
     """A line on stderr; stdout is for results."""
-    print(message, file=sys.stderr)
+    print_line(message, sys.stderr)
 
 
 def _class_names(weights: Weights, given: str | None) -> list[str]:
@@ -110,9 +111,9 @@ def read_class_names(path: Path) -> list[str]:
     if path.is_dir():
         return find_classes(path)
     try:
-        text = decode_text(path.read_bytes())  # names of folders may be no valid text
+        text = decode_text(read_bytes(path))  # names of folders may be no valid text
     except (OSError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) else error
+        reason = getattr(error, "strerror", None) or error
         raise UserError(f"--classes {path}: cannot be read ({reason}).") from None
     names = text.replace("\r\n", "\n").removesuffix("\n").split("\n")
     name, times = Counter(names).most_common(1)[0]

@@ -3,8 +3,6 @@
 scikit-learn is imported where it is used: on rank 0 only, since it costs each process's start more than a second.
 """
 
-import csv
-import io
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,6 +11,7 @@ import torch
 from torch import Tensor
 
 from utils import distributed
+from utils.text import as_cell, csv_line
 
 Metrics = dict[str, float | None]
 
@@ -185,10 +184,13 @@ def prediction_table(
 
 
 def table_as_csv(rows: list[dict[str, str | int | float | None]]) -> bytes:
-    """The table as CSV with a header; fractions with six decimals, None as nothing, odd names with backslashes."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
-    writer.writeheader()
+    """The table as CSV with a header; fractions with six decimals, None as nothing, odd names with backslashes.
+
+    A text that a spreadsheet may take for a formula has an apostrophe before it.
+    """
+    names = list(rows[0])
+    lines = [csv_line(names)]
     for row in rows:
-        writer.writerow({key: f"{value:.6f}" if isinstance(value, float) else value for key, value in row.items()})
-    return text.getvalue().encode(errors="backslashreplace")
+        cells = [row[name] for name in names]
+        lines.append(csv_line(f"{cell:.6f}" if isinstance(cell, float) else as_cell(cell) for cell in cells))
+    return "".join(lines).encode(errors="backslashreplace")

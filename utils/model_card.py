@@ -1,7 +1,6 @@
 """The model card (README.md) of exported weights, with the front matter that the hub reads."""
 
 import argparse
-import json
 import math
 from functools import cache
 from pathlib import Path
@@ -14,6 +13,7 @@ from utils import arguments
 from utils.html import TEMPLATES
 from utils.inference import is_heated
 from utils.metrics import Metrics
+from utils.reading import read_json
 from utils.text import printable
 
 METRICS = ("loss", "top1", "top5", "precision", "recall", "f1", "balanced_accuracy", "auroc")
@@ -38,14 +38,14 @@ def read_measured(weights: Path, averaged: bool | None = None) -> Measured | Non
     try:
         if path.stat().st_mtime_ns < weights.stat().st_mtime_ns:
             return None
-        found = json.loads(path.read_text())
+        found = read_json(path)
         clean = {name: found["metrics"]["clean"][name] for name in METRICS}
         split, images = found["split"], found["images"]
         whole = split in ("train", "val", "test") and type(images) is int and all(map(_is_metric, clean.values()))
         absent = len(found.get("absent_classes", []))
         same = found.get("averaged") is averaged and _names(found["weights"], weights)
         return Measured(split, images, absent, clean) if whole and same else None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
 
 

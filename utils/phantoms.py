@@ -15,6 +15,7 @@ from PIL import Image
 from utils.command_line import Parser, expanded_path
 from utils.errors import UserError, run_script
 from utils.phantom_images import PAINTERS
+from utils.text import print_line
 
 VERSION = 1  # part of the default folder's name: raise it with every change of the images
 # Class (modality-organ-finding) and its training images: as uneven as findings in a clinic.
@@ -137,7 +138,7 @@ def _generate_from(arguments: Sequence[str] | None) -> None:
         raise UserError(str(error)) from None
     for split, classes in image_counts(options.scale).items():
         listing = ", ".join(f"{name} {count}" for name, count in classes.items())
-        print(f"{root / split}: {sum(classes.values())} images ({listing})")
+        print_line(f"{root / split}: {sum(classes.values())} images ({listing})")
 
 
 if __name__ == "__main__":

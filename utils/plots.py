@@ -21,10 +21,12 @@ from utils.errors import UserError, run_script
 from utils.figures import COLOURS, FAINT, INK, as_text, output_path, write_figure
 from utils.progress import LOG, read_log
 from utils.run_folder import read_tested
+from utils.text import print_line
 
 Runs = dict[str, list[dict]]  # the lines of log.jsonl, by the run's name
 STYLES, MARKERS = ("-", "--", "-.", ":"), ("o", "s", "^", "D", "v")
 MARKS_A_LINE = 12
+LARGEST = 1e100  # a value that axes can show
 WIDTH, HEIGHT, ASIDE, BELOW = 3.0, 2.0, 1.0, 0.9  # inches: a panel, and what is between two
 
 
@@ -136,9 +138,9 @@ def _set_limits(axes: Axes, key: str, values: list[float]) -> None:
 
 
 def _points(lines: list[dict], key: str) -> tuple[list[int], list[float]]:
-    """Epochs and values of the lines where the key has a finite number."""
+    """Epochs and values of the lines where the key has a finite number that axes can show."""
     pairs = [(line["epoch"], line[key]) for line in lines if isinstance(line.get(key), (int, float))]
-    pairs = [(epoch, float(value)) for epoch, value in pairs if math.isfinite(value)]
+    pairs = [(epoch, float(value)) for epoch, value in pairs if abs(value) < LARGEST]
     return [epoch for epoch, _ in pairs], [value for _, value in pairs]
 
 
@@ -202,7 +204,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         classes = [row["class"] for row in table]
         figure = CLASS_PICTURES[options.picture](outcome.targets, outcome.predictions, classes, what)
     write_figure(output, figure)
-    print(output)
+    print_line(output)
 
 
 if __name__ == "__main__":

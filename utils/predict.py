@@ -4,8 +4,6 @@ The images go the way they go in `--test-only`, so the probabilities are the sam
 image that cannot be read is named on stderr, and the exit code is then 2 (see --bad-images).
 """
 
-import csv
-import io
 import json
 import os
 import signal
@@ -26,13 +24,13 @@ from utils.data import ImageFolder, batches, build_loader
 from utils.distributed import resolve_device
 from utils.errors import UserError, run_script
 from utils.files import opened_atomically
-from utils.flag_types import positive_int, processes
+from utils.flag_types import natural, positive_int
 from utils.folders import ImageFiles
 from utils.inference import Classifier, add_weights_flags, is_heated, open_classifier
 from utils.listing import PassedOver, find_images
 from utils.node_limits import shared_memory_problem
 from utils.samplers import EvaluationSampler
-from utils.text import printable
+from utils.text import as_cell, as_line, csv_line, printable
 
 TABLE_TOP = 3
 Row = tuple[str, list[str], list[float]]  # an image's path, the classes from likely to unlikely, their probabilities
@@ -57,7 +55,7 @@ def build_parser() -> arguments.Parser:
     add("-o", "--output", type=expanded, metavar="FILE", help="where to write, whole or not at all; None: stdout")
     add("--overwrite", action="store_true", help="write over a file that is there already")
     add("-b", "--batch-size", type=positive_int, default=32, help="images at a time")
-    add("-j", "--workers", type=processes, default=min(16, os.cpu_count() or 1), help="processes that read images")
+    add("-j", "--workers", type=natural, default=min(16, os.cpu_count() or 1), help="processes that read images")
     add("--device", help="cuda or cpu; None: cuda where there is one")
     add("--bad-images", default="report", choices=("report", "skip", "error"), help="unreadable images: named on "
         "stderr, the others predicted, and exit code 2; the same and exit code 0; or stop at the first")  # fmt: skip
@@ -144,7 +142,7 @@ def as_csv(rows: Iterator[Row], classes: list[str], top: int, width: int) -> Ite
         more = classes
     else:
         more = [f"{name}_{place}" for place in range(2, top + 1) for name in ("prediction", "probability")]
-    yield _csv_line(["image", "prediction", "probability", *more])
+    yield csv_line(map(as_cell, ["image", "prediction", "probability", *more]))
     for path, names, probabilities in rows:
         texts = [f"{value:.6g}" for value in probabilities]
         if top == len(classes):
@@ -152,13 +150,7 @@ def as_csv(rows: Iterator[Row], classes: list[str], top: int, width: int) -> Ite
             more = [by_name[name] for name in classes]
         else:
             more = [text for pair in zip(names[1:], texts[1:], strict=True) for text in pair]
-        yield _csv_line([path, names[0], texts[0], *more])
-
-
-def _csv_line(values: list[str]) -> str:
-    text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerow(values)
-    return text.getvalue()
+        yield csv_line(map(as_cell, [path, names[0], texts[0], *more]))
 
 
 def as_json(rows: Iterator[Row], classes: list[str], top: int, width: int) -> Iterator[str]:
@@ -234,7 +226,7 @@ def write_lines(lines: Iterator[str], output: Path | None) -> None:
         return
     for line in lines:
         with _needed_stdout():
-            sys.stdout.write(line)
+            sys.stdout.write(f"{printable(line[:-1])}\n" if sys.stdout.isatty() else line)
     with _needed_stdout():
         sys.stdout.flush()
 
@@ -253,7 +245,7 @@ def _needed_stdout() -> Iterator[None]:
 
 def _say(message: str) -> None:
     """A line on stderr, without breaking the bar."""
-    tqdm.write(message.encode(errors="backslashreplace").decode(), file=sys.stderr)
+    tqdm.write(as_line(message), file=sys.stderr)
 
 
 if __name__ == "__main__":

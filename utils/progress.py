@@ -5,6 +5,7 @@ import sys
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from types import NoneType
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from tqdm import tqdm
@@ -12,6 +13,9 @@ from tqdm import tqdm
 from utils import distributed
 from utils.errors import UserError
 from utils.files import write_atomically
+from utils.reading import parse_json, read_bytes
+from utils.text import as_line
+from utils.verification import MOST_EPOCHS
 
 if TYPE_CHECKING:  # data imports this module
     from utils.samplers import TrainingSampler
@@ -24,7 +28,7 @@ STEPS_FOR_ESTIMATE = 50
 def say(message: str) -> None:
     """Print a line, on rank 0 only, without breaking a bar."""
     if distributed.is_main_process():
-        tqdm.write(message, file=sys.stdout)
+        tqdm.write(as_line(message), file=sys.stdout)
         sys.stdout.flush()
 
 
@@ -64,7 +68,7 @@ class Progress:
         self.in_terminal = sys.stderr.isatty()
         self.started = time.perf_counter()
         shown = distributed.is_main_process() and self.in_terminal
-        self.bar = tqdm(total=total, initial=self.start.step, desc=label, disable=not shown, leave=False)
+        self.bar = tqdm(total=total, initial=self.start.step, desc=as_line(label), disable=not shown, leave=False)
 
     @classmethod
     def over_epoch(
@@ -127,16 +131,19 @@ def seconds_as_text(seconds: float) -> str:
 def read_log(folder: Path) -> list[dict]:
     """The lines of a folder's log.jsonl, none if there is no such file; a last line that was cut short is left out."""
     path = folder / LOG
-    if not path.exists():
-        return []
     try:
-        lines = [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
-        if not all(isinstance(line["epoch"], int) for line in lines):
+        lines = [parse_json(line) for line in read_bytes(path).split(b"\n")[:-1]]
+        epochs = [line["epoch"] for line in lines]
+        numbers = all(isinstance(value, (int, float, NoneType)) for line in lines for value in line.values())
+        counts = all(type(epoch) is int and 0 <= epoch <= MOST_EPOCHS for epoch in epochs)
+        if not numbers or not counts or epochs != sorted(set(epochs)):
             raise ValueError
         return lines
+    except FileNotFoundError:
+        return []
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); expected the log of a run.") from None
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, AttributeError):
         raise UserError(f"{path}: holds a line that is no epoch's JSON; mend or remove the file.") from None
 
 

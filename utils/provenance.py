@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,7 @@ from utils import distributed
 from utils.files import write_atomically
 from utils.folders import ImageFiles
 from utils.progress import Position, say
+from utils.reading import read_json
 from utils.run import AUTO
 
 RUN = "run.json"
@@ -94,16 +96,30 @@ def write_run(
     write_atomically(output_dir / RUN, f"{text}\n".encode())
 
 
+def is_start(start: Any) -> bool:
+    """Whether this is what `describe` gives."""
+    texts = ("command", "time", "device", "machine")
+    return (
+        isinstance(start, dict)
+        and all(isinstance(start.get(name), str) for name in texts)
+        and type(start.get("processes")) is int
+        and isinstance(start.get("commit", 0), (str, NoneType))
+        and isinstance(start.get("versions"), dict)
+        and all(isinstance(version, str) for version in start["versions"].values())
+    )
+
+
 def read_run(folder: Path) -> dict[str, Any]:
     """What a folder's run.json tells; nothing where there is none, or where it is damaged, and then that is said."""
     path = folder / RUN
     try:
-        content = json.loads(path.read_bytes())
-        if isinstance(content, dict) and isinstance(content.get("starts"), list):
+        content = read_json(path)
+        starts = content.get("starts") if isinstance(content, dict) else None
+        if isinstance(starts, list) and all(map(is_start, starts)):
             return content
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError, RecursionError):
+    except (OSError, ValueError):
         pass
     say(f"{path}: cannot be read, and is taken as if it were not there.")
     return {}

@@ -3,8 +3,10 @@
 The page holds all it shows: it asks nothing of a network, opens from the disk, and prints.
 """
 
+import math
 import os
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,9 @@ from utils.command_line import Parser, expanded_path
 from utils.errors import UserError, run_script
 from utils.files import write_atomically
 from utils.intervals import LEVEL, Outcome, bootstrap_intervals
+from utils.reading import open_regular, read_bytes
 from utils.run_folder import TITLES, Evaluation, RunFolder, describe_tested, read_run_folder
+from utils.text import print_line
 
 TEMPLATE = "report.html"
 RESAMPLES = 1000
@@ -67,7 +71,7 @@ def describe_run(name: str, run: RunFolder) -> dict[str, Any]:
         "starts": [*run.origin.get("starts", []), *([run.tested["origin"]] if "origin" in run.tested else [])],
         "data": data_summary(run.origin.get("data", {})),
         "last": run.log[-1] if run.log else {},
-        "best": max(run.log, key=lambda line: line.get("val_ema_f1", line["val_f1"])) if run.log else {},
+        "best": max(run.log, key=validated_f1) if run.log else {},
         "tested": run.tested,
         "evaluations": [
             describe_evaluation(TITLES.get(of, of), describe_tested(run.tested, of), found)
@@ -75,6 +79,12 @@ def describe_run(name: str, run: RunFolder) -> dict[str, Any]:
         ],
         "galleries": galleries(run.folder),
     }
+
+
+def validated_f1(line: dict[str, Any]) -> float:
+    """Of a line of the log; below all others where it has none."""
+    value = line.get("val_f1")
+    return value if isinstance(value, (int, float)) and math.isfinite(value) else -math.inf
 
 
 def status(run: RunFolder) -> str:
@@ -180,10 +190,11 @@ def galleries(folder: Path) -> list[dict[str, str]]:
     titles = [
         "before the training" if path.stem == "masks_before" else f"after epoch {path.stem[6:]}" for path in paths
     ]
-    return [
-        {"source": html.data_uri(path.read_bytes()), "title": f"Masks {title}"}
-        for path, title in zip(paths, titles, strict=True)
-    ]
+    found = []
+    for path, title in zip(paths, titles, strict=True):
+        with suppress(OSError):  # a folder of that name, say
+            found.append({"source": html.data_uri(read_bytes(path)), "title": f"Masks {title}"})
+    return found
 
 
 def picture(figure: Figure, title: str) -> dict[str, str]:
@@ -199,6 +210,14 @@ def responsive(draw: Callable[..., Figure], logs: plots.Runs, title: str) -> dic
     return {**wide, "narrow": narrow["source"]}
 
 
+def _is_report(path: Path) -> bool:
+    try:
+        with open_regular(path) as file:
+            return MARK in file.read(4096)
+    except OSError:
+        return False
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     parser = Parser(__doc__, prog="python -m utils.report")
     parser.add_argument("outputs", nargs="+", type=expanded_path, metavar="OUTPUT", help="the --output-dir of a run")
@@ -209,12 +228,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     output = options.output or (folders[0] if len(folders) == 1 else Path()) / "report.html"
     if output.suffix != ".html":
         raise UserError(f"{output}: expected a name that ends in .html.")
-    if output.exists() and MARK not in output.read_bytes()[:4096]:
+    if output.exists() and not _is_report(output):
         raise UserError(f"{output}: is there and is no report of this command; give another --output.")
     if len({folder.resolve() for folder in folders}) < len(folders):
         raise UserError("OUTPUT: a folder is named twice; name each run once.")
     write_atomically(output, page([read_run_folder(folder) for folder in folders]))
-    print(f"{output}: {len(folders)} {'run' if len(folders) == 1 else 'runs'}")
+    print_line(f"{output}: {len(folders)} {'run' if len(folders) == 1 else 'runs'}")
 
 
 if __name__ == "__main__":

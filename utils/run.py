@@ -14,6 +14,7 @@ from utils.errors import UserError, agreed
 from utils.files import remove_temporaries, write_atomically
 from utils.model_sources import OWN_WEIGHTS, is_source
 from utils.progress import Position
+from utils.reading import read_bytes
 from utils.samplers import derive_seed
 from utils.state import restore_rng_state
 from utils.text import printable
@@ -189,8 +190,8 @@ def begin_run(output_dir: Path, script: str, resume: str | None, start: Position
     progress.write_log(output_dir, [line for line in log if line["epoch"] < start.epoch])
     if source and moves:
         if (source / checkpoint.BEST).exists():
-            write_atomically(output_dir / checkpoint.BEST, (source / checkpoint.BEST).read_bytes())
-        write_atomically(output_dir / checkpoint.CHECKPOINT, Path(resume).read_bytes())
+            write_atomically(output_dir / checkpoint.BEST, read_bytes(source / checkpoint.BEST, most=None))
+        write_atomically(output_dir / checkpoint.CHECKPOINT, read_bytes(resume, most=None))
 
 
 def _refuse_live_source(source: Path) -> None:

@@ -1,7 +1,8 @@
 """What a run left in its folder, as far as it got: the log, its origin, its status, and what --test-only found."""
 
 import csv
-import json
+import io
+import re
 from collections.abc import Callable
 from pathlib import Path, PurePath
 from typing import Any, NamedTuple
@@ -12,8 +13,10 @@ from utils.checkpoint import BEST
 from utils.errors import UserError
 from utils.intervals import Outcome
 from utils.progress import LOG, read_log
-from utils.provenance import RUN
+from utils.provenance import RUN, is_start
+from utils.reading import read_bytes, read_json
 from utils.saving import STATUS
+from utils.text import from_cell
 
 METRICS = "metrics.json"
 TITLES = {"clean": "without masks", "masked": "with mean masks"}
@@ -58,7 +61,7 @@ def read_run_folder(folder: Path) -> RunFolder:
         log = []
         notes.append(str(error))
     origin = _read_json(folder / RUN, _is_origin, notes)
-    status = _read_json(folder / STATUS, lambda _: True, notes)
+    status = _read_json(folder / STATUS, _is_status, notes)
     tested = _read_json(folder / METRICS, _is_result, notes)
     evaluations = {}
     for name, metrics in tested.get("metrics", {}).items():
@@ -90,7 +93,7 @@ def read_tested(folder: Path, name: str) -> tuple[Evaluation, str]:
 def _read_json(path: Path, is_expected: Callable[[dict[str, Any]], bool], notes: list[str]) -> dict[str, Any]:
     """The dictionary in a file; empty where there is none, and where it is not what is expected, which is noted."""
     try:
-        content = json.loads(path.read_bytes())
+        content = read_json(path)
         if isinstance(content, dict) and is_expected(content):
             return content
     except FileNotFoundError:
@@ -103,25 +106,32 @@ def _read_json(path: Path, is_expected: Callable[[dict[str, Any]], bool], notes:
 
 def _is_origin(content: dict[str, Any]) -> bool:
     """True for what run.json holds; may raise for what it does not."""
-    counts = [count for split in content["data"].values() for count in split["images"].values() if split["root"]]
-    return all(map(_is_start, content["starts"])) and all(isinstance(count, int) for count in counts)
+    splits = content["data"].values()
+    counts = [list(split["images"].values()) for split in splits if isinstance(split["root"], str)]
+    return (
+        all(map(is_start, content["starts"]))
+        and len(counts) == len(splits)
+        and all(of_split and all(type(count) is int and count >= 0 for count in of_split) for of_split in counts)
+    )
 
 
-def _is_start(start: dict[str, Any]) -> bool:
-    named = ("command", "time", "processes", "device", "machine", "commit")
-    return all(name in start for name in named) and isinstance(start["versions"], dict)
+def _is_status(content: dict[str, Any]) -> bool:
+    texts = [content[name] for name in ("status", "message", "time") if name in content]
+    counts = [content[name] for name in ("epoch", "step") if name in content]
+    return all(isinstance(text, str) for text in texts) and all(type(count) is int and count >= 0 for count in counts)
 
 
 def _is_result(content: dict[str, Any]) -> bool:
     """True for what metrics.json holds; one without an origin is older than it."""
     values = [value for metrics in content["metrics"].values() for value in metrics.values()]
     return (
-        all(value is None or isinstance(value, (int, float)) for value in values)
-        and all(name in content for name in ("split", "weights"))
+        all(value is None or type(value) in (int, float) for value in values)
+        and all(re.fullmatch("[a-z_]+", name) for name in content["metrics"])  # a part of the tables' names
+        and all(isinstance(content[name], str) for name in ("split", "weights"))
         and isinstance(content.get("absent_classes", []), list)
         and isinstance(content.get("classes", 0), int)
         and content.get("averaged") in (True, False, None)
-        and ("origin" not in content or _is_start(content["origin"]))
+        and ("origin" not in content or is_start(content["origin"]))
     )
 
 
@@ -133,10 +143,17 @@ def read_evaluation(folder: Path, name: str = "clean", metrics: dict[str, float 
     rows = read_table(path, ("target", "prediction", "true_rank", "loss"))
     number = {row["class"]: index for index, row in enumerate(table)}
     try:
+        if len(number) < len(table):
+            raise ValueError("a class stands there twice")
+        for row in table:
+            _ = [float(row[name]) for name in ("precision", "recall", "f1", "auroc") if row.get(name)]
+        ranks = [int(row["true_rank"]) for row in rows]
+        if not all(1 <= rank <= len(table) for rank in ranks):
+            raise ValueError("a true_rank is none")
         outcome = Outcome(
             np.array([number[row["target"]] for row in rows]),
             np.array([number[row["prediction"]] for row in rows]),
-            np.array([int(row["true_rank"]) for row in rows]),
+            np.array(ranks),
             np.array([float(row["loss"]) for row in rows]),
             len(table),
         )
@@ -151,8 +168,8 @@ def read_evaluation(folder: Path, name: str = "clean", metrics: dict[str, float 
 def read_table(path: Path, columns: tuple[str, ...]) -> list[dict[str, str]]:
     """The rows of a CSV; raises UserError unless it holds one or more, with these columns among others."""
     try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            rows = list(csv.DictReader(file, strict=True))
+        text = io.StringIO(read_bytes(path).decode("utf-8-sig"), newline="")
+        rows = [_undone(row) for row in csv.DictReader(text, strict=True)]
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; --test-only with --output-dir {path.parent} writes it.") from None
     except (OSError, ValueError, csv.Error) as error:
@@ -161,3 +178,7 @@ def read_table(path: Path, columns: tuple[str, ...]) -> list[dict[str, str]]:
     if not rows or any(row.get(column) is None for row in rows for column in columns):
         raise UserError(f"{path}: expected rows with {', '.join(columns)}; run --test-only again.")
     return rows
+
+
+def _undone(row: dict) -> dict:
+    return {key: from_cell(value) if isinstance(value, str) else value for key, value in row.items()}

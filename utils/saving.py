@@ -18,6 +18,7 @@ from utils.interruption import BATCH_SECONDS, Interrupted, StopRequest, WaitEnde
 from utils.loaders import TIMEOUT, batch_seconds
 from utils.metrics import Metrics
 from utils.progress import Position
+from utils.reading import read_json
 from utils.state import TrainingState
 
 STATUS = "status.json"
@@ -207,8 +208,8 @@ class Saver:
         """Whether status.json says so of this start; by now another one may have taken the folder over."""
         if run_lock.look_at(self.output_dir).holder not in (None, self.lock_holder):
             return False
-        with suppress(OSError, ValueError):
-            return json.loads((self.output_dir / STATUS).read_text())["status"] == "running"
+        with suppress(OSError, ValueError, TypeError, KeyError):
+            return read_json(self.output_dir / STATUS)["status"] == "running"
         return False
 
     def _write_status(self, status: str, message: str) -> None:

@@ -1,10 +1,15 @@
-"""Texts to show, whatever a name holds, and texts that users wrote, whatever their editor added."""
+"""Names made printable, for a terminal and for the cells of a table, and texts that users wrote, decoded."""
 
 import codecs
+import csv
+import io
 import os
+import sys
 import unicodedata
 from collections.abc import Collection, Iterable
+from typing import Any, TextIO
 
+LONGEST = 2000  # characters of a line
 LONGEST_NAME = 60  # characters of a name in a list of names
 MARKS = {  # the longer marks first: that of UTF-32 begins like that of UTF-16
     codecs.BOM_UTF32_LE: "utf-32",
@@ -12,6 +17,7 @@ MARKS = {  # the longer marks first: that of UTF-32 begins like that of UTF-16
     codecs.BOM_UTF16_LE: "utf-16",
     codecs.BOM_UTF16_BE: "utf-16",
 }
+FORMULA = tuple("=+-@\t\r\n'\uff1d\uff0b\uff0d\uff20")  # how a cell begins that a spreadsheet may run; ' marks them
 
 
 def printable(text: str) -> str:
@@ -19,6 +25,34 @@ def printable(text: str) -> str:
     if text.isprintable():
         return text
     return "".join(one if one.isprintable() else one.encode("unicode_escape").decode() for one in text)
+
+
+def as_line(text: str) -> str:
+    """One printable line, the middle of a very long one left out."""
+    line = printable(text)
+    return line if len(line) <= LONGEST else f"{line[: LONGEST // 2]} ... {line[-LONGEST // 4 :]}"
+
+
+def print_line(text: object, file: TextIO | None = None) -> None:
+    """Print one line, whatever the names in it hold."""
+    print(as_line(str(text)), file=file or sys.stdout, flush=True)
+
+
+def as_cell(value: Any) -> Any:
+    """A cell of a CSV file; a text that a spreadsheet may take for a formula gets a leading apostrophe."""
+    return f"'{value}" if isinstance(value, str) and value.startswith(FORMULA) else value
+
+
+def csv_line(values: Iterable[Any]) -> str:
+    """A line of a CSV file."""
+    text = io.StringIO(newline="")
+    csv.writer(text).writerow(values)  # which quotes a carriage return only if lines end in one
+    return text.getvalue().removesuffix("\r\n") + "\n"
+
+
+def from_cell(text: str) -> str:
+    """The text that `as_cell` was given."""
+    return text.removeprefix("'")
 
 
 def list_names(names: Collection[str], shown: int = 5) -> str:

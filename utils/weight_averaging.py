@@ -12,7 +12,7 @@ from utils import arguments, verification
 from utils.checkpoint import FORMAT_VERSION, StateDict, Weights, read_weights, save
 from utils.command_line import Parser, expanded
 from utils.errors import UserError, run_script
-from utils.text import printable
+from utils.text import print_line, printable
 
 LAST = 3  # epochs that the published recipe averages
 EPOCH = re.compile(r"model_\d+\.pth")
@@ -144,7 +144,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     files = [read_weights(path, options.use_ema) for path in options.files]
     for weights in files:
         verification.check_state_dict(weights.path, weights.model)
-        print(*weights.notes, sep="\n", end="\n" if weights.notes else "")
+        for note in weights.notes:
+            print_line(note)
     _check_fit(files)
     _check_one_run(files)
     last = files[-1]
@@ -152,7 +153,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if last.classes is not None:  # which the authors' files do not name
         state |= {"format_version": FORMAT_VERSION, "classes": last.classes}
     save(output, state)
-    print(f"{output}: the average of {len(files)} files")
+    print_line(f"{output}: the average of {len(files)} files")
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
+from utils.arguments import check_limits
 from utils.audit import outputs
 from utils.audit.images import Measured, measure_all
 from utils.audit.report import as_text, sections
@@ -21,7 +22,7 @@ from utils.errors import UserError, run_script
 from utils.files import write_atomically
 from utils.flag_types import natural, non_negative_float
 from utils.folders import LAYOUT, SPLITS, ImageFiles, find_classes
-from utils.text import printable
+from utils.text import print_line
 
 BITS = 242  # of an image's two difference hashes
 # Of 5,981 real radiology images 79 pairs are that near: each looks like one view, or like neighbouring
@@ -33,6 +34,7 @@ DISTANCE = 3
 def main(argv: Sequence[str] | None = None) -> None:
     """The command; raises UserError for bad input and for output that is there already."""
     options = _parser().parse_args(argv)
+    check_limits(vars(options))
     if options.distance > BITS:
         raise UserError(f"--distance {options.distance}: expected at most {BITS}, which is how many bits are compared.")
     root, output = Path(os.path.abspath(options.data)), Path(os.path.abspath(options.output))
@@ -145,13 +147,13 @@ def _searched(options: argparse.Namespace) -> str:
 
 
 def _say_written(census: Census, output: Path, excluded: Path | None) -> None:
-    print(printable(f"{output}: report.txt, report.html, images.csv and duplicates.csv"))
+    print_line(f"{output}: report.txt, report.html, images.csv and duplicates.csv")
     if excluded is not None:
         unlisted = len(census.unlisted())
         listed = np.count_nonzero(census.reason) - unlisted
-        print(printable(f"{excluded}: leaves out {listed} of {len(census.records)} images"))
+        print_line(f"{excluded}: leaves out {listed} of {len(census.records)} images")
         if unlisted:
-            print(f"warning: {unlisted} more would be left out, but their names hold a line break; rename them.")
+            print_line(f"warning: {unlisted} more would be left out, but their names hold a line break; rename them.")
 
 
 if __name__ == "__main__":

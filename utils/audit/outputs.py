@@ -14,7 +14,7 @@ from utils.audit.report import Section, kept_sentences
 from utils.audit.rule import REASONS, STAYS, Census, evaluated_split
 from utils.errors import UserError
 from utils.images import read_image
-from utils.text import printable
+from utils.text import as_cell, printable
 
 SHOWN_GROUPS, SHOWN_IMAGES, SHOWN_BLANK = 40, 8, 16  # with thumbnails
 SIDE = 120  # pixels of a thumbnail
@@ -82,7 +82,7 @@ def _reason(census: Census, index: int) -> str:
 def _table(rows: Iterable[list[Any]]) -> memoryview:
     buffer = io.BytesIO()
     text = io.TextIOWrapper(buffer, "utf-8", errors="backslashreplace", newline="")
-    csv.writer(text).writerows(rows)
+    csv.writer(text).writerows(map(as_cell, row) for row in rows)
     text.flush()
     text.detach()
     return buffer.getbuffer()

@@ -1,6 +1,5 @@
 """RadImageNet as it is handed out, made the folders to train on: `python -m utils.radimagenet prepare --help`."""
 
-import csv
 import io
 import os
 from collections.abc import Iterable, Iterator, Sequence
@@ -14,7 +13,8 @@ from utils.files import write_atomically
 from utils.radimagenet.archive import Member, is_archive, read_archive
 from utils.radimagenet.lists import ROOT, SPLITS, ImageLists, list_name
 from utils.radimagenet.routes import KINDS, Masks, Tree, place_archive, place_folder
-from utils.text import list_names
+from utils.reading import open_regular
+from utils.text import as_cell, csv_line, list_names, print_line
 
 DESCRIPTION = """\
 Make OUTPUT/{train,val,test}/<class>/<image> of RadImageNet as it is handed out: radiology_ai/{CT,MR}/<anatomy>/<label>
@@ -62,7 +62,7 @@ def prepare(
         found = {name: {image for image in images if masks.has(name, image)} for name, images in found.items()}
     tree.check_all_made(found)
     if tree.passed_over.hidden:
-        print(f"Hidden files or folders skipped in the source and in {output}: {tree.passed_over.hidden}.")
+        print_line(f"Hidden files or folders skipped in the source and in {output}: {tree.passed_over.hidden}.")
     _summarise(output, lists, found)
     what = "images that the lists name are missing" + (", or their masks" if masks else "")
     _report_missing(output, lists, found, what, allow_missing)
@@ -75,7 +75,7 @@ def _check_output(output: Path) -> None:
     for name, head in TABLES.items():
         path = output / name
         try:
-            with open(path, "rb") as file:
+            with open_regular(path) as file:
                 ours = file.readline(100) == f"{','.join(head)}\n".encode()
         except FileNotFoundError:
             continue
@@ -111,7 +111,7 @@ def _read_lists(folder: Path) -> ImageLists:
     for split in SPLITS:
         path = folder / list_name(split)
         try:
-            with open(path, "rb") as file:
+            with open_regular(path) as file:
                 lists.read(split, file, path)
         except OSError as error:
             raise UserError(
@@ -143,9 +143,9 @@ def _lists_for_archive(archive: Path, members: Iterator[Member], csv_dir: Path |
 def _say_lists(lists: ImageLists) -> None:
     totals = {split: sum(len(names[split]) for names in lists.names.values()) for split in SPLITS}
     counts = ", ".join(f"{split} {total}" for split, total in totals.items())
-    print(f"The lists name {len(lists)} images of {len(lists.folders)} classes: {counts}.", flush=True)
+    print_line(f"The lists name {len(lists)} images of {len(lists.folders)} classes: {counts}.")
     if lists.hidden:
-        print(f"The lists name {lists.hidden} hidden files, which are skipped.", flush=True)
+        print_line(f"The lists name {lists.hidden} hidden files, which are skipped.")
 
 
 def _summarise(output: Path, lists: ImageLists, found: dict[str, set[str]]) -> None:
@@ -157,22 +157,24 @@ def _summarise(output: Path, lists: ImageLists, found: dict[str, set[str]]) -> N
     _write_table(output / "summary.csv", table)
     totals = [sum(column) for column in zip(*(row[1:] for row in table), strict=True)]
     width = max(len("class"), *(len(row[0]) for row in table))
-    print("Images found:")
+    print_line("Images found:")
     for name, *numbers in [TABLES["summary.csv"], *table, ("all", *totals)]:
-        print(f"{name:{width}}" + "".join(f"{number:>10}" for number in numbers))
+        print_line(f"{name:{width}}" + "".join(f"{number:>10}" for number in numbers))
     repeated = lists.repeated()
     _write_table(output / "repeated.csv", [(name, " ".join(of)) for name, of in repeated.items()])
     shared = sum(len(set(of)) > 1 for of in repeated.values())
     if shared:
-        print(f"warning: {shared} images stand in several splits (repeated.csv): what is learned from is tested on.")
+        print_line(
+            f"warning: {shared} images stand in several splits (repeated.csv): what is learned from is tested on."
+        )
     if len(repeated) > shared:
-        print(f"warning: {len(repeated) - shared} images are named more than once in one list (repeated.csv).")
+        print_line(f"warning: {len(repeated) - shared} images are named more than once in one list (repeated.csv).")
     for where, lacking in (
         ("train or val, where training refuses the set", [name for name, *numbers in rows if not all(numbers[:2])]),
         ("test, whose metrics are over the others", [name for name, *_, in_test in rows if not in_test]),
     ):
         if lacking:
-            print(f"warning: {len(lacking)} classes lack images in {where}: {list_names(lacking, NAMES_SHOWN)}.")
+            print_line(f"warning: {len(lacking)} classes lack images in {where}: {list_names(lacking, NAMES_SHOWN)}.")
 
 
 def _report_missing(
@@ -191,14 +193,13 @@ def _report_missing(
         raise UserError(
             f"{path}: {len(missing)} {what}, of {len(lists)}; get them and run this again, or --allow-missing."
         )
-    print(f"{output}: {len(lists) - len(missing)} images; {len(missing)} missing.")
+    print_line(f"{output}: {len(lists) - len(missing)} images; {len(missing)} missing.")
 
 
 def _write_table(path: Path, rows: Iterable[Sequence[object]]) -> None:
     """Write one of TABLES whole or not at all; file names that are no text keep their bytes."""
-    text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows([TABLES[path.name], *rows])
-    write_atomically(path, text.getvalue().encode("utf-8", "surrogateescape"))
+    text = "".join(csv_line(map(as_cell, row)) for row in [TABLES[path.name], *rows])
+    write_atomically(path, text.encode("utf-8", "surrogateescape"))
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from utils.errors import UserError
 from utils.listing import is_hidden
+from utils.reading import open_regular
 
 GZIP_MAGIC = b"\x1f\x8b"
 MAX_BYTES = 2**26  # of a member that is read, of which some 33 are held at once
@@ -56,7 +57,7 @@ def read_archive(archive: Path, endings: tuple[str, ...], label: str) -> Iterato
     """
     try:
         with (
-            open(archive, "rb") as raw,
+            open_regular(archive) as raw,
             tqdm(total=os.path.getsize(archive), desc=label, unit="B", unit_scale=True, disable=None) as bar,
             _decompressed(raw) as stream,
             tarfile.open(fileobj=stream, mode="r|", tarinfo=BoundedTarInfo) as tar,

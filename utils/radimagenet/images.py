@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import NamedTuple, TypeVar
 
 from utils.errors import UserError
-from utils.files import temporary_path
+from utils.files import open_new, temporary_path
 from utils.images import read_image
 from utils.listing import PassedOver
 from utils.radimagenet.archive import Member
 from utils.radimagenet.masks import MAX_BYTES, correct, read_mask
+from utils.reading import open_regular
 
 THREADS = 16  # a file system on the network answers each call late, and many calls at once
 TOLERANCE = 2.0  # seconds to which every file system keeps the time of change
@@ -45,7 +46,7 @@ def copy(source: str, target: str, there: bool) -> bool:
     status = os.stat(source)
     if there:
         return is_written(target, status.st_mtime, status.st_size)
-    with open(source, "rb") as file:
+    with open_regular(source) as file:
         write(target, file.read(), status.st_mtime)
     return True
 
@@ -67,7 +68,7 @@ def copy_corrected(source: str, target: str, there: bool, mask: str | Member) ->
 
 def _read_start(mask: str) -> bytes:
     """A mask's file, or, if it is longer than a mask can be, so much of it that it cannot be taken for one."""
-    with open(mask, "rb") as file:
+    with open_regular(mask) as file:
         return file.read(MAX_BYTES)
 
 
@@ -94,7 +95,7 @@ def write(target: str, data: bytes, changed: float) -> None:
     """Write a file that appears whole, with this time of change. A kill cannot halve it; a power failure might."""
     temporary = temporary_path(Path(target))
     try:
-        with open(temporary, "wb") as file:
+        with open(open_new(temporary), "wb") as file:
             file.write(data)
         os.utime(temporary, (changed, changed))
         os.replace(temporary, target)
