@@ -152,11 +152,11 @@ def main(argv: Sequence[str] | None = None) -> None:
             check_compiler(device)
         run.begin_run(output_dir, SCRIPT, args.resume, start, args.epochs)
         wiring.write_provenance(args, SCRIPT, argv, splits, start, device)
+    wiring.print_network(args, "classifier", args.model, model, state, weights, args.weights)
+    wiring.print_plan(args, loader.batch_sampler, optimizers, start, ema)
     wiring_data.use_cache(args, splits, device)
     if args.compile:
         models.compile_in_place(model, device)
-    wiring.print_network(args, "classifier", args.model, model, state, weights, args.weights)
-    wiring.print_plan(args, loader.batch_sampler, optimizers, start, ema)
     parallel_model = distributed.wrap(model, device)
     run.restore_generators(state, args.seed)
     train = partial(

@@ -249,6 +249,12 @@ def main(argv: Sequence[str] | None = None) -> None:
             check_compiler(device)
         run.begin_run(output_dir, SCRIPT, args.resume, start, args.epochs)
         wiring.write_provenance(args, SCRIPT, argv, splits, start, device)
+    wiring.print_network(args, "classifier", args.model, classifier, state, weights, args.weights)
+    if policy is not None:
+        name = args.policy_model if args.mask_policy == "learned" else f"the same for all images ({args.mask_policy})"
+        wiring.print_network(args, "policy", name, policy, state, None)
+        objective.print_fact(args.grid)
+    wiring.print_plan(args, loader.batch_sampler, optimizers, start, ema)
     wiring_data.use_cache(args, splits, device)
     if args.compile:
         models.compile_in_place(classifier, device)
@@ -256,12 +262,6 @@ def main(argv: Sequence[str] | None = None) -> None:
             models.compile_in_place(policy.heads, device)  # sampling and densities stay outside of the graph
     parallel_classifier = distributed.wrap(classifier, device)
     parallel_policy = None if policy is None else distributed.wrap(policy, device)
-    wiring.print_network(args, "classifier", args.model, classifier, state, weights, args.weights)
-    if policy is not None:
-        name = args.policy_model if args.mask_policy == "learned" else f"the same for all images ({args.mask_policy})"
-        wiring.print_network(args, "policy", name, policy, state, None)
-        objective.print_fact(args.grid)
-    wiring.print_plan(args, loader.batch_sampler, optimizers, start, ema)
     draw, mask_weight = None, None
     if policy is not None:
         mask_weight = torch.ones((), device=device) if args.mask_fade_epochs else None

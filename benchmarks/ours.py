@@ -129,6 +129,8 @@ class Watched:
 class FixedLoader:
     """One batch of the script's own loader, already on the device, given `steps` times."""
 
+    num_workers = 0
+
     def __init__(self, loop: Loop, steps: int) -> None:
         loader = loop.training["loader"]
         self.batch = first_batch(loader, loop.device)
@@ -152,6 +154,7 @@ class _OneBatch:
 
     dataset: Dataset
     batch: Batch
+    num_workers: int = 0
 
     def __iter__(self) -> Iterator[Batch]:
         yield self.batch

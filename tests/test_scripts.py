@@ -311,7 +311,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(t
     folder = train(normal, "--epochs", 1, "--lr", 1e-4)
     before = (folder / "checkpoint.pth").read_bytes()
     with pytest.raises(UserError, match=r"not finite at epoch \d+, step \d+"):
-        train(normal, "--epochs", 60, "--lr", 1e18, "--print-freq", 1, name="diverging")
+        train(normal, "--epochs", 60, "--lr", 1e18, "--wd", 0, "--print-freq", 1, name="diverging")
     state = torch.load(folder / "checkpoint.pth", weights_only=True)
     state["model"]["fc.bias"][0] = float("nan")
     checkpoint.save(folder / "poisoned.pth", state)

@@ -13,8 +13,8 @@ from utils.lifetimes import end_with_parent
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 EXIT_CODE = 75  # EX_TEMPFAIL: start the same command again
 WORKER_SECONDS = 20  # below the 30 after which torchrun sends SIGKILL
-BATCH_SECONDS = 10  # after a signal: how long several ranks still wait for a batch, to end their step together
-SHORTEST = 0.001  # seconds; 0 would start no alarm
+# After a signal: how long a single process and several ranks still wait for a batch, to end their step as usual.
+ALONE_SECONDS, TOGETHER_SECONDS = 1, 10
 Result = TypeVar("Result")
 
 
@@ -70,20 +70,25 @@ class StopRequest:
 
     def wait_for(self, get: Callable[[], Result], seconds: float, patience: float) -> Result:
         """As the function `wait_for`; once a signal has come, for `patience` seconds at most."""
-        if self.asked is not None:
-            return wait_for(get, min(seconds, patience) or SHORTEST)
-        self._patience = min(seconds, patience)
-        try:
-            return wait_for(get, seconds)
-        finally:
-            self._patience = None
+
+        def get_or_stop() -> Result:  # within the limit's alarm, so that no signal finds this half done
+            self._patience = min(seconds, patience)
+            try:
+                if self.asked is not None:
+                    self._shorten_wait()
+                return get()
+            finally:
+                self._patience = None
+
+        return wait_for(get_or_stop, seconds)
 
     def _note(self, number: int, _: FrameType | None) -> None:
         self.asked = signal.Signals(number).name
-        if self._patience == 0:
-            raise WaitEnded
         if self._patience is not None:
-            signal.setitimer(signal.ITIMER_REAL, self._patience, 1)
+            self._shorten_wait()
+
+    def _shorten_wait(self) -> None:
+        signal.setitimer(signal.ITIMER_REAL, self._patience, 1)
 
 
 def stopping_signals() -> list[signal.Signals]:

@@ -14,7 +14,7 @@ from utils.errors import UserError, agreed, lost_contact
 from utils.evaluation import format_metrics
 from utils.files import write_atomically
 from utils.guard import ADVICE, NonFiniteLoss, StepGuard
-from utils.interruption import BATCH_SECONDS, Interrupted, StopRequest, WaitEnded
+from utils.interruption import ALONE_SECONDS, TOGETHER_SECONDS, Interrupted, StopRequest, WaitEnded
 from utils.loaders import TIMEOUT, batch_seconds
 from utils.metrics import Metrics
 from utils.progress import Position
@@ -101,13 +101,13 @@ class Saver:
         """
         single = distributed.world_size() == 1
         try:
-            return self.stop.wait_for(get, self.batch_seconds, patience=0 if single else BATCH_SECONDS)
+            return self.stop.wait_for(get, self.batch_seconds, ALONE_SECONDS if single else TOGETHER_SECONDS)
         except WaitEnded:
             if self.stop.asked is None:
                 raise
         if not single:
             raise UserError(
-                f"rank {distributed.rank()}: {self.stop.asked} came, and no batch for {BATCH_SECONDS} seconds after "
+                f"rank {distributed.rank()}: {self.stop.asked} came, and no batch for {TOGETHER_SECONDS} seconds after "
                 "it, so the run ends without a new checkpoint; the last one, if there is one, is unharmed."
             )
         if guard is not None:
