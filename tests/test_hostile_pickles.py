@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import nn
 
-from utils.checkpoint import read, read_weights
+from utils.checkpoint import METADATA, read, read_weights
 
 REFUSE = """
 import resource, sys
@@ -166,6 +166,11 @@ HOSTILE = {
     "quantised": (zipped(state(function("torch._utils _rebuild_qtensor") + b")R")), DENSE),
     "wrapped": (zipped(state(function("torch._utils _rebuild_wrapper_subclass") + b")R")), DENSE),
     "with attributes": (zipped(state(function("torch._tensor _rebuild_from_type_v2") + b")R")), DENSE),
+    "views of one storage": (
+        zipped(b"\x80\x02}(" + b"".join(text(str(n)) + tensor(4000, 0, numbers(4000), numbers(1)) for n in range(300))
+               + b"u.", **{"archive/data/0": bytes(16_000)}),
+        "its tensors claim more than 20 times the bytes of the file",
+    ),
     # records
     "record of a byte order that is none": (zipped(state(b"K\1"), byteorder=b"middle"), IS_NONE),
     "record outside": (zipped(state(b"K\1"), **{"archive/../../x": b"x"}), "is none that torch.save writes"),
@@ -173,6 +178,10 @@ HOSTILE = {
     "record of code": (zipped(state(b"K\1"), **{"archive/code/a.py": b"x"}), "is none that torch.save writes"),
     "thousands of records": (zipped(state(b"K\1"), **{f"archive/data/{n}x": b"" for n in range(3000)}), IS_NONE),
     "no pickle": (zipped(b"").replace(b"data.pkl", b"data.pk_"), IS_NONE),
+    # no file of torch.save
+    "text": (b"hello", "it does not begin as torch.save's files do"),
+    "safetensors": (struct.pack("<Q", 2) + b"{}", "the names of others must end in .safetensors"),
+    "plain pickle of code": (b"\x80\x02" + function("os system") + b".", "('os.system' near its '?'), which could run"),
     # the old format
     "old, nothing filled": (OLD[: OLD.rindex(b"\x80\x02")] + pickle.dumps([], 2), "lists other values than"),
     "old, cut": (OLD[:-1], "holds fewer or more values"),
@@ -201,6 +210,10 @@ SAFETENSORS = {  # all are damaged
     "a negative shape": header(ENTRY.replace("[4]", "[-4]")),
     "beyond the file": header(ENTRY, b""),
     "with a tail": header(ENTRY, bytes(17)),
+    "many tensors": header(
+        ",".join(f'"{n}":{{"dtype":"F32","shape":[0],"data_offsets":[0,0]}}' for n in range(20_001)), b""
+    ),
+    "many lists": header(f'"__metadata__":{{"{METADATA}":"{"[]," * 100_001}"}},' + ENTRY),
 }
 
 

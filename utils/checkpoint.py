@@ -34,6 +34,9 @@ BEST = "model_best.pth"
 DAMAGED = "checkpoint_damaged.pth"
 METADATA = "policy_gradient_noise_mask"  # the one entry of a safetensors header that is ours: classes and args as JSON
 MOST_METADATA = 4_000_000  # characters: 20,000 classes take a tenth of it
+MOST_BRACKETS = 100_000  # in it
+MOST_HEADER = 10_000_000  # bytes of a safetensors header
+MOST_TENSORS = 20_000  # of a safetensors file
 KEY_PREFIXES = ("module.", "_orig_mod.")  # left in keys by DistributedDataParallel and torch.compile
 
 
@@ -107,10 +110,10 @@ def read(path: str | Path) -> dict[str, Any]:
                 state = torch.load(checked_copy(path), map_location="cpu", weights_only=True)
     except UserError:
         raise
-    except ForeignObject:
+    except ForeignObject as foreign_object:
         raise UserError(
-            f"{path}: holds pickled objects beyond tensors and plain values, which could run code when read; "
-            "refused. Save a state dict, or convert the file to safetensors where you trust it."
+            f"{path}: holds pickled objects beyond tensors and plain values ({foreign_object}), which could run code "
+            "when read; refused. Save a state dict, or convert the file to safetensors where you trust it."
         ) from None
     except Refused as refusal:
         raise UserError(f"{path}: {refusal}") from None
@@ -136,14 +139,21 @@ def read(path: str | Path) -> dict[str, Any]:
 
 def _read_safetensors(path: Path) -> dict[str, Any]:
     """The tensors, and where `safetensors_bytes` wrote the file, what it says of them, as in a .pth."""
-    with open_regular(path):  # anything else is refused, before a pipe is waited for
-        tensors = safetensors.torch.load_file(path)
+    with open_regular(path) as file:  # anything else is refused, before a pipe is waited for
+        header_bytes = int.from_bytes(file.read(8), "little")
+    if header_bytes > MOST_HEADER:
+        raise ValueError(f"its header claims {header_bytes} bytes, more than {MOST_HEADER}")
     with safetensors.safe_open(path, framework="pt") as file:
         metadata = (file.metadata() or {}).get(METADATA)
+        if len(file.keys()) > MOST_TENSORS:
+            raise ValueError(f"it holds {len(file.keys())} tensors, more than {MOST_TENSORS}")
+    if metadata is not None and len(metadata) > MOST_METADATA:
+        raise ValueError(f"its '{METADATA}' has {len(metadata)} characters, more than {MOST_METADATA}")
+    if metadata is not None and metadata.count("[") + metadata.count("{") > MOST_BRACKETS:
+        raise ValueError(f"its '{METADATA}' has more than {MOST_BRACKETS} opening brackets")
+    tensors = safetensors.torch.load_file(path)
     if metadata is None:
         return tensors
-    if len(metadata) > MOST_METADATA:
-        raise ValueError(f"its '{METADATA}' has {len(metadata)} characters, more than {MOST_METADATA}")
     said = parse_json(metadata)
     if not isinstance(said, dict):
         raise ValueError(f"its '{METADATA}' is no JSON object")

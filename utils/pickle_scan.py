@@ -15,6 +15,7 @@ MOST_INSTRUCTIONS = 500_000  # enough for 14,000 tensors and their names
 MOST_PENDING = 10_000  # values that no container has taken yet; torch.save has at most 2,000
 MOST_DEEP = 100  # dictionaries, lists and tuples in one another
 MOST_DIMENSIONS = 64  # as in torch
+MOST_SHARED = 20  # times the file size, of all tensors together: models whose layers share one tensor need 12
 BYTES_A_CALL = 16  # of the file; torch.save writes more than 30 for each
 KEYS = (str, int, float, bool, NoneType)
 VALUES = {
@@ -48,7 +49,7 @@ class Refused(Exception):
 
 
 class ForeignObject(Refused):
-    """A pickled object beyond tensors and plain values."""
+    """A pickled object beyond tensors and plain values: its name, and what it stands near."""
 
 
 class Node:
@@ -89,7 +90,7 @@ class Scan:
         self._stack: list[Any] = []
         self._below: list[list[Any]] = []  # the stacks under the marks
         self._memo: dict[int, Any] = {}
-        self._calls = self._copied = 0
+        self._calls = self._copied = self._tensor_bytes = 0
         for number, (opcode, argument, _) in enumerate(pickletools.genops(file)):
             if number >= MOST_INSTRUCTIONS or len(self._stack) > MOST_PENDING:
                 raise Refused("its pickle has more instructions or pending values than any of torch.save; refused.")
@@ -163,7 +164,7 @@ class Scan:
             return Node("dtype")
         if name.startswith(OTHER_TENSORS):
             raise Refused(f"its {self._name()} is no dense tensor (sparse, quantised or the like); refused.")
-        raise ForeignObject(f"holds {_shown.repr(name.replace(' ', '.'))}")
+        raise ForeignObject(f"{_shown.repr(name.replace(' ', '.'))} near its {self._name()}")
 
     def _storage(self, described: Any) -> Node:
         """The bytes of one or more tensors: ("storage", kind, key, device, elements), in the old format also None."""
@@ -225,6 +226,9 @@ class Scan:
         elements = math.prod(sizes)
         if elements * element_bytes > self.file_bytes:
             raise Refused(f"its {self._name()} claims the shape {tuple(sizes)}, more than the file holds; refused.")
+        self._tensor_bytes += elements * element_bytes
+        if self._tensor_bytes > MOST_SHARED * self.file_bytes:
+            raise Refused(f"its tensors claim more than {MOST_SHARED} times the bytes of the file; refused.")
         last = offset + sum((size - 1) * stride for size, stride in zip(sizes, strides, strict=True))
         if offset > count or (elements > 0 and last >= count):
             raise Refused(f"its {self._name()} claims the shape {tuple(sizes)}, more than its storage holds; refused.")
