@@ -101,7 +101,8 @@ def ride_out_signals(_: int) -> None:
     """Let a loader's worker live on while the training process saves, and no longer than it (a `worker_init_fn`).
 
     Terminals signal the whole foreground group, and torchrun a rank's whole session: workers that died of it would take
-    the training process down in the middle of a step. After SIGTERM a worker that nobody ends goes by itself.
+    the training process down in the middle of a step. After SIGTERM, sent once or more often, a worker that nobody ends
+    ends by itself.
     """
     parent = multiprocessing.parent_process()
     if parent is not None and os.getppid() == parent.pid:  # not so for a worker that a fork server made
@@ -114,5 +115,5 @@ def ride_out_signals(_: int) -> None:
 
 
 def _leave_later(_: int, __: FrameType | None) -> None:
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     signal.alarm(WORKER_SECONDS)
