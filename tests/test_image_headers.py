@@ -208,7 +208,7 @@ def test_the_audit_reads_as_the_training_does(deep_folder, tmp_path, capsys):
 
 
 def directories(number: int, loop: bool = False) -> bytes:
-    """A TIFF of so many directories, each an image; the last leads nowhere, or back to the first."""
+    """A TIFF of this many directories, each an image; the last leads nowhere, or back to the first."""
     first = tiff(bytes(5), (8,), next_directory=1008)
     content = bytearray(first.ljust(1008, b"\0"))
     directory = first[8:1000]

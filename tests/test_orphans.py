@@ -41,7 +41,7 @@ def is_there(pid):
 
 
 def left_of(pids, seconds):
-    """Those of the processes that are still there after so many seconds at most."""
+    """The processes that still exist once all have ended or the time is over."""
     deadline = time.monotonic() + seconds
     while (left := set(filter(is_there, pids))) and time.monotonic() < deadline:
         time.sleep(0.1)

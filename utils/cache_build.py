@@ -100,8 +100,8 @@ class CacheBuild:
     ) -> None:
         """resize: a PIL image to a tensor (C, H, W) uint8; parameters: all that the pixels depend on.
 
-        max_bad_images: so many unreadable images are noted as such; None: there may be none. timeout: seconds to wait
-        for a batch of images, or for another builder that adds none.
+        max_bad_images: at most this many unreadable images are left out; None: there may be none. timeout: seconds to
+        wait for a batch of images, or for another builder that adds none.
         """
         self.seconds = batch_seconds(timeout)
         self.files, self.channels, self.workers = files, 1 if gray else 3, workers
