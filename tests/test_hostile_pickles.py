@@ -181,7 +181,7 @@ HOSTILE = {
     # no file of torch.save
     "text": (b"hello", "it does not begin as torch.save's files do"),
     "safetensors": (struct.pack("<Q", 2) + b"{}", "the names of others must end in .safetensors"),
-    "plain pickle of code": (b"\x80\x02" + function("os system") + b".", "('os.system' near its '?'), which could run"),
+    "plain pickle of code": (b"\x80\x02" + function("os system") + b".", "('os.system' near its first entry), which"),
     # the old format
     "old, nothing filled": (OLD[: OLD.rindex(b"\x80\x02")] + pickle.dumps([], 2), "lists other values than"),
     "old, cut": (OLD[:-1], "holds fewer or more values"),

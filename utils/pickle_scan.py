@@ -145,12 +145,12 @@ class Scan:
         return items
 
     def _name(self) -> str:
-        """The key of the value that is being made: the text pushed last."""
+        """The key of the value that is being made, that is the text pushed last; "first entry" before any."""
         for stack in (self._stack, *reversed(self._below)):
             for value in reversed(stack):
                 if isinstance(value, str):
                     return _shown.repr(value)
-        return "'?'"
+        return "first entry"
 
     def _check_keys(self, keys: Sequence[Any]) -> None:
         for key in keys:
