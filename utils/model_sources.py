@@ -100,7 +100,7 @@ def quiet_hub() -> Iterator[None]:
     """Without the hub client's warnings of each try, and without unpickling anything but plain weights."""
     verbosity, forced = hub_logging.get_verbosity(), os.environ.get("TORCH_FORCE_WEIGHTS_ONLY_LOAD")
     hub_logging.set_verbosity_error()
-    os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"  # timm 1.0.22 asks torch.load for more
+    os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"  # timm may ask torch.load for more
     try:
         yield
     finally:
