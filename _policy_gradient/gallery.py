@@ -27,7 +27,7 @@ from utils.transforms import Normalize
 
 
 def initial_policy(args: argparse.Namespace, state: dict[str, Any]) -> Policy | None:
-    """The policy before training, built anew from the run's seed as train.py did; None if this does not give it.
+    """The policy before training, rebuilt from the run's seed as train.py did; None if this does not give it.
 
     The running prior is drawn last: where that is the run's, so is all that was drawn before it.
     """
@@ -40,11 +40,11 @@ def initial_policy(args: argparse.Namespace, state: dict[str, Any]) -> Policy | 
 def compute_stages(
     args: argparse.Namespace, state: dict[str, Any], examples: Examples, normalize: Normalize
 ) -> dict[str, Stage | np.ndarray]:
-    """Before training and now; of the beginning only the prior's means, (G, G), where it cannot be built anew."""
+    """Before training and now; of the beginning only the prior's means, (G, G), where it cannot be rebuilt."""
     mask = build_mask(args, args.val_crop_size, CPU)
     before, now = initial_policy(args, state), build_policy(args, state, None, CPU)
     if before is None:
-        print_line("The policy's first weights cannot be built anew (other versions of torch or timm?): without them.")
+        print_line("The policy's first weights cannot be rebuilt (other versions of torch or timm?): left out.")
         alpha, beta = now.initial_prior  # (1, G*G) each
         stages = {after(0): (alpha - beta).sigmoid().view(args.grid, args.grid).numpy()}
     else:

@@ -142,7 +142,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("plan", type=expanded_path, metavar="PLAN", help="such as experiments/plans/classification.py")
     parser.add_argument("results", type=expanded_path, metavar="RESULTS", help="the folder of its runs")
     parser.add_argument(
-        "-o", "--output", type=expanded_path, metavar="FOLDER", help="default: RESULTS; files are written anew"
+        "-o", "--output", type=expanded_path, metavar="FOLDER", help="default: RESULTS; its own files are replaced"
     )
     parser.add_argument("--resamples", type=int, default=2000, help="of the bootstrap; default: %(default)s")
     options = parser.parse_args(argv)

@@ -299,7 +299,7 @@ def test_a_damaged_cache_is_named(name, spoil, folder, tmp_path):
     build = build_of(folder, tmp_path)
     list(build.build())
     spoil(build.folder / name)
-    with pytest.raises(UserError, match=r"this cache is damaged; remove the folder, and it will be built anew\."):
+    with pytest.raises(UserError, match=r"this cache is damaged; remove the folder, and it will be built again\."):
         build.open("pil")
 
 

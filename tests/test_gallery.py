@@ -222,7 +222,7 @@ def test_where_the_first_policy_cannot_be_built_anew_its_prior_is_shown(run, tmp
     draw = gallery.draw_stages
     monkeypatch.setattr(gallery, "draw_stages", lambda *args: drawn.append(args) or draw(*args))
     gallery.main([str(tmp_path)])
-    assert "first weights cannot be built anew" in capsys.readouterr().out
+    assert "first weights cannot be rebuilt" in capsys.readouterr().out
     stages = drawn[0][1]
     assert np.array_equal(stages["before training"], np.full((8, 8), 0.5))
     assert isinstance(stages["after 1 epoch"], examples.Stage)

@@ -274,7 +274,7 @@ class CacheBuild:
             raise UserError(f"{self.folder}: cannot be read ({error.strerror}).") from None
         except (ValueError, EOFError, IndexError):  # what NumPy makes of a file that was cut or overwritten
             pass
-        raise UserError(f"{self.folder}: this cache is damaged; remove the folder, and it will be built anew.")
+        raise UserError(f"{self.folder}: this cache is damaged; remove the folder, and it will be built again.")
 
     def _compare_with_files(self, cache: ImageCache) -> None:
         """Decode a few images, spread over the split, again; raises UserError if their pixels are not in the cache."""

@@ -144,7 +144,7 @@ def read_log(folder: Path) -> list[dict]:
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); expected the log of a run.") from None
     except (ValueError, KeyError, TypeError, AttributeError):
-        raise UserError(f"{path}: holds a line that is no epoch's JSON; mend or remove the file.") from None
+        raise UserError(f"{path}: holds a line that is no epoch's JSON; fix or remove the file.") from None
 
 
 def write_log(folder: Path, lines: list[dict]) -> None:

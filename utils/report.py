@@ -221,7 +221,7 @@ def _is_report(path: Path) -> bool:
 def main(argv: Sequence[str] | None = None) -> None:
     parser = Parser(__doc__, prog="python -m utils.report")
     parser.add_argument("outputs", nargs="+", type=expanded_path, metavar="OUTPUT", help="the --output-dir of a run")
-    parser.add_argument("-o", "--output", type=expanded_path, help="an .html file, written anew each time; "
+    parser.add_argument("-o", "--output", type=expanded_path, help="an .html file, replaced each time; "
         "None: report.html in the folder of the only run, or in the current one")  # fmt: skip
     options = parser.parse_args(argv)
     folders = options.outputs
