@@ -6,7 +6,7 @@ from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from utils.lifetimes import end_with_launcher
+from utils.runtime.lifetimes import end_with_launcher
 
 end_with_launcher()
 
@@ -15,19 +15,25 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import DataLoader
 
-from utils import arguments, distributed, models, optim, provenance, run, run_lock, wiring, wiring_data
-from utils.bad_images import BadImages
-from utils.command_line import expanded
-from utils.compiling import check_compiler
-from utils.data import batches
-from utils.errors import agreed, join_processes, run_script
-from utils.evaluation import predict, report_test, validate
-from utils.guard import StepGuard
-from utils.metrics import RunningMean, batch_accuracy
-from utils.progress import Position, Progress
-from utils.saving import Saver
-from utils.state import TrainingState
-from utils.transforms import BatchMixing, Normalize
+from utils import arguments
+from utils.data import splits as wiring_data
+from utils.data.bad_images import BadImages
+from utils.data.dataset import batches
+from utils.data.transforms import BatchMixing, Normalize
+from utils.results import provenance
+from utils.results.metrics import RunningMean, batch_accuracy
+from utils.runtime import distributed
+from utils.runtime.command_line import expanded
+from utils.runtime.errors import agreed, join_processes, run_script
+from utils.runtime.progress import Position, Progress
+from utils.training import build as wiring
+from utils.training import models, optim, run_lock
+from utils.training import start as run
+from utils.training.compiling import check_compiler
+from utils.training.evaluation import predict, report_test, validate
+from utils.training.guard import StepGuard
+from utils.training.saver import Saver
+from utils.training.state import TrainingState
 
 SCRIPT = "_normal"
 

@@ -10,11 +10,11 @@ from torch import Tensor
 
 from _policy_gradient.mask import SmoothMask
 from _policy_gradient.policy import Policy, draw_masks
-from utils.data import ImageFolder
-from utils.errors import UserError
-from utils.samplers import SampleKey, derive_seed
-from utils.text import explain_forms
-from utils.transforms import Normalize
+from utils.data.dataset import ImageFolder
+from utils.data.samplers import SampleKey, derive_seed
+from utils.data.transforms import Normalize
+from utils.runtime.errors import UserError
+from utils.runtime.text import explain_forms
 
 if TYPE_CHECKING:  # matplotlib costs each process's start a second
     from matplotlib.figure import Figure
@@ -132,7 +132,7 @@ def draw_stages(
     mask_range: Sequence[float] = (0, 1),
 ) -> "Figure":
     """The gallery: each image, and what comes of it in each stage; of a mere array (G, G) the prior's means."""
-    from utils.gallery import Column, Row, draw_gallery
+    from utils.results.mask_gallery import Column, Row, draw_gallery
 
     columns = [Column("", "image", "image")]
     pictures = [as_pixels(normalize(examples.images), normalize)]

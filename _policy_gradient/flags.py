@@ -7,10 +7,10 @@ from _policy_gradient.mask import check_mask_range, check_mask_size
 from _policy_gradient.objective import BASELINES, OBJECTIVES, POLICY_SIGNS
 from _policy_gradient.policy import HEAD_WEIGHT, MASK_POLICIES
 from utils import arguments
-from utils.errors import UserError
 from utils.flag_types import natural, non_negative_float, positive_float, positive_fraction, positive_int
-from utils.model_sources import model_name
-from utils.progress import say
+from utils.runtime.errors import UserError
+from utils.runtime.progress import say
+from utils.training.model_sources import model_name
 
 IGNORED_FLAGS = {
     "prior": ("policy_model",),

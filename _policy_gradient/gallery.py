@@ -17,13 +17,17 @@ import numpy as np
 from _policy_gradient.examples import CPU, Examples, Stage, after, choose_examples, draw_stages, run_policy
 from _policy_gradient.policy import Policy
 from _policy_gradient.train import SCRIPT, build_mask, build_parser, build_policy
-from utils import arguments, checkpoint, run, wiring, wiring_data
-from utils.command_line import Parser, expanded, expanded_path
-from utils.errors import UserError, run_script
-from utils.figures import output_path, write_figure
+from utils import arguments
+from utils.checkpoints import checkpoint
+from utils.data import splits as wiring_data
+from utils.data.transforms import Normalize
 from utils.flag_types import positive_int
-from utils.text import print_line
-from utils.transforms import Normalize
+from utils.results.figures import output_path, write_figure
+from utils.runtime.command_line import Parser, expanded, expanded_path
+from utils.runtime.errors import UserError, run_script
+from utils.runtime.text import print_line
+from utils.training import build as wiring
+from utils.training import start as run
 
 
 def initial_policy(args: argparse.Namespace, state: dict[str, Any]) -> Policy | None:

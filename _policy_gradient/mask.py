@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.transforms.v2.functional import gaussian_blur
 
-from utils.errors import UserError
+from utils.runtime.errors import UserError
 
 
 def check_mask_size(size: int, grid: int, kernel: int, sigma: float) -> None:

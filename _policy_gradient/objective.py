@@ -6,9 +6,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from utils import distributed
-from utils.errors import UserError
-from utils.progress import say
+from utils.runtime import distributed
+from utils.runtime.errors import UserError
+from utils.runtime.progress import say
 
 OBJECTIVES = ("published", "published-unscaled", "reinforce")
 BASELINES = ("none", "ema", "loo")

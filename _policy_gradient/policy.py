@@ -7,9 +7,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from _policy_gradient.mask import SmoothMask
-from utils import distributed
-from utils.models import create_classifier, output_width
-from utils.progress import say
+from utils.runtime import distributed
+from utils.runtime.progress import say
+from utils.training.models import create_classifier, output_width
 
 MASK_POLICIES = ("learned", "prior", "uniform", "none")
 HEAD_WEIGHT = 0.1  # of the image's own heads in an action's log-concentrations; the running prior has the rest

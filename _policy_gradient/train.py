@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from utils.lifetimes import end_with_launcher
+from utils.runtime.lifetimes import end_with_launcher
 
 end_with_launcher()
 
@@ -30,19 +30,25 @@ from _policy_gradient.policy import (
     policy_health,
     warn_of_bounds,
 )
-from utils import arguments, distributed, models, optim, provenance, run, run_lock, wiring, wiring_data
-from utils.bad_images import BadImages
-from utils.checkpoint import Weights
-from utils.compiling import check_compiler
-from utils.data import ImageFolder, batches
-from utils.errors import agreed, join_processes, run_script
-from utils.evaluation import Predictions, predict, report_test, validate
-from utils.guard import StepGuard
-from utils.metrics import RunningMean, batch_accuracy
-from utils.progress import Position, Progress, say
-from utils.saving import Saver
-from utils.state import TrainingState
-from utils.transforms import BatchMixing, Normalize
+from utils import arguments
+from utils.checkpoints.checkpoint import Weights
+from utils.data import splits as wiring_data
+from utils.data.bad_images import BadImages
+from utils.data.dataset import ImageFolder, batches
+from utils.data.transforms import BatchMixing, Normalize
+from utils.results import provenance
+from utils.results.metrics import RunningMean, batch_accuracy
+from utils.runtime import distributed
+from utils.runtime.errors import agreed, join_processes, run_script
+from utils.runtime.progress import Position, Progress, say
+from utils.training import build as wiring
+from utils.training import models, optim, run_lock
+from utils.training import start as run
+from utils.training.compiling import check_compiler
+from utils.training.evaluation import Predictions, predict, report_test, validate
+from utils.training.guard import StepGuard
+from utils.training.saver import Saver
+from utils.training.state import TrainingState
 
 SCRIPT = "_policy_gradient"
 

@@ -21,9 +21,9 @@ from _policy_gradient import train as policy_gradient
 from benchmarks.ours import build
 from benchmarks.report import describe, environment, show_progress
 from benchmarks.setting import Setting
-from utils.command_line import Parser, expanded_path
-from utils.errors import run_script
-from utils.guard import StepGuard
+from utils.runtime.command_line import Parser, expanded_path
+from utils.runtime.errors import run_script
+from utils.training.guard import StepGuard
 
 Curves = list[list[float]]  # for each seed the mean loss of each window
 PLAIN = "float32 NCHW"

@@ -32,7 +32,7 @@ part loading 190 "${measure[@]}" --rows 5 9 --repeats 3 --output "$OUT/loading"
 part profiles 60 "$PYTHON" -m benchmarks.profiles --device cuda --output "$OUT"
 part curves 100 "$PYTHON" -m benchmarks.curves --device cuda "${from[@]}" --steps 100 \
     --scripts _policy_gradient --settings bf16 "bf16 compile" --output "$OUT"
-part tests 130 "$PYTHON" -m pytest -p no:cacheprovider tests/test_cuda.py
+part tests 130 "$PYTHON" -m pytest -p no:cacheprovider tests/training/test_cuda.py
 
 if [ ${#failed[@]} -gt 0 ]; then
     echo "failed: ${failed[*]}"

@@ -8,8 +8,8 @@ from PIL import Image
 
 from benchmarks.setting import Setting
 from utils import phantoms
-from utils.folders import find_classes, list_images
-from utils.listing import is_hidden
+from utils.data.folders import find_classes, list_images
+from utils.data.listing import is_hidden
 
 CLASSES = 4
 

@@ -14,7 +14,7 @@ from benchmarks.ours import FixedLoader, Loop, Watched, build
 from benchmarks.report import Measurement, Target, measured, not_measured
 from benchmarks.setting import Setting
 from benchmarks.timing import compare, rates, synchronizer
-from utils.data import batches
+from utils.data.dataset import batches
 
 MEAN, STD = [0.3162] * 3, [0.3213] * 3
 TRAINING_TARGET = Target(True, 0.95)

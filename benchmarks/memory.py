@@ -20,8 +20,8 @@ import numpy as np
 from benchmarks.report import Measurement, Target, measured
 from benchmarks.setting import Setting
 from benchmarks.timing import compare
-from utils.cache import INDEX, PIXELS, ImageCache
-from utils.folders import ImageFiles
+from utils.data.cache import INDEX, PIXELS, ImageCache
+from utils.data.folders import ImageFiles
 
 IMAGES, CLASSES = 1_350_000, 165  # of RadImageNet
 RANKS = 8  # of a node

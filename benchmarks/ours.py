@@ -17,11 +17,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from utils import wiring
-from utils.data import Batch, batches
-from utils.optim import GuardedUpdate
-from utils.progress import Position
-from utils.samplers import TrainingSampler
+from utils.data.dataset import Batch, batches
+from utils.data.samplers import TrainingSampler
+from utils.runtime.progress import Position
+from utils.training import build as wiring
+from utils.training.optim import GuardedUpdate
 
 
 class Built(Exception):

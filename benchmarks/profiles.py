@@ -16,8 +16,8 @@ from _policy_gradient import train as policy_gradient
 from benchmarks.ours import FixedLoader, Loop, build
 from benchmarks.report import describe, environment
 from benchmarks.setting import Setting
-from utils.command_line import Parser, expanded_path
-from utils.errors import run_script
+from utils.runtime.command_line import Parser, expanded_path
+from utils.runtime.errors import run_script
 
 OPERATORS = 12  # that are named
 

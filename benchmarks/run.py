@@ -21,8 +21,8 @@ from benchmarks.report import (
     write,
 )
 from benchmarks.setting import Setting
-from utils.command_line import Parser, expanded_path
-from utils.errors import run_script
+from utils.runtime.command_line import Parser, expanded_path
+from utils.runtime.errors import run_script
 
 ROWS: dict[int, Callable[[Setting], Iterable[Measurement]]] = {
     1: steps.smooth_mask,

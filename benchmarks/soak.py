@@ -1,4 +1,4 @@
-"""Kill a training run again and again and show that nothing is lost: the long form of tests/test_faults.py.
+"""Kill a training run again and again and show that nothing is lost: the long form of tests/training/test_faults.py.
 
 One run goes through undisturbed. Then the same command, with --resume auto and --checkpoint-steps, is started again and
 again, and all its processes are killed (SIGKILL) at random moments: at start-up, in training, in evaluation, and as
@@ -29,9 +29,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 
-from utils import checkpoint, phantoms, progress
-from utils.command_line import Parser, expanded_path
-from utils.errors import UserError, run_script
+from utils import phantoms
+from utils.checkpoints import checkpoint
+from utils.runtime import progress
+from utils.runtime.command_line import Parser, expanded_path
+from utils.runtime.errors import UserError, run_script
 
 SCRIPT = "_policy_gradient"
 FLAGS = [

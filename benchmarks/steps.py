@@ -17,9 +17,9 @@ from benchmarks.published import PublishedStep, published_mask
 from benchmarks.report import Measurement, Target, measured
 from benchmarks.setting import Setting
 from benchmarks.timing import compare, milliseconds, rates
-from utils import distributed
-from utils.allocator import keep_freed_memory
-from utils.models import create_classifier
+from utils.runtime import distributed
+from utils.runtime.allocator import keep_freed_memory
+from utils.training.models import create_classifier
 
 
 def smooth_mask(setting: Setting) -> list[Measurement]:

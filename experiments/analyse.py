@@ -15,13 +15,13 @@ from experiments.differences import Comparison, compare
 from experiments.plan import Plan, read_plan
 from experiments.results import Runs, Task, read_runs, read_tasks, task_names
 from utils.arguments import check_limits
-from utils.command_line import Parser, expanded_path
-from utils.errors import UserError, run_script
-from utils.figures import write_figure
-from utils.files import write_atomically
-from utils.reading import read_bytes
-from utils.run_folder import RunFolder
-from utils.text import printable
+from utils.results.figures import write_figure
+from utils.results.run_folder import RunFolder
+from utils.runtime.command_line import Parser, expanded_path
+from utils.runtime.errors import UserError, run_script
+from utils.runtime.files import write_atomically
+from utils.runtime.reading import read_bytes
+from utils.runtime.text import printable
 
 TABLES = "tables.md"
 MARK = "<!-- written by experiments/analyse.py -->"  # of a file that may be written anew

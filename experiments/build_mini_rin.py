@@ -23,13 +23,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from PIL import Image
 from tqdm import tqdm
 
-from utils.command_line import Parser, expanded_path
-from utils.errors import UserError, run_script
-from utils.files import write_atomically
-from utils.images import read_image
-from utils.listing import PassedOver, find_images
+from utils.data.images import read_image
+from utils.data.listing import PassedOver, find_images
 from utils.radimagenet.images import find_there
-from utils.text import print_line
+from utils.runtime.command_line import Parser, expanded_path
+from utils.runtime.errors import UserError, run_script
+from utils.runtime.files import write_atomically
+from utils.runtime.text import print_line
 
 MANIFEST = Path(__file__).with_name("mini_rin.csv")
 LAYOUTS = {  # by download: the path that an id is made of; {} stand for the last names of a file's path

@@ -8,7 +8,7 @@ import math
 import numpy as np
 from scipy import stats
 
-from utils.intervals import LEVEL
+from utils.results.intervals import LEVEL
 
 SCORES = ("top1", "balanced_accuracy", "f1", "hard_top1", "hard_balanced_accuracy", "hard_f1")
 ALPHA, POWER = 0.05, 0.8
@@ -21,8 +21,8 @@ def scores(
 
     targets: (N,) classes below C; predictions: (R, N); hard: (C,) bool; weights: (N,) integers; None: each image once.
     hard_top1 and hard_balanced_accuracy are of the images of hard classes, wherever the prediction falls; hard_f1 is
-    the mean F1 of the hard classes, to which the predictions of all images count. As in `utils.intervals.metrics_of`, a
-    class counts if it occurs in targets.
+    the mean F1 of the hard classes, to which the predictions of all images count. As in
+    `utils.results.intervals.metrics_of`, a class counts if it occurs in targets.
     """
     weights = np.ones(len(targets)) if weights is None else weights.astype(float)
     runs, classes = len(predictions), len(hard)

@@ -16,7 +16,7 @@ from experiments.comparisons import (
 )
 from experiments.plan import Plan
 from experiments.results import Task, task_names
-from utils.errors import UserError
+from utils.runtime.errors import UserError
 
 COMPARED = ("hard_f1", "f1", "balanced_accuracy", "top1")
 SEEDS_FOR_P = 8

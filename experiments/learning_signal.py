@@ -23,11 +23,14 @@ from _policy_gradient.mask import SmoothMask
 from _policy_gradient.objective import leave_one_out_baseline
 from _policy_gradient.policy import Policy, create_policy, draw_masks
 from _policy_gradient.train import build_mask, build_policy
-from utils import arguments, checkpoint, wiring, wiring_data
-from utils.command_line import Parser, expanded, expanded_path
-from utils.errors import UserError, run_script
+from utils import arguments
+from utils.checkpoints import checkpoint
+from utils.data import splits as wiring_data
+from utils.data.transforms import Normalize
 from utils.flag_types import positive_float, positive_int
-from utils.transforms import Normalize
+from utils.runtime.command_line import Parser, expanded, expanded_path
+from utils.runtime.errors import UserError, run_script
+from utils.training import build as wiring
 
 SHUFFLES = 20
 

@@ -14,9 +14,9 @@ from experiments.differences import POINT, Comparison, tested_metric
 from experiments.plan import Arm, Plan, Stage
 from experiments.results import Runs, Task
 from experiments.tables import policy_log
-from utils.figures import COLOURS, FAINT, INK, as_text, in_lines
 from utils.plots import STYLES
-from utils.run_folder import RunFolder
+from utils.results.figures import COLOURS, FAINT, INK, as_text, in_lines
+from utils.results.run_folder import RunFolder
 
 HEALTH = {
     "policy_entropy": ("Entropy of a cell", "nats; 0: uniform noise"),

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from utils.errors import UserError
+from utils.runtime.errors import UserError
 
 
 @dataclass(frozen=True)

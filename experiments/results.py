@@ -9,9 +9,9 @@ import numpy as np
 
 from experiments.comparisons import SCORES, scores
 from experiments.plan import Arm, Plan, Stage, as_written, run_folder
-from utils.errors import UserError
-from utils.reading import read_json
-from utils.run_folder import Evaluation, RunFolder, read_run_folder, read_table
+from utils.results.run_folder import Evaluation, RunFolder, read_run_folder, read_table
+from utils.runtime.errors import UserError
+from utils.runtime.reading import read_json
 
 FINISHED = "finished.json"
 CLEAN = "clean"

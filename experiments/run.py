@@ -24,14 +24,14 @@ import torch
 from experiments.plan import Arm, Plan, Stage, as_written, read_plan, run_folder
 from experiments.subsets import link_subset
 from utils.arguments import check_limits
-from utils.command_line import Parser, expanded_path
-from utils.errors import UserError, run_script
-from utils.files import not_followed, write_atomically
-from utils.folders import LAYOUT
-from utils.interruption import EXIT_CODE as INTERRUPTED
-from utils.interruption import stopping_signals
-from utils.reading import read_json
-from utils.text import print_line
+from utils.data.folders import LAYOUT
+from utils.runtime.command_line import Parser, expanded_path
+from utils.runtime.errors import UserError, run_script
+from utils.runtime.files import not_followed, write_atomically
+from utils.runtime.reading import read_json
+from utils.runtime.signals import EXIT_CODE as INTERRUPTED
+from utils.runtime.signals import stopping_signals
+from utils.runtime.text import print_line
 
 FINISHED = "finished.json"
 PROGRESS = "progress.json"  # of a run that has begun

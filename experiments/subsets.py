@@ -8,8 +8,8 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from experiments.plan import Subset
-from utils.errors import UserError
-from utils.folders import SPLITS, ImageFiles, find_classes, read_excluded
+from utils.data.folders import SPLITS, ImageFiles, find_classes, read_excluded
+from utils.runtime.errors import UserError
 
 
 def matches(name: str, patterns: str) -> bool:

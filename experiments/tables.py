@@ -8,8 +8,8 @@ import numpy as np
 from experiments.differences import COMPARED, POINT, SEEDS_FOR_P, Comparison
 from experiments.plan import Plan
 from experiments.results import METRICS, Runs, Task
-from utils.intervals import LEVEL
-from utils.text import printable
+from utils.results.intervals import LEVEL
+from utils.runtime.text import printable
 
 POLICY = "_policy_gradient"
 NONE = "\N{EN DASH}"

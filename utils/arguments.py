@@ -7,9 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from utils import optim, transforms
-from utils.command_line import Parser, absolute, expanded
-from utils.errors import UserError
+from utils.data import transforms
 from utils.flag_types import (
     average_decay,
     fraction,
@@ -27,7 +25,10 @@ from utils.flag_types import (
     seed,
     smoothing,
 )
-from utils.model_sources import model_name
+from utils.runtime.command_line import Parser, absolute, expanded
+from utils.runtime.errors import UserError
+from utils.training import optim
+from utils.training.model_sources import model_name
 
 # What a resumed run may be given anew, since the trajectory does not depend on it (`epochs` rebuilds the schedule; of
 # `exclude` and `data_path` the images left are compared).

@@ -20,16 +20,17 @@ from typing import Any
 import torch
 from torch import nn
 
-from utils import arguments, onnx_file
-from utils.checkpoint import Weights, safetensors_bytes
-from utils.command_line import expanded
-from utils.errors import UserError, run_script
-from utils.files import write_atomically
-from utils.inference import Classifier, add_mask_flags, add_weights_flags, is_heated, open_classifier
-from utils.model_card import model_card, read_measured, recipe_flags
-from utils.model_sources import plain_name
-from utils.text import print_line
-from utils.transforms import three_values
+from utils import arguments
+from utils.checkpoints.checkpoint import Weights, safetensors_bytes
+from utils.data.transforms import three_values
+from utils.inference import onnx as onnx_file
+from utils.inference.classifier import Classifier, add_mask_flags, add_weights_flags, is_heated, open_classifier
+from utils.inference.model_card import model_card, read_measured, recipe_flags
+from utils.runtime.command_line import expanded
+from utils.runtime.errors import UserError, run_script
+from utils.runtime.files import write_atomically
+from utils.runtime.text import print_line
+from utils.training.model_sources import plain_name
 
 CPU = torch.device("cpu")
 NAME = r"[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?"

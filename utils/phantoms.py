@@ -12,10 +12,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from utils.command_line import Parser, expanded_path
-from utils.errors import UserError, run_script
 from utils.phantom_images import PAINTERS
-from utils.text import print_line
+from utils.runtime.command_line import Parser, expanded_path
+from utils.runtime.errors import UserError, run_script
+from utils.runtime.text import print_line
 
 VERSION = 1  # part of the default folder's name: raise it with every change of the images
 # Class (modality-organ-finding) and its training images: as uneven as findings in a clinic.

@@ -18,19 +18,21 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from utils import arguments, wiring, wiring_data
-from utils.command_line import expanded
-from utils.data import ImageFolder, batches, build_loader
-from utils.distributed import resolve_device
-from utils.errors import UserError, run_script
-from utils.files import opened_atomically
+from utils import arguments
+from utils.data import splits as wiring_data
+from utils.data.dataset import ImageFolder, batches, build_loader
+from utils.data.folders import ImageFiles
+from utils.data.listing import PassedOver, find_images
+from utils.data.samplers import EvaluationSampler
 from utils.flag_types import natural, positive_int
-from utils.folders import ImageFiles
-from utils.inference import Classifier, add_weights_flags, is_heated, open_classifier
-from utils.listing import PassedOver, find_images
-from utils.node_limits import shared_memory_problem
-from utils.samplers import EvaluationSampler
-from utils.text import as_cell, as_line, csv_line, printable
+from utils.inference.classifier import Classifier, add_weights_flags, is_heated, open_classifier
+from utils.runtime.command_line import expanded
+from utils.runtime.distributed import resolve_device
+from utils.runtime.errors import UserError, run_script
+from utils.runtime.files import opened_atomically
+from utils.runtime.node_limits import shared_memory_problem
+from utils.runtime.text import as_cell, as_line, csv_line, printable
+from utils.training import build as wiring
 
 TABLE_TOP = 3
 Row = tuple[str, list[str], list[float]]  # an image's path, the classes from likely to unlikely, their probabilities

@@ -12,14 +12,18 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from utils import class_plots, figures, html, plots, run_lock
-from utils.command_line import Parser, expanded_path
-from utils.errors import UserError, run_script
-from utils.files import write_atomically
-from utils.intervals import LEVEL, Outcome, bootstrap_intervals
-from utils.reading import open_regular, read_bytes
-from utils.run_folder import TITLES, Evaluation, RunFolder, describe_tested, read_run_folder
-from utils.text import print_line
+from utils import plots
+from utils.results import confusion as class_plots
+from utils.results import figures
+from utils.results import templates as html
+from utils.results.intervals import LEVEL, Outcome, bootstrap_intervals
+from utils.results.run_folder import TITLES, Evaluation, RunFolder, describe_tested, read_run_folder
+from utils.runtime.command_line import Parser, expanded_path
+from utils.runtime.errors import UserError, run_script
+from utils.runtime.files import write_atomically
+from utils.runtime.reading import open_regular, read_bytes
+from utils.runtime.text import print_line
+from utils.training import run_lock
 
 TEMPLATE = "report.html"
 RESAMPLES = 1000

@@ -8,11 +8,12 @@ from pathlib import Path
 
 import torch
 
-from utils import arguments, verification
-from utils.checkpoint import FORMAT_VERSION, StateDict, Weights, read_weights, save
-from utils.command_line import Parser, expanded
-from utils.errors import UserError, run_script
-from utils.text import print_line, printable
+from utils import arguments
+from utils.checkpoints import verify as verification
+from utils.checkpoints.checkpoint import FORMAT_VERSION, StateDict, Weights, read_weights, save
+from utils.runtime.command_line import Parser, expanded
+from utils.runtime.errors import UserError, run_script
+from utils.runtime.text import print_line, printable
 
 LAST = 3  # epochs that the published recipe averages
 EPOCH = re.compile(r"model_\d+\.pth")

@@ -17,12 +17,12 @@ from utils.audit import outputs
 from utils.audit.images import Measured, measure_all
 from utils.audit.report import as_text, sections
 from utils.audit.rule import Census, take_census
-from utils.command_line import Parser, expanded
-from utils.errors import UserError, run_script
-from utils.files import write_atomically
+from utils.data.folders import LAYOUT, SPLITS, ImageFiles, find_classes
 from utils.flag_types import natural, non_negative_float
-from utils.folders import LAYOUT, SPLITS, ImageFiles, find_classes
-from utils.text import print_line
+from utils.runtime.command_line import Parser, expanded
+from utils.runtime.errors import UserError, run_script
+from utils.runtime.files import write_atomically
+from utils.runtime.text import print_line
 
 BITS = 242  # of an image's two difference hashes
 # Of 5,981 real radiology images 79 pairs are that near: each looks like one view, or like neighbouring

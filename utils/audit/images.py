@@ -10,12 +10,12 @@ import numpy as np
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
-from utils.errors import UserError
-from utils.folders import ImageFiles
-from utils.images import open_image, to_8_bits
-from utils.interruption import ride_out_signals
-from utils.loaders import loaded
-from utils.progress import Progress
+from utils.data.folders import ImageFiles
+from utils.data.images import open_image, to_8_bits
+from utils.data.loaders import loaded
+from utils.runtime.errors import UserError
+from utils.runtime.progress import Progress
+from utils.runtime.signals import ride_out_signals
 
 BATCH = 32  # images that a worker decodes before it hands them over
 SIDE = 11  # of the grid of a difference hash: 2 x 11 x 11 = 242 bits

@@ -9,12 +9,12 @@ from typing import Any
 
 import numpy as np
 
-from utils import html
 from utils.audit.report import Section, kept_sentences
 from utils.audit.rule import REASONS, STAYS, Census, evaluated_split
-from utils.errors import UserError
-from utils.images import read_image
-from utils.text import as_cell, printable
+from utils.data.images import read_image
+from utils.results import templates as html
+from utils.runtime.errors import UserError
+from utils.runtime.text import as_cell, printable
 
 SHOWN_GROUPS, SHOWN_IMAGES, SHOWN_BLANK = 40, 8, 16  # with thumbnails
 SIDE = 120  # pixels of a thumbnail

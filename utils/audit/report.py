@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from utils.audit.rule import REASONS, Census
-from utils.folders import LAYOUT
-from utils.text import explain_forms, list_names, printable
+from utils.data.folders import LAYOUT
+from utils.runtime.text import explain_forms, list_names, printable
 
 SHOWN_NAMES = 20
 

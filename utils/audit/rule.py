@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from utils.audit.duplicates import find_groups, near_pairs
-from utils.folders import SPLITS, ImageFiles
+from utils.data.folders import SPLITS, ImageFiles
 
 STAYS, UNREADABLE, BLANK, LEAKING, CONTRADICTING, REPEATED = range(6)
 REASONS = (

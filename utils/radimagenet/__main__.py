@@ -7,14 +7,14 @@ from pathlib import Path
 
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from utils.command_line import Parser, expanded_path
-from utils.errors import UserError, run_script
-from utils.files import write_atomically
 from utils.radimagenet.archive import Member, is_archive, read_archive
 from utils.radimagenet.lists import ROOT, SPLITS, ImageLists, list_name
 from utils.radimagenet.routes import KINDS, Masks, Tree, place_archive, place_folder
-from utils.reading import open_regular
-from utils.text import as_cell, csv_line, list_names, print_line
+from utils.runtime.command_line import Parser, expanded_path
+from utils.runtime.errors import UserError, run_script
+from utils.runtime.files import write_atomically
+from utils.runtime.reading import open_regular
+from utils.runtime.text import as_cell, csv_line, list_names, print_line
 
 DESCRIPTION = """\
 Make OUTPUT/{train,val,test}/<class>/<image> of RadImageNet as it is handed out: radiology_ai/{CT,MR}/<anatomy>/<label>

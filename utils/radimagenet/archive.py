@@ -11,9 +11,9 @@ from typing import NamedTuple
 
 from tqdm import tqdm
 
-from utils.errors import UserError
-from utils.listing import is_hidden
-from utils.reading import open_regular
+from utils.data.listing import is_hidden
+from utils.runtime.errors import UserError
+from utils.runtime.reading import open_regular
 
 GZIP_MAGIC = b"\x1f\x8b"
 MAX_BYTES = 2**26  # of a member that is read, of which some 33 are held at once

@@ -10,13 +10,13 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
-from utils.errors import UserError
-from utils.files import open_new, temporary_path
-from utils.images import read_image
-from utils.listing import PassedOver
+from utils.data.images import read_image
+from utils.data.listing import PassedOver
 from utils.radimagenet.archive import Member
 from utils.radimagenet.masks import MAX_BYTES, correct, read_mask
-from utils.reading import open_regular
+from utils.runtime.errors import UserError
+from utils.runtime.files import open_new, temporary_path
+from utils.runtime.reading import open_regular
 
 THREADS = 16  # a file system on the network answers each call late, and many calls at once
 TOLERANCE = 2.0  # seconds to which every file system keeps the time of change

@@ -7,8 +7,8 @@ import io
 import itertools
 from typing import BinaryIO
 
-from utils.errors import UserError
-from utils.listing import is_hidden, is_image
+from utils.data.listing import is_hidden, is_image
+from utils.runtime.errors import UserError
 
 SPLITS = ("train", "val", "test")
 ROOT = "radiology_ai"

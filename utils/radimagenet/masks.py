@@ -11,7 +11,7 @@ import io
 import numpy as np
 from PIL import Image
 
-from utils.errors import UserError
+from utils.runtime.errors import UserError
 
 SIZE = 224  # pixels
 SHAPES = ((SIZE, SIZE), (SIZE, SIZE, 1), (SIZE, SIZE, 3))

@@ -8,8 +8,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from utils.errors import UserError
-from utils.listing import PassedOver
+from utils.data.listing import PassedOver
 from utils.radimagenet.archive import Member, is_archive, read_archive
 from utils.radimagenet.images import (
     Batch,
@@ -26,6 +25,7 @@ from utils.radimagenet.images import (
     symlink,
 )
 from utils.radimagenet.lists import ROOT, SPLITS, ImageLists
+from utils.runtime.errors import UserError
 
 KINDS = {"symlink": symlink, "hardlink": hardlink, "copy": copy}
 BATCH = 500  # images that a thread links at once

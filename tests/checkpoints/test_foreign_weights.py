@@ -1,0 +1,255 @@
+"""Weight files of other code load into the model, with a sentence for whatever is done to them, or end with one."""
+
+import argparse
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from _normal import train as normal
+from utils import arguments, export, predict, weight_averaging
+from utils.checkpoints.checkpoint import Weights, read_weights, weights_state
+from utils.runtime.errors import UserError
+from utils.training import build as wiring
+from utils.training import fitting as loading
+from utils.training import start as run
+from utils.training.models import create_classifier
+
+CLASSES = ["bright", "dark", "striped"]
+SIZES = ["--train-crop-size", "32", "--val-resize-size", "36", "--val-crop-size", "32"]
+
+
+def network(seed: int = 0, classes: int = 3) -> nn.Module:
+    torch.manual_seed(seed)
+    return create_classifier("test_resnet", classes, 32)
+
+
+def state_of(seed: int = 0, prefix: str = "", classes: int = 3) -> dict[str, Tensor]:
+    return {f"{prefix}{key}": value for key, value in network(seed, classes).state_dict().items()}
+
+
+def encoder(seed: int = 0, prefix: str = "") -> dict[str, Tensor]:
+    return {key: value for key, value in state_of(seed, prefix).items() if not key.startswith(f"{prefix}fc.")}
+
+
+def start(path: Path, *flags: str, way: str = "--finetune") -> nn.Module:
+    """The classifier as the script makes it before its first step."""
+    parser = normal.build_parser()
+    given = arguments.parse_given(parser, ["--device", "cpu", *SIZES, way, str(path), *flags])
+    args, state, weights = run.choose_start(parser, given, "_normal")
+    torch.manual_seed(100)
+    return wiring.classifier(args, CLASSES, state, weights, torch.device("cpu"))
+
+
+def written(path: Path, state: object) -> Path:
+    torch.save(state, path)
+    return path
+
+
+def assert_loaded(model: nn.Module, expected: dict[str, Tensor], *, head: bool = True) -> None:
+    """All weights are those of the file; without `head` its rows are new ones."""
+    found = model.state_dict()
+    for key, value in expected.items():
+        if key.startswith("fc."):
+            assert torch.equal(found[key], value) == head, key
+        elif not key.endswith("num_batches_tracked"):
+            assert torch.equal(found[key], value), key
+
+
+LIGHTNING = {"pytorch-lightning_version": "2.5.0", "epoch": 3, "global_step": 9, "hyper_parameters": {"lr": 0.1}}
+OTHERS = {
+    "criterion.weight": torch.ones(3),
+    "val_acc_best.max_value": torch.tensor(-math.inf),
+    "train_acc.tp": torch.zeros(3, dtype=torch.long),
+}
+
+
+@pytest.mark.parametrize("way", ["--finetune", "--test-only"])
+@pytest.mark.parametrize(
+    ("name", "state", "message"),
+    [
+        ("timm", {"state_dict": state_of(), "arch": "test_resnet", "epoch": 3}, "the weights are its 'state_dict'."),
+        (
+            "timm with an average",
+            {"state_dict": state_of(9), "state_dict_ema": state_of(), "arch": "test_resnet", "optimizer": {}},
+            "its 'state_dict_ema', a moving average (--no-use-ema takes the trained weights); not used: st",
+        ),
+        (
+            "torchvision",
+            {"model": state_of(9), "model_ema": {"n_averaged": torch.tensor(7), **state_of(0, "module.")}, "epoch": 1},
+            "the weights are its 'model_ema', a moving average",
+        ),
+        ("imagenet example", {"state_dict": state_of(0, "module."), "arch": "test_resnet"}, "its 'state_dict'"),
+        ("Lightning", {"state_dict": state_of(0, "model."), **LIGHTNING}, "'model.' is taken off the front"),
+        ("Lightning net", {"state_dict": state_of(0, "net.") | OTHERS, **LIGHTNING}, "left out, since they are"),
+        ("Lightning compiled", {"state_dict": state_of(0, "model._orig_mod."), **LIGHTNING}, "'model._orig_mod.' is"),
+        ("distributed", {"state_dict": state_of(0, "_orig_mod.module.backbone.encoder.")}, "'backbone.encoder.' is"),
+        ("another entry", {"weights_of_mine": state_of(), "step": 4}, "the weights are its 'weights_of_mine'"),
+        ("teacher", {"teacher": state_of(0, "module."), "student": state_of(9, "module.")}, "its 'teacher'; not used"),
+        ("bare", state_of(0, "module._orig_mod.module."), "names no classes"),
+    ],
+)  # fmt: skip
+def test_weights_of_other_code_load_and_what_is_done_is_printed(name, state, message, way, tmp_path, capsys):
+    path = written(tmp_path / "other.pth", state)
+    flags = ("--model", "test_resnet", *(["--test-only"] if way == "--test-only" else []))
+    assert_loaded(start(path, *flags), state_of())
+    assert message in capsys.readouterr().out
+
+
+def test_a_file_with_an_average_only(tmp_path, capsys):
+    path = written(tmp_path / "average.pth", {"state_dict_ema": state_of(), "arch": "test_resnet"})
+    assert_loaded(start(path), state_of())
+    assert "'state_dict_ema', a moving average.\n" in capsys.readouterr().out
+    assert read_weights(path).averaged
+    with pytest.raises(UserError, match=r"^--no-use-ema: .*average.pth holds a moving average only"):
+        start(path, "--no-use-ema")
+
+
+def test_an_empty_average_is_passed_over(tmp_path):
+    path = written(tmp_path / "empty.pth", {"model": state_of(), "model_ema": {}})
+    assert_loaded(start(path, "--model", "test_resnet"), state_of())
+
+
+def test_entries_of_other_modules_are_named(tmp_path, capsys):
+    start(written(tmp_path / "l.ckpt", {"state_dict": state_of(0, "net.") | OTHERS}), "--model", "test_resnet")
+    assert "not below 'net.': criterion.weight, val_acc_best.max_value, train_acc.tp." in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("prefix", ["", "encoder.", "module.backbone."])
+def test_an_encoder_without_a_head_gets_a_new_one_in_a_fine_tuning_only(prefix, tmp_path, capsys):
+    path = written(tmp_path / "nohead.pth", encoder(0, prefix))
+    model = start(path, "--model", "test_resnet")
+    assert_loaded(model, encoder())
+    torch.manual_seed(100)
+    assert torch.equal(model.fc.weight, network_without_seed().fc.weight)
+    assert "holds no head: the head is reinitialised" in capsys.readouterr().out
+    for way in ("--finetune", "--resume"):
+        with pytest.raises(UserError, match=r"nohead.pth: holds an encoder without a head \(fc\).* --finetune first"):
+            start(path, "--model", "test_resnet", "--test-only", way=way)
+
+
+def network_without_seed() -> nn.Module:
+    return create_classifier("test_resnet", 3, 32)
+
+
+def test_a_head_of_another_form_is_replaced_and_named(tmp_path, capsys):
+    projection = {"fc.0.weight": torch.ones(8, 8), "fc.2.weight": torch.ones(4, 8)}
+    assert_loaded(start(written(tmp_path / "m.pth", encoder() | projection), "--model", "test_resnet"), encoder())
+    assert "its head (fc.0.weight, fc.2.weight) is not the model's" in capsys.readouterr().out
+
+
+def test_absent_batch_counters_start_at_0(tmp_path, capsys):
+    state = {key: value + 1 for key, value in state_of().items() if "num_batches_tracked" not in key}
+    model = start(written(tmp_path / "c.pth", state), "--model", "test_resnet", "--test-only")
+    assert_loaded(model, state)
+    counters = {key: value for key, value in model.state_dict().items() if key.endswith("num_batches_tracked")}
+    assert counters
+    assert all(value.dtype == torch.int64 and value == 0 for value in counters.values())
+    assert (
+        f"holds no num_batches_tracked for {len(counters)} BatchNorm layers; they start at 0" in capsys.readouterr().out
+    )
+
+
+def test_the_model_of_the_command_line_replaces_that_of_a_foreign_file(tmp_path, capsys):
+    state = {"model": state_of(), "args": argparse.Namespace(model="vit_large_patch16")}
+    path = written(tmp_path / "other_name.pth", state)
+    assert_loaded(start(path, "--model", "test_resnet"), state_of())
+    assert "names its model vit_large_patch16; --model test_resnet is used." in capsys.readouterr().out
+    with pytest.raises(
+        UserError, match=r"names its model vit_large_patch16, which timm does not have; give --model NAME"
+    ):
+        start(path)
+    written(path, {"model": state_of(), "args": argparse.Namespace(model="test_vit")})  # a name that timm has
+    assert_loaded(start(path, "--model", "test_resnet", "--test-only"), state_of())
+
+
+def test_the_model_of_our_own_file_still_cannot_be_contradicted(tmp_path):
+    own = weights_state(network(), CLASSES, {"model": "test_resnet"})
+    with pytest.raises(UserError, match=r"--model test_vit: .*own.pth was made with --model test_resnet"):
+        start(written(tmp_path / "own.pth", own), "--model", "test_vit")
+
+
+def test_only_the_models_name_is_taken_from_the_arguments_of_timm(tmp_path, capsys):
+    args = argparse.Namespace(model="test_resnet", mean=[0.9], std=[0.8], interpolation="bicubic", gray=True)
+    path = written(tmp_path / "timm.pth", {"state_dict": state_of(), "arch": "test_resnet", "args": args})
+    parser = normal.build_parser()
+    given = arguments.parse_given(parser, ["--finetune", str(path)])
+    found, _, _ = run.choose_start(parser, given, "_normal")
+    assert (found.model, found.mean, found.std) == ("test_resnet", [0.3162], [0.3213])
+    assert (found.interpolation, found.gray) == ("bilinear", False)
+    printed = capsys.readouterr().out
+    assert "used of its arguments: --model test_resnet\n" in printed
+    assert "taken for it: --val-resize-size 256 --val-crop-size 224 --interpolation bilinear" in printed
+
+
+def test_the_arguments_beside_model_are_used_as_before_and_printed(tmp_path, capsys):
+    args = argparse.Namespace(model="test_resnet", train_crop_size=48, interpolation="bicubic", lr=0.1)
+    path = written(tmp_path / "reference.pth", {"model": state_of(0, "_orig_mod."), "args": args})
+    parser = normal.build_parser()
+    found, _, _ = run.choose_start(parser, arguments.parse_given(parser, ["--finetune", str(path)]), "_normal")
+    assert (found.model, found.train_crop_size, found.interpolation) == ("test_resnet", 48, "bicubic")
+    message = "used of its arguments: --model test_resnet --train-crop-size 48 --interpolation bicubic\n"
+    assert message in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("state", "match"),
+    [
+        ({**state_of(), "extra.weight": torch.zeros(1)}, "do not fit the model: unexpected extra.weight"),
+        ({"x." + key: value for key, value in encoder().items() if "layer1" not in key}, "do not fit .*missing layer1"),
+        (
+            {"state_dict": {"body.weight": torch.zeros(1)}},
+            "do not fit the model: missing .*unexpected body.weight|more",
+        ),
+        (
+            {"state_dict": state_of(0, "a.") | state_of(1, "b.")},
+            r"holds the model 2 times, below a\., b\.; save the one",
+        ),
+        ({"first": state_of(), "second": state_of()}, r"holds several state dicts \(first, second\)"),
+        ({"state_dict": {**state_of(), "fc.bias": torch.full((3,), math.nan)}}, "'fc.bias' holds NaN or infinite"),
+        ({"state_dict": {"model." + "a." * 100_000 + "b": torch.zeros(1)}}, "do not fit the model"),
+    ],
+    ids=["one key more", "a missing layer", "another model", "two models", "two entries", "diverged", "a long name"],
+)
+def test_weights_that_do_not_fit_are_still_an_error(state, match, tmp_path):
+    path = written(tmp_path / "bad.pth", state)
+    for flags in ((), ("--test-only",)):
+        with pytest.raises(UserError, match=match) as caught:
+            start(path, "--model", "test_resnet", *flags)
+        assert str(path) in str(caught.value)
+        assert "\n" not in str(caught.value)
+
+
+def test_the_commands_read_weights_of_other_code(image_folder, tmp_path, capsys):
+    files = [
+        written(tmp_path / f"{seed}.ckpt", {"state_dict": state_of(seed, "net.") | OTHERS, "arch": "test_resnet"})
+        for seed in (0, 1)
+    ]
+    names = tmp_path / "names.txt"
+    names.write_text("\n".join(CLASSES))
+    image = image_folder / "val" / "dark" / "0.png"
+    known = ["--classes", str(names), *SIZES]
+    predict.main([str(files[0]), str(image), *known, "--device", "cpu", "--format", "json"])
+    printed = capsys.readouterr()
+    assert printed.out.startswith('{"image": ')
+    assert "'net.' is taken off the front of its keys" in printed.err
+    export.main([str(files[0]), *known, "-o", str(tmp_path), "--data-name", "made"])
+    exported = read_weights(tmp_path / "test_resnet_made" / "test_resnet_made.safetensors")
+    assert set(exported.model) == set(state_of())
+    for file in files:
+        torch.save({"state_dict": state_of(int(file.stem), "net."), "arch": "test_resnet"}, file)
+    weight_averaging.main([*map(str, files), "-o", str(tmp_path / "average.pth")])
+    mean = (state_of(0)["fc.weight"] + state_of(1)["fc.weight"]) / 2
+    torch.testing.assert_close(start(tmp_path / "average.pth").fc.weight, nn.Parameter(mean))
+    with pytest.raises(UserError, match="holds an encoder without a head"):
+        predict.main([str(written(tmp_path / "e.pth", encoder())), str(image), *known, "--model", "test_resnet"])
+
+
+def test_the_prefix_is_that_of_most_keys():
+    state = {**state_of(0, "a."), "conv1.weight": torch.zeros(1), "b.fc.weight": torch.zeros(1)}
+    weights = Weights(state, None, {}, None, "file.pth", False, None, [])
+    said: list[str] = []
+    assert loading.fit(network(), weights, said.append).keys() == network().state_dict().keys()
+    assert any("left out, since they are not below 'a.': conv1.weight, b.fc.weight" in line for line in said)

@@ -1,0 +1,328 @@
+"""Weight files whose pickles allocate, loop or lie are refused at once; every file that torch.save writes is read."""
+
+import argparse
+import io
+import os
+import pickle
+import struct
+import subprocess
+import sys
+import zipfile
+from collections import Counter, OrderedDict
+
+import pytest
+import torch
+from torch import nn
+
+from utils.checkpoints.checkpoint import METADATA, read, read_weights
+
+REFUSE = """
+import resource, sys
+from utils import checkpoint
+from utils.errors import UserError
+used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + 100_000_000, -1))
+for path in sys.argv[1:]:
+    try:
+        checkpoint.read(path)
+        print(path, "was read")
+    except UserError as error:
+        print(error)
+"""
+
+
+def text(value: str) -> bytes:
+    return b"X" + struct.pack("<I", len(value)) + value.encode()
+
+
+def number(value: int) -> bytes:
+    return pickle.dumps(value, 2)[2:-1]
+
+
+def numbers(*values: int) -> bytes:
+    return b"(" + b"".join(map(number, values)) + b"t"
+
+
+def function(name: str) -> bytes:
+    return b"c" + name.replace(" ", "\n").encode() + b"\n"
+
+
+def state(value: bytes, key: str = "fc.weight") -> bytes:
+    """A dictionary of one entry."""
+    return b"\x80\x02}" + text(key) + value + b"s."
+
+
+def storage(count: int, key: str = "0", kind: str = "Float") -> bytes:
+    return b"(" + text("storage") + function(f"torch {kind}Storage") + text(key) + text("cpu") + number(count) + b"tQ"
+
+
+def tensor(
+    count: int, offset: int, sizes: bytes, strides: bytes, hooks: bytes = b"ccollections\nOrderedDict\n)R"
+) -> bytes:
+    rebuild = function("torch._utils _rebuild_tensor_v2")
+    return rebuild + b"(" + storage(count) + number(offset) + sizes + strides + b"\x89" + hooks + b"tR"
+
+
+def zipped(pickled: bytes, **records: bytes) -> bytes:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        for name, content in {"data.pkl": pickled, "byteorder": b"little", "version": b"3\n", **records}.items():
+            archive.writestr(name if "/" in name else f"archive/{name}", content)
+    return buffer.getvalue()
+
+
+def as_old(content: object) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(content, buffer, _use_new_zipfile_serialization=False)
+    return buffer.getvalue()
+
+
+FOUR = {"archive/data/0": bytes(16)}
+FOREIGN, NEVER = "holds pickled objects beyond tensors", "in a way that torch.save never does"
+MORE, STORAGE = "more than the file holds", "more than its storage holds"
+DENSE = "'fc.weight' is no dense tensor"
+IS_NONE = "is no checkpoint, or is damaged"
+OLD = as_old({"w": torch.arange(4.0)})
+NESTED = b"".join(b"ah" + bytes([i]) + b"h" + bytes([i]) + b"\x86q" + bytes([i + 1]) for i in range(60))
+GIANT = b"\x8a\x08" + struct.pack("<q", 10**10)
+ONE_CALL = function("collections OrderedDict") + b"q\0"
+HOSTILE = {
+    # keys
+    "nested tuple as a key": (zipped(b"\x80\x02])q\0" + NESTED + b"a}h\x3cNs."), "keys other than texts and numbers"),
+    "tuple as a key": (zipped(b"\x80\x02}K\1K\2\x86Ns."), "keys other than texts and numbers"),
+    "colliding numbers as keys": (zipped(b"\x80\x02}" + number(2**61 - 1 << 9) + b"Ns."), "keys other than"),
+    "nested frozensets": (zipped(state(function("__builtin__ frozenset") + b"]\x85R")), FOREIGN),
+    "set of lists": (zipped(state(function("__builtin__ set") + b"]]a\x85R")), "keys other than"),
+    # allocation
+    "bytearray": (zipped(state(function("__builtin__ bytearray") + GIANT + b"\x85R")), FOREIGN),
+    "tensor class": (zipped(state(function("torch Tensor") + GIANT + b"\x85R")), FOREIGN),
+    "storage class": (zipped(state(function("torch ByteStorage") + GIANT + b"\x85R")), NEVER),
+    "counter of a number": (zipped(state(function("collections Counter") + b"K\5\x85R")), NEVER),
+    "size of a text": (zipped(state(function("torch Size") + text("a") + b"\x85R")), NEVER),
+    "encoding": (zipped(state(function("_codecs encode") + text("a") + text("idna") + b"\x86R")), NEVER),
+    "encoded often": (
+        zipped(state(b"(" + function("_codecs encode") + b"q\0" + text("a" * 9000) + text("latin1") + b"\x86q\1R"
+               + b"h\0h\1R" * 400 + b"t")),
+        "it copies more values than a file of its size needs",
+    ),
+    "called often": (zipped(state(ONE_CALL + b"(" + b"h\0)R" * 3000 + b"t")), "calls functions more often"),
+    "namespace with arguments": (zipped(state(function("argparse Namespace") + b"K\1\x85\x81")), NEVER),
+    "namespace called": (zipped(state(function("argparse Namespace") + b")R")), NEVER),
+    "many values": (zipped(b"\x80\x02" + b"}" * 300_000 + b"."), "pending values"),
+    "many instructions": (zipped(b"\x80\x02]q\0" + b"]a" * 260_000 + b"."), "more instructions"),
+    "deep": (zipped(state(b"]" * 5000 + b"a" * 4999)), "nested more than 100 deep"),
+    "deep marks": (zipped(state(b"(" * 5000 + b"t" * 5000)), "nested more than 100 deep"),
+    "deep tuples": (zipped(state(b")" + b"\x85" * 5000)), "nested more than 100 deep"),
+    # instructions that torch.save never writes
+    "text of 2 GB": (zipped(b"\x80\x02\x8d" + struct.pack("<Q", 2 * 10**9) + b"a."), IS_NONE),
+    "text of 4 GB": (zipped(b"\x80\x02X\xff\xff\xff\xff" + b"a."), IS_NONE),
+    "long number": (zipped(state(b"\x8b" + struct.pack("<i", 10**6) + b"\1" * 10**6)), "the instruction LONG4"),
+    "long number as text": (zipped(state(b"L" + b"9" * 10**6 + b"L\n")), IS_NONE),
+    "number as text": (zipped(state(b"I" + b"9" * 10**6 + b"\n")), IS_NONE),
+    "copies": (zipped(b"\x80\x02]" + b"2" * 1000 + b"."), "the instruction DUP"),
+    "nothing left": (zipped(b"\x80\x02]00."), "the instruction POP"),
+    "extension": (zipped(b"\x80\x02\x82\1."), IS_NONE),
+    "instance": (zipped(b"\x80\x02(iargparse\nNamespace\n."), "the instruction INST"),
+    "object": (zipped(b"\x80\x02(" + function("argparse Namespace") + b"o."), "the instruction OBJ"),
+    "object with names": (zipped(b"\x80\x02" + function("argparse Namespace") + b")}\x92."), "instruction NEWOBJ_EX"),
+    "newer pickle": (zipped(pickle.dumps({"a": 1}, 4)), "the instruction PROTO"),
+    "unknown memory": (zipped(b"\x80\x02h\7."), IS_NONE),
+    "cut": (zipped(b"\x80\x02}"), IS_NONE),
+    # attributes
+    "attributes of a list": (zipped(state(b"]}" + text("append") + b"K\1sb")), "gives attributes to what has none"),
+    "attributes of a dictionary": (
+        zipped(state(function("collections OrderedDict") + b")R}" + text("items") + b"K\1sb")),
+        "gives attributes to what has none",
+    ),
+    "attributes without names": (
+        zipped(state(function("argparse Namespace") + b")\x81}K\1K\1sb")),
+        "gives attributes to what has none",
+    ),
+    "attributes of a class": (zipped(state(function("argparse Namespace") + b"}b")), "gives attributes to"),
+    # tensors
+    "beyond its storage": (zipped(state(tensor(4, 0, numbers(2, 4), numbers(1, 1))), **FOUR), STORAGE),
+    "offset beyond its storage": (zipped(state(tensor(4, 3, numbers(2), numbers(1))), **FOUR), STORAGE),
+    "empty, far beyond": (zipped(state(tensor(4, 2**40, numbers(0), numbers(1))), **FOUR), STORAGE),
+    "stride beyond its storage": (zipped(state(tensor(4, 0, numbers(2), numbers(2**60))), **FOUR), STORAGE),
+    "expanded": (zipped(state(tensor(4, 0, numbers(10**6, 10**6), numbers(0, 0))), **FOUR), MORE),
+    "overflow": (zipped(state(tensor(4, 0, numbers(2**32, 2**32, 2), numbers(0, 0, 0))), **FOUR), MORE),
+    "negative stride": (zipped(state(tensor(4, 3, numbers(2), numbers(-1))), **FOUR), NEVER),
+    "negative offset": (zipped(state(tensor(4, -1, numbers(2), numbers(1))), **FOUR), NEVER),
+    "strides missing": (zipped(state(tensor(4, 0, numbers(2), b")")), **FOUR), NEVER),
+    "shape of texts": (zipped(state(tensor(4, 0, text("a") + b"\x85", numbers(1))), **FOUR), NEVER),
+    "hooks": (zipped(state(tensor(4, 0, numbers(2), numbers(1), b"}")), **FOUR), NEVER),
+    "storage that is not there": (zipped(state(tensor(4, 0, numbers(2), numbers(1)))), "of data/0, which it lacks"),
+    "storage that is too small": (
+        zipped(state(tensor(10**9, 0, numbers(2), numbers(1))), **FOUR),
+        "claim 4000000000 bytes of data/0, which it lacks",
+    ),
+    "storage of two sizes": (
+        zipped(state(storage(4) + storage(400) + b"\x86"), **FOUR),
+        "claims another size of a storage that was named before",
+    ),
+    "storage of no kind": (zipped(state(b"(" + text("storage") * 5 + b"tQ")), IS_NONE),
+    "storage of another word": (zipped(state(storage(4).replace(b"storage", b"modules"))), IS_NONE),
+    "sparse": (zipped(state(function("torch._utils _rebuild_sparse_tensor") + b")R")), DENSE),
+    "quantised": (zipped(state(function("torch._utils _rebuild_qtensor") + b")R")), DENSE),
+    "wrapped": (zipped(state(function("torch._utils _rebuild_wrapper_subclass") + b")R")), DENSE),
+    "with attributes": (zipped(state(function("torch._tensor _rebuild_from_type_v2") + b")R")), DENSE),
+    "views of one storage": (
+        zipped(b"\x80\x02}(" + b"".join(text(str(n)) + tensor(4000, 0, numbers(4000), numbers(1)) for n in range(300))
+               + b"u.", **{"archive/data/0": bytes(16_000)}),
+        "its tensors claim more than 20 times the bytes of the file",
+    ),
+    # records
+    "record of a byte order that is none": (zipped(state(b"K\1"), byteorder=b"middle"), IS_NONE),
+    "record outside": (zipped(state(b"K\1"), **{"archive/../../x": b"x"}), "is none that torch.save writes"),
+    "record of another folder": (zipped(state(b"K\1"), **{"other/data.pkl": b"x"}), "is none that torch.save writes"),
+    "record of code": (zipped(state(b"K\1"), **{"archive/code/a.py": b"x"}), "is none that torch.save writes"),
+    "thousands of records": (zipped(state(b"K\1"), **{f"archive/data/{n}x": b"" for n in range(3000)}), IS_NONE),
+    "no pickle": (zipped(b"").replace(b"data.pkl", b"data.pk_"), IS_NONE),
+    # no file of torch.save
+    "text": (b"hello", "it does not begin as torch.save's files do"),
+    "safetensors": (struct.pack("<Q", 2) + b"{}", "the names of others must end in .safetensors"),
+    "plain pickle of code": (b"\x80\x02" + function("os system") + b".", "('os.system' near its first entry), which"),
+    # the old format
+    "old, nothing filled": (OLD[: OLD.rindex(b"\x80\x02")] + pickle.dumps([], 2), "lists other values than"),
+    "old, cut": (OLD[:-1], "holds fewer or more values"),
+    "old, with a tail": (OLD + b"\0", "holds fewer or more values"),
+    "old, another count": (OLD[:-24] + struct.pack("<q", 10**10) + OLD[-16:], "holds other values than"),
+    "old, of 2017": (b"sys_info" + bytes(1000), IS_NONE),
+}  # fmt: skip
+
+
+def header(entries: str, data: bytes = bytes(16)) -> bytes:
+    """A file whose header holds these entries, as JSON without the outer braces."""
+    return struct.pack("<Q", len(entries) + 2) + b"{" + entries.encode() + b"}" + data
+
+
+ENTRY = '"a":{"dtype":"F32","shape":[4],"data_offsets":[0,16]}'
+SAFETENSORS = {  # all are damaged
+    "long header": struct.pack("<Q", 2**62) + b"{}",
+    "header longer than the file": struct.pack("<Q", 10**7) + b"{}",
+    "deep header": header('"a":' + "[" * 100_000),
+    "deep metadata": header('"__metadata__":' + '{"a":' * 10_000 + "1" + "}" * 10_000),
+    "metadata of numbers": header('"__metadata__":{"a":1},' + ENTRY),
+    "the same key twice": header(ENTRY + "," + ENTRY.replace("[0,16]", "[0,8]").replace("[4]", "[2]")),
+    "overlapping": header(ENTRY + "," + ENTRY.replace('"a"', '"b"')),
+    "a shape of more": header(ENTRY.replace("[4]", "[4000000000]")),
+    "a shape that overflows": header(ENTRY.replace("[4]", "[4294967296,4294967296,4]")),
+    "a negative shape": header(ENTRY.replace("[4]", "[-4]")),
+    "beyond the file": header(ENTRY, b""),
+    "with a tail": header(ENTRY, bytes(17)),
+    "many tensors": header(
+        ",".join(f'"{n}":{{"dtype":"F32","shape":[0],"data_offsets":[0,0]}}' for n in range(20_001)), b""
+    ),
+    "many lists": header(f'"__metadata__":{{"{METADATA}":"{"[]," * 100_001}"}},' + ENTRY),
+}
+
+
+def test_hostile_files_are_refused_within_a_few_megabytes(tmp_path):
+    """In one process, which may take 100 MB more than it has after its imports."""
+    files = {f"{name}.pth": file for name, file in HOSTILE.items()}
+    files |= {f"{name}.safetensors": (content, IS_NONE) for name, content in SAFETENSORS.items()}
+    paths = [tmp_path / name for name in files]
+    for path, (content, _) in zip(paths, files.values(), strict=True):
+        path.write_bytes(content)
+        assert len(content) < 2_000_000
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", REFUSE, *map(str, paths)]
+    result = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+    assert result.returncode == 0, result.stderr[-3000:]
+    lines = result.stdout.splitlines()
+    assert len(lines) == len(paths)
+    wrong = [line for line, path, (_, match) in zip(lines, paths, files.values(), strict=True)
+             if not (line.startswith(f"{path}: ") and match in line and len(line) < 500)]  # fmt: skip
+    assert wrong == []
+
+
+def test_the_pieces_of_the_hostile_pickles_make_a_good_file(tmp_path):
+    """Or the refusals would prove nothing."""
+    path = tmp_path / "good.pth"
+    content = struct.pack("<4f", 0, 1, 2, 3)
+    path.write_bytes(zipped(state(tensor(4, 1, numbers(3), numbers(1))), **{"archive/data/0": content}))
+    assert read(path)["fc.weight"].tolist() == [1, 2, 3]
+    path.write_bytes(OLD)
+    assert read(path)["w"].tolist() == [0, 1, 2, 3]
+    path = tmp_path / "good.safetensors"
+    path.write_bytes(header(ENTRY, content))
+    assert read(path)["a"].tolist() == [0, 1, 2, 3]
+
+
+# Files of torch.save
+
+
+def equal(found: object, expected: object) -> bool:
+    if isinstance(expected, torch.Tensor):
+        return found.dtype == expected.dtype and found.stride() == expected.stride() and torch.equal(found, expected)
+    if isinstance(expected, dict):
+        return found.keys() == expected.keys() and all(equal(found[key], value) for key, value in expected.items())
+    if isinstance(expected, argparse.Namespace):
+        return type(found) is argparse.Namespace and equal(vars(found), vars(expected))
+    return type(found) is type(expected) and found == expected
+
+
+def trained(optimizer: type[torch.optim.Optimizer], **options) -> dict:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(36, 2))
+    stepper = optimizer(model.parameters(), lr=0.1, **options)
+    schedule = torch.optim.lr_scheduler.MultiStepLR(stepper, [3, 5])  # which holds a Counter
+    model(torch.randn(2, 3, 5, 5)).sum().backward()
+    stepper.step()
+    schedule.step()
+    return {"model": model.state_dict(), "optimizer": stepper.state_dict(), "lr_scheduler": schedule.state_dict()}
+
+
+WHOLE = torch.arange(24.0)
+SAVED = {
+    "sgd": trained(torch.optim.SGD, momentum=0.9, nesterov=True),
+    "adamw": trained(torch.optim.AdamW),
+    "rmsprop": trained(torch.optim.RMSprop, momentum=0.9),
+    "torchvision": {
+        **trained(torch.optim.SGD),
+        "epoch": 3,
+        "args": argparse.Namespace(lr=0.1, clip_grad_norm=None, model="resnet18", ra_sampler=False, mean=[0.1, 0.2]),
+        "scaler": torch.amp.GradScaler("cpu").state_dict(),
+    },
+    "timm": {"epoch": 1, "arch": "resnet18", "state_dict": {"fc.bias": WHOLE}, "version": 2, "metric": 71.5},
+    "lightning": {
+        "state_dict": OrderedDict({"model.fc.bias": WHOLE}),
+        "loops": {"fit_loop": {"state_dict": {}, "epoch_progress": {"total": {"ready": 1}}}},
+        "callbacks": {"ModelCheckpoint{'monitor': None}": {"best_model_score": torch.tensor(0.5), "best_k_models": {}}},
+        "hyper_parameters": {"size": torch.Size([3, 4]), "device": torch.device("cpu"), "kinds": {"a", "b"}},
+        "milestones": Counter([3, 3, 5]),
+    },
+    "kinds": {kind: WHOLE.to(getattr(torch, kind)) for kind in (
+        "float16", "bfloat16", "float32", "float64", "uint8", "int8", "int16", "int32", "int64", "bool")},
+    "views": {"part": WHOLE[4:9], "turned": WHOLE.view(4, 6).T, "whole": WHOLE, "none": torch.zeros(0, 3),
+              "number": torch.tensor(7), "spread": torch.ones(1).expand(3), "last": torch.zeros(2, 3, 4, 4).to(
+                  memory_format=torch.channels_last)},
+    "values": {"bytes": b"\0\xff", "long": 2**64 - 1, "negative": -5, "none": None, "pair": (1, "a"), 5: 0.5,
+               "float": 1e300, "empty": ((), [], {}, ""), "text": "ü\ud800", "kind": torch.float16},
+    "parameters": {"weight": nn.Parameter(torch.ones(3)), "buffer": nn.Parameter(torch.ones(2), requires_grad=False)},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("old", [False, True], ids=["zip", "old format"])
+@pytest.mark.parametrize("kind", SAVED)
+def test_whatever_torch_saves_for_plain_states_is_read(tmp_path, kind, old):
+    torch.save(SAVED[kind], tmp_path / "file.pth", _use_new_zipfile_serialization=not old)
+    assert equal(read(tmp_path / "file.pth"), SAVED[kind])
+
+
+def test_large_states_stay_far_below_the_limits(tmp_path):
+    many = {f"blocks.{number}.mlp.fc1.weight": torch.zeros(1) for number in range(3000)}
+    state = {"model": many, "classes": [f"class {number}" for number in range(20_000)]}
+    torch.save(state, tmp_path / "large.pth")
+    found = read(tmp_path / "large.pth")
+    assert (len(found["model"]), len(found["classes"])) == (3000, 20_000)
+
+
+def test_a_note_of_versions_in_a_state_dict_has_no_say(tmp_path):
+    model = nn.Linear(2, 2)
+    weights = model.state_dict()
+    weights._metadata = 5
+    torch.save({"model": weights}, tmp_path / "odd.pth")
+    found = read_weights(tmp_path / "odd.pth").model
+    assert read(tmp_path / "odd.pth")["model"].__dict__ == {}
+    model.load_state_dict(found)

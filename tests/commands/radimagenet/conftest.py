@@ -1,0 +1,17 @@
+"""What the tests of RadImageNet's preparation share: the set as it is handed out, and where the tree is to be."""
+
+from pathlib import Path
+
+import pytest
+
+from tests.helpers.radimagenet import write_source
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    return write_source(tmp_path / "given")
+
+
+@pytest.fixture
+def output(tmp_path: Path) -> Path:
+    return tmp_path / "output"

@@ -1,0 +1,247 @@
+"""Bits and frames as an image's header gives them: refused before a pixel is decoded, whatever mode Pillow opens."""
+
+import re
+import struct
+
+import numpy as np
+import pytest
+from PIL import Image, TiffImagePlugin
+
+from _normal import train as normal
+from tests.conftest import SMALL
+from tests.data.test_hostile_images import png, saved
+from tests.helpers.exports import write_checkpoint
+from utils import arguments
+from utils.audit import __main__ as audit_command
+from utils.audit.images import measure
+from utils.checkpoints.checkpoint import read_weights
+from utils.data import splits as wiring_data
+from utils.data.images import read_image
+from utils.runtime.errors import UserError
+
+WIDE = np.array([0, 255, 256, 40_000, 65_535])  # levels of 16 bits
+NARROW = (WIDE >> 8).tolist()
+
+
+def wide(*channels: np.ndarray, order: str = ">") -> bytes:
+    return np.stack(channels, 1).astype(f"{order}u2").tobytes()
+
+
+def tiff(pixels: bytes, bits: tuple[int, ...], *, width: int = 5, extra: int | None = None, order: str = "<",
+         signed: bool = False, planes: bool = False, white_is_zero: bool = False,
+         next_directory: int = 0) -> bytes:  # fmt: skip
+    """A TIFF written by hand, of one row and one strip (or one a channel), its only directory at offset 8."""
+    many = len(bits)
+    tags = [(256, 3, [width]), (257, 3, [1]), (258, 3, list(bits)), (259, 3, [1]), (262, 3, [1 if many < 3 else 2])]
+    strips = many if planes else 1
+    size = len(pixels) // strips
+    tags[-1] = (262, 3, [0]) if white_is_zero else tags[-1]
+    tags += [(273, 4, [1000 + size * strip for strip in range(strips)]), (277, 3, [many]), (278, 3, [1])]
+    tags += [(279, 4, [size] * strips), (284, 3, [2 if planes else 1])]
+    tags += [(338, 3, [extra])] if extra is not None else []
+    tags += [(339, 3, [2] * many)] if signed else []
+    directory, values, place = struct.pack(f"{order}H", len(tags)), b"", 8 + 2 + 12 * len(tags) + 4
+    for tag, kind, numbers in tags:
+        packed = struct.pack(f"{order}{len(numbers)}{'H' if kind == 3 else 'I'}", *numbers)
+        if len(packed) > 4:
+            values, packed = values + packed, struct.pack(f"{order}I", place + len(values))
+        directory += struct.pack(f"{order}HHI", tag, kind, len(numbers)) + packed.ljust(4, b"\0")
+    head = {"<": b"II*\0", ">": b"MM\0*"}[order] + struct.pack(f"{order}I", 8)
+    whole = head + directory + struct.pack(f"{order}I", next_directory) + values
+    return whole.ljust(1000, b"\0") + pixels
+
+
+RGB16 = (WIDE, WIDE[::-1], WIDE)
+DEEP = {
+    "png grey": (png(5, 1, 16, 0, wide(WIDE)), 16),
+    "png grey and alpha": (png(5, 1, 16, 4, wide(WIDE, WIDE)), 16),
+    "png RGB": (png(5, 1, 16, 2, wide(*RGB16)), 16),
+    "png RGBA": (png(5, 1, 16, 6, wide(*RGB16, WIDE)), 16),
+    "tiff grey": (tiff(wide(WIDE, order="<"), (16,)), 16),
+    "tiff grey, Motorola": (tiff(wide(WIDE), (16,), order=">"), 16),
+    "tiff grey, packed": (saved(Image.fromarray(WIDE[None].astype(np.uint16)), "TIFF", compression="tiff_lzw"), 16),
+    "tiff grey, white is 0": (tiff(wide(WIDE, order="<"), (16,), white_is_zero=True), 16),
+    "tiff grey of 12 bits": (tiff(bytes.fromhex("000fff800123fff0"), (12,)), 12),
+    "tiff RGB": (tiff(wide(*RGB16, order="<"), (16,) * 3), 16),
+    "tiff RGB, Motorola": (tiff(wide(*RGB16), (16,) * 3, order=">"), 16),
+    "tiff RGBA": (tiff(wide(*RGB16, WIDE, order="<"), (16,) * 4, extra=2), 16),
+    "tiff RGBX": (tiff(wide(*RGB16, WIDE, order="<"), (16,) * 4, extra=0), 16),
+    "tiff RGB in planes": (tiff(b"".join(wide(one, order="<") for one in RGB16), (16,) * 3, planes=True), 16),
+    "tiff signed": (tiff(wide(WIDE, order="<"), (16,), signed=True), 16),
+    "tiff of 32 bits": (saved(Image.fromarray(np.array([[0, 70_000]], np.int32)), "TIFF"), 32),
+    "tiff float": (saved(Image.fromarray(np.array([[0, 0.5]], np.float32)), "TIFF"), 32),
+    "pgm": (b"P5 5 1 65535\n" + wide(WIDE), 16),
+    "pgm of 12 bits": (b"P5 5 1 4095\n" + wide(WIDE >> 4), 12),
+    "pgm in text": (b"P2 2 1 1023\n0 1023\n", 10),
+    "ppm": (b"P6 5 1 65535\n" + wide(*RGB16), 16),
+    "ppm in text": (b"P3 1 1 256\n0 1 256\n", 9),
+    "pfm": (b"Pf 1 1 -1.0\n" + struct.pack("<f", 0.5), 32),
+}  # fmt: skip
+# What --upper-8-bits makes of them; the others it refuses too.
+UPPER = {
+    "png grey": [[v] * 3 for v in NARROW],
+    "png grey and alpha": [[v] * 3 for v in NARROW],
+    "png RGB": [list(pixel) for pixel in zip(NARROW, NARROW[::-1], NARROW, strict=True)],
+    "tiff grey, white is 0": [[255 - v] * 3 for v in NARROW],
+    "tiff grey of 12 bits": [[v >> 4] * 3 for v in (0x000, 0xFFF, 0x800, 0x123, 0xFFF)],
+}
+UPPER |= {name: UPPER["png grey"] for name in ("tiff grey", "tiff grey, Motorola", "tiff grey, packed")}
+UPPER |= {name: UPPER["png RGB"] for name in ("png RGBA", "tiff RGB", "tiff RGB, Motorola", "tiff RGBA", "tiff RGBX")}
+
+
+@pytest.mark.parametrize("name", DEEP)
+def test_more_than_8_bits_a_channel_are_refused_whatever_the_mode(name, tmp_path):
+    content, bits = DEEP[name]
+    path = tmp_path / "a.png"
+    path.write_bytes(content)
+    reason = re.escape(f"cannot be read as an image ({bits} bits a channel; save it with 8, windowed as it should be ")
+    for read in (read_image, lambda path: read_image(path, gray=True), measure):
+        with pytest.raises(UserError, match=reason + "seen, or give --upper-8-bits"):
+            read(path)
+
+
+@pytest.mark.parametrize("name", DEEP)
+def test_the_upper_8_bits_are_kept_when_asked_for_or_refused(name, tmp_path):
+    path = tmp_path / "a.png"
+    path.write_bytes(DEEP[name][0])
+    if name not in UPPER:
+        with pytest.raises(UserError, match="bits a channel, of which --upper-8-bits reduces unsigned ones in PNG"):
+            read_image(path, upper_8_bits=True)
+        return
+    assert np.asarray(read_image(path, upper_8_bits=True)).tolist() == [UPPER[name]]
+    gray = np.asarray(read_image(path, gray=True, upper_8_bits=True))
+    assert gray.tolist() == np.asarray(read_image(path, upper_8_bits=True).convert("L")).tolist()
+    record = measure(path, upper_8_bits=True)
+    np.testing.assert_allclose(record["mean"][:3], np.mean(UPPER[name], axis=0))
+
+
+def test_8_bits_and_fewer_are_read_as_before(tmp_path):
+    contents = [
+        (tiff(bytes([0, 7, 255, 1, 2]), (8,)), [0, 7, 255, 1, 2]),
+        (tiff(bytes([0x0F, 0xF0, 0x80]), (4,)), [0, 255, 255, 0, 136]),
+        (b"P5 3 1 255\n" + bytes([0, 7, 255]), [0, 7, 255]),
+        (b"P5 3 1 100\n" + bytes([0, 50, 100]), [0, 128, 255]),
+        (png(3, 1, 8, 4, bytes([1, 0, 2, 9, 3, 255])), [1, 2, 3]),
+    ]
+    for content, expected in contents:
+        (tmp_path / "a.png").write_bytes(content)
+        for upper_8_bits in (False, True):
+            image = read_image(tmp_path / "a.png", upper_8_bits=upper_8_bits)
+            assert np.asarray(image)[0, :, 0].tolist() == expected
+
+
+def test_signed_levels_of_8_bits_are_refused(tmp_path):
+    (tmp_path / "a.tif").write_bytes(tiff(bytes([0, 7, 255, 1, 2]), (8,), signed=True))
+    for upper_8_bits in (False, True):
+        with pytest.raises(UserError, match="signed levels, which Pillow takes for unsigned ones"):
+            read_image(tmp_path / "a.tif", upper_8_bits=upper_8_bits)
+
+
+def test_jpeg_of_12_bits_is_refused(tmp_path):
+    content = bytearray(saved(Image.new("L", (8, 8)), "JPEG"))
+    frame = content.index(b"\xff\xc0")
+    content[frame + 4] = 12
+    (tmp_path / "a.jpg").write_bytes(content)
+    with pytest.raises(UserError, match="cannot be read as an image"):
+        read_image(tmp_path / "a.jpg", upper_8_bits=True)
+
+
+# In the commands
+
+
+@pytest.fixture
+def deep_folder(tmp_path):
+    """DATA/{train,val}/{a,b}: 16-bit grey images with alpha."""
+    for split in ("train", "val"):
+        for index in range(8):
+            path = tmp_path / "data" / split / "ab"[index % 2] / f"{index}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(png(5, 1, 16, 4, wide(WIDE, WIDE)))
+    return tmp_path / "data"
+
+
+def test_a_cache_of_upper_8_bits_is_another_cache(deep_folder, tmp_path):
+    parser = normal.build_parser()
+    found = []
+    for flags in (["--bad-images", "skip"], ["--upper-8-bits", "--bad-images", "skip"]):
+        typed = [*SMALL, "--data-path", str(deep_folder), "--cache-dataset", "host", "--cache-dir", str(tmp_path)]
+        args = arguments.for_fresh_start(parser, arguments.parse_given(parser, [*typed, *flags]))
+        splits = wiring_data.open_splits(args)
+        build = wiring_data._cache_build(args, splits.evaluation)
+        found.append(build.folder)
+        if "--upper-8-bits" in flags:
+            list(build.build())
+            assert np.unique(np.asarray(build.open("pil")[0])).size > 2
+        else:
+            with pytest.raises(UserError, match="none of its 8 images can be read"):
+                list(build.build())
+    assert found[0] != found[1]
+
+
+def test_weights_remember_upper_8_bits_and_may_be_evaluated_with_it(tmp_path):
+    parser = normal.build_parser()
+    for trained, given, expected in (([], [], False), (["--upper-8-bits"], [], True), ([], ["--upper-8-bits"], True)):
+        path = write_checkpoint(tmp_path / "model_0.pth", *trained)
+        weights = read_weights(path)
+        values = arguments.parse_given(parser, ["--resume", str(path), "--test-only", *given])
+        args = arguments.for_weights(parser, values, weights.args, str(path), test_only=True)
+        assert args.upper_8_bits == expected
+
+
+def test_a_run_that_began_before_the_flag_was_there_may_be_given_it():
+    parser = normal.build_parser()
+    saved = arguments.defaults(parser)
+    del saved["upper_8_bits"]
+    given = arguments.parse_given(parser, ["--resume", "f", "--upper-8-bits"])
+    assert arguments.for_resume(parser, given, saved, "f").upper_8_bits
+
+
+def test_the_audit_reads_as_the_training_does(deep_folder, tmp_path, capsys):
+    for flags, readable in (([], 0), (["--upper-8-bits"], 16)):
+        audit_command.main([str(deep_folder), "-o", str(tmp_path / f"audit{readable}"), "-j", "0", *flags])
+        rows = (tmp_path / f"audit{readable}" / "images.csv").read_text().splitlines()
+        assert sum("PNG" in row for row in rows) == readable
+        page = (tmp_path / f"audit{readable}" / "report.html").read_text()
+        assert ("data:image/jpeg" in page) == bool(readable)  # pictures of the copies
+
+
+# Frames
+
+
+def directories(number: int, loop: bool = False) -> bytes:
+    """A TIFF of this many directories, each an image; the last leads nowhere, or back to the first."""
+    first = tiff(bytes(5), (8,), next_directory=1008)
+    content = bytearray(first.ljust(1008, b"\0"))
+    directory = first[8:1000]
+    length = 2 + 12 * struct.unpack("<H", directory[:2])[0]
+    for index in range(1, number):
+        last = index == number - 1
+        content += directory[:length] + struct.pack("<I", (8 if loop else 0) if last else len(content) + length + 4)
+    return bytes(content)
+
+
+@pytest.mark.parametrize("loop", [False, True])
+def test_of_a_tiffs_directories_only_the_first_is_read(loop, tmp_path, monkeypatch):
+    path = tmp_path / "a.tif"
+    path.write_bytes(directories(5000, loop))
+    loads = []
+    load = TiffImagePlugin.ImageFileDirectory_v2.load
+    monkeypatch.setattr(
+        TiffImagePlugin.ImageFileDirectory_v2, "load", lambda self, fp: loads.append(fp.tell()) or load(self, fp)
+    )
+    with pytest.raises(UserError, match="it holds several frames; save each as a file of its own"):
+        read_image(path)
+    assert set(loads) == {8}
+
+
+def test_a_tiff_directory_that_leads_to_itself_is_one_frame(tmp_path):
+    (tmp_path / "a.tif").write_bytes(tiff(bytes([1, 2, 3, 4, 5]), (8,), next_directory=8))
+    assert np.asarray(read_image(tmp_path / "a.tif"))[0, :, 0].tolist() == [1, 2, 3, 4, 5]
+
+
+@pytest.mark.parametrize(("kind", "name"), [("PNG", "a.png"), ("WEBP", "a.webp"), ("TIFF", "a.tif")])
+def test_two_frames_of_any_format_are_refused(kind, name, tmp_path):
+    first, second = (Image.new("RGB", (4, 4), (level, 0, 0)) for level in (0, 255))
+    (tmp_path / name).write_bytes(saved(first, kind, save_all=True, append_images=[second]))
+    with pytest.raises(UserError, match="it holds several frames"):
+        read_image(tmp_path / name)

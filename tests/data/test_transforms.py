@@ -1,0 +1,317 @@
+"""Transforms against torchvision composed by hand, and the mixing of batches against its definition."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torchvision.transforms import v2
+
+from utils.data.transforms import (
+    AUTO_AUGMENTS,
+    BACKENDS,
+    INTERPOLATIONS,
+    BatchMixing,
+    Normalize,
+    ToTensor,
+    evaluation_transform,
+    training_transform,
+)
+from utils.runtime.errors import UserError
+
+BILINEAR = v2.InterpolationMode.BILINEAR
+BICUBIC = v2.InterpolationMode.BICUBIC
+NEAREST = v2.InterpolationMode.NEAREST
+MEAN = (0.2, 0.5, 0.75)
+FILL = [51, 128, 191]  # 255 * MEAN = 51, 127.5, 191.25; Python rounds 127.5 to the even 128
+CROP = 16
+SEEDS = range(20)  # enough for the rarer operations of the automatic augmentations
+
+
+def colour_image(height: int = 40, width: int = 36) -> Image.Image:
+    pixels = np.random.default_rng(0).integers(0, 256, (height // 4, width // 4, 3), dtype=np.uint8)
+    return Image.fromarray(pixels.repeat(4, axis=0).repeat(4, axis=1))
+
+
+def seeded(transform, seed: int) -> torch.Tensor:
+    torch.manual_seed(seed)
+    return transform(colour_image())
+
+
+def crop_and_flip(mode=BILINEAR) -> list:
+    return [v2.RandomResizedCrop(CROP, interpolation=mode, antialias=True), v2.RandomHorizontalFlip()]
+
+
+COMPOSED = {
+    "plain": ({}, [*crop_and_flip(), v2.PILToTensor()]),
+    "tensor": ({"backend": "tensor"}, [v2.PILToTensor(), *crop_and_flip()]),
+    "bicubic": ({"interpolation": "bicubic"}, [*crop_and_flip(BICUBIC), v2.PILToTensor()]),
+    "nearest": ({"interpolation": "nearest"}, [*crop_and_flip(NEAREST), v2.PILToTensor()]),
+    "ra": (
+        {"auto_augment": "ra"},
+        [*crop_and_flip(), v2.RandAugment(magnitude=9, interpolation=BILINEAR), v2.PILToTensor()],
+    ),
+    "ra, magnitude 25": (
+        {"auto_augment": "ra", "ra_magnitude": 25},
+        [*crop_and_flip(), v2.RandAugment(magnitude=25, interpolation=BILINEAR), v2.PILToTensor()],
+    ),
+    "ta_wide": (
+        {"auto_augment": "ta_wide"},
+        [*crop_and_flip(), v2.TrivialAugmentWide(interpolation=BILINEAR), v2.PILToTensor()],
+    ),
+    "augmix": (
+        {"auto_augment": "augmix"},
+        [*crop_and_flip(), v2.AugMix(severity=3, interpolation=BILINEAR), v2.PILToTensor()],
+    ),
+    "augmix, severity 9": (
+        {"auto_augment": "augmix", "augmix_severity": 9},
+        [*crop_and_flip(), v2.AugMix(severity=9, interpolation=BILINEAR), v2.PILToTensor()],
+    ),
+    "imagenet": (
+        {"auto_augment": "imagenet"},
+        [*crop_and_flip(), v2.AutoAugment(v2.AutoAugmentPolicy.IMAGENET, interpolation=BILINEAR), v2.PILToTensor()],
+    ),
+    "cifar10": (
+        {"auto_augment": "cifar10"},
+        [*crop_and_flip(), v2.AutoAugment(v2.AutoAugmentPolicy.CIFAR10, interpolation=BILINEAR), v2.PILToTensor()],
+    ),
+    "svhn": (
+        {"auto_augment": "svhn"},
+        [*crop_and_flip(), v2.AutoAugment(v2.AutoAugmentPolicy.SVHN, interpolation=BILINEAR), v2.PILToTensor()],
+    ),
+    "erase": ({"random_erase": 0.5}, [*crop_and_flip(), v2.PILToTensor(), v2.RandomErasing(p=0.5, value=FILL)]),
+    "tensor, nearest, ta_wide, erase": (
+        {"backend": "tensor", "interpolation": "nearest", "auto_augment": "ta_wide", "random_erase": 0.9},
+        [
+            v2.PILToTensor(),
+            *crop_and_flip(NEAREST),
+            v2.TrivialAugmentWide(interpolation=NEAREST),
+            v2.RandomErasing(p=0.9, value=FILL),
+        ],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", COMPOSED)
+def test_training_transform_is_torchvisions_composed_by_hand(name):
+    options, steps = COMPOSED[name]
+    transform, by_hand = training_transform(CROP, MEAN, **options), v2.Compose(steps)
+    for seed in SEEDS:
+        image = seeded(transform, seed)
+        assert image.dtype == torch.uint8
+        assert image.shape == (3, CROP, CROP)
+        assert torch.equal(image, seeded(by_hand, seed))
+
+
+@pytest.mark.parametrize(
+    ("less", "more"),
+    [("plain", name) for name in COMPOSED if name != "plain"]
+    + [("ra", "ra, magnitude 25"), ("augmix", "augmix, severity 9"), ("ra", "ta_wide"), ("imagenet", "cifar10")],
+)
+def test_each_option_changes_the_images(less, more):
+    less, more = (training_transform(CROP, MEAN, **COMPOSED[name][0]) for name in (less, more))
+    assert any(not torch.equal(seeded(less, seed), seeded(more, seed)) for seed in SEEDS)
+
+
+def test_bicubic_automatic_augmentation_of_tensors_is_refused_at_once():
+    """torchvision would raise at the first image that happens to be sheared."""
+    for name in AUTO_AUGMENTS:
+        for backend in BACKENDS if name == "augmix" else ("tensor",):  # augmix mixes tensors in any case
+            with pytest.raises(UserError, match=rf"bicubic: .* --auto-augment {name} with --backend {backend};"):
+                training_transform(CROP, MEAN, auto_augment=name, interpolation="bicubic", backend=backend)
+
+
+@pytest.mark.parametrize("name", [None, *AUTO_AUGMENTS])
+def test_every_other_combination_transforms_every_image(name):
+    for interpolation in INTERPOLATIONS:
+        for backend in BACKENDS:
+            if interpolation == "bicubic" and (name == "augmix" or (name is not None and backend == "tensor")):
+                continue
+            options = {"auto_augment": name, "interpolation": interpolation, "backend": backend}
+            transform = training_transform(CROP, MEAN, random_erase=0.5, **options)
+            images = {tuple(seeded(transform, seed).flatten().tolist()) for seed in SEEDS}
+            assert len(images) == len(SEEDS)
+
+
+@pytest.mark.parametrize(("mean", "fill"), [(MEAN, FILL), ((0.3162,), [81, 81, 81])], ids=["three values", "one value"])
+@pytest.mark.parametrize("backend", ["pil", "tensor"])
+def test_random_erasing_fills_with_the_rounded_mean(mean, fill, backend):
+    white = Image.new("RGB", (36, 40), (255, 255, 255))
+    torch.manual_seed(0)
+    image = training_transform(CROP, mean, random_erase=1.0, backend=backend)(white)
+    for channel, value in zip(image, fill, strict=True):
+        assert channel.unique().tolist() == [value, 255]
+    erased = image[0] == fill[0]
+    assert torch.equal(erased, image[2] == fill[2])
+    rows, columns = erased.any(1).sum(), erased.any(0).sum()
+    assert erased.sum() == rows * columns  # one rectangle
+
+
+def test_random_erasing_happens_as_often_as_asked():
+    white = Image.new("RGB", (36, 40), (255, 255, 255))
+    transform = training_transform(CROP, MEAN, random_erase=0.25)
+    torch.manual_seed(0)
+    erased = sum(int((transform(white) < 255).any()) for _ in range(400))
+    assert 75 <= erased <= 125  # binomial, 100 +- 8.7
+
+
+def test_backends_agree_but_for_rounding():
+    for seed in SEEDS:
+        pil, tensor = (seeded(training_transform(CROP, MEAN, backend=name), seed) for name in ("pil", "tensor"))
+        assert (pil.int() - tensor.int()).abs().max() <= 1
+    pil, tensor = (evaluation_transform(24, CROP, backend=name)(colour_image()) for name in ("pil", "tensor"))
+    assert (pil.int() - tensor.int()).abs().max() <= 1
+
+
+@pytest.mark.parametrize(
+    ("name", "filter_"),
+    [
+        ("bilinear", Image.Resampling.BILINEAR),
+        ("bicubic", Image.Resampling.BICUBIC),
+        ("nearest", Image.Resampling.NEAREST),
+    ],
+)
+def test_evaluation_transform_by_hand_in_pillow(name, filter_):
+    image = evaluation_transform(24, CROP, interpolation=name)(colour_image())
+    resized = colour_image().resize((24, 26), filter_)  # 36 x 40: the shorter side to 24, the other to 24 * 40 / 36
+    by_hand = resized.crop((4, 5, 20, 21))  # the central 16 x 16
+    assert image.dtype == torch.uint8
+    assert torch.equal(image, torch.from_numpy(np.asarray(by_hand).copy()).permute(2, 0, 1))
+
+
+@pytest.mark.parametrize("mode", [BILINEAR, BICUBIC, NEAREST])
+def test_evaluation_transform_of_tensors_by_hand(mode):
+    resize_and_crop = v2.Compose([v2.Resize(24, interpolation=mode, antialias=True), v2.CenterCrop(CROP)])
+    by_hand = resize_and_crop(v2.functional.pil_to_tensor(colour_image()))
+    image = evaluation_transform(24, CROP, interpolation=mode.value, backend="tensor")(colour_image())
+    assert image.dtype == torch.uint8
+    assert torch.equal(image, by_hand)
+
+
+def test_evaluation_transform_draws_nothing():
+    before = torch.get_rng_state()
+    evaluation_transform(24, CROP)(colour_image())
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("mode", ["L", "RGB"])
+def test_to_tensor_is_torchvisions(mode):
+    image = colour_image().convert(mode)
+    assert torch.equal(ToTensor()(image), v2.PILToTensor()(image))
+    tensor = torch.zeros(1, 2, 3, dtype=torch.uint8)
+    assert ToTensor()(tensor) is tensor
+
+
+def test_normalize_with_one_value_and_with_three():
+    images = torch.tensor([[[[0, 51]], [[102, 153]], [[204, 255]]]], dtype=torch.uint8)  # (1, 3, 1, 2): 0, 0.2, ... 1
+    one = Normalize((0.3162,), (0.3213,))(images)
+    assert one.dtype == torch.float32
+    by_hand = [[[(level - 0.3162) / 0.3213 for level in row]] for row in ((0, 0.2), (0.4, 0.6), (0.8, 1))]
+    torch.testing.assert_close(one, torch.tensor([by_hand]), rtol=0, atol=1e-6)
+    three = Normalize((0.1, 0.4, 0.5), (0.1, 0.5, 0.25))(images)
+    by_hand = [[[-1.0, 1.0]], [[0.0, 0.4]], [[1.2, 2.0]]]
+    torch.testing.assert_close(three, torch.tensor([by_hand]), rtol=0, atol=1e-6)
+
+
+# Mixing
+
+BATCH = 8
+TARGETS = torch.tensor([3, 0, 1, 2, 0, 3, 2, 1])  # no two neighbours alike, the last and the first neither
+IMAGES = torch.rand(BATCH, 3, 12, 10, generator=torch.Generator().manual_seed(0))
+
+
+def mix(
+    mixup: float = 0.0, cutmix: float = 0.0, *, seed: int = 0, epoch: int = 0, step: int = 0, rank: int = 0
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return BatchMixing(mixup, cutmix, 4, seed, rank)(IMAGES, TARGETS, epoch, step)
+
+
+def own_share(mixed_targets: torch.Tensor) -> float:
+    """lambda: the weight of each image's own class; that of its neighbour's class is the rest."""
+    own, neighbour = mixed_targets[range(BATCH), TARGETS], mixed_targets[range(BATCH), TARGETS.roll(1)]
+    assert own.unique().numel() == 1
+    torch.testing.assert_close(own + neighbour, torch.ones(BATCH))
+    return own[0].item()
+
+
+def test_without_mixing_everything_stays_as_it_is():
+    images, targets = mix()
+    assert images is IMAGES
+    assert targets is TARGETS
+
+
+def test_mixup_is_a_weighted_sum_of_neighbours():
+    shares = []
+    for step in range(5):
+        images, targets = mix(mixup=1.0, step=step)
+        share = own_share(targets)
+        torch.testing.assert_close(images, share * IMAGES + (1 - share) * IMAGES.roll(1, 0))
+        shares.append(share)
+    assert all(0 < share < 1 for share in shares)
+    assert len(set(shares)) == 5
+
+
+def test_mixups_alpha_shapes_the_weights():
+    near_half = [own_share(mix(mixup=1000.0, step=step)[1]) for step in range(20)]
+    assert all(0.4 < share < 0.6 for share in near_half)  # Beta(1000, 1000): 0.5 +- 0.011
+    near_ends = [own_share(mix(mixup=0.01, step=step)[1]) for step in range(20)]
+    assert sum(min(share, 1 - share) < 0.1 for share in near_ends) >= 15  # Beta(0.01, 0.01): 98 % of its mass
+
+
+def test_cutmix_takes_a_rectangle_from_the_neighbour():
+    for step in range(5):
+        images, targets = mix(cutmix=1.0, step=step)
+        is_neighbours = (images != IMAGES).all(1)  # (B, H, W)
+        assert torch.equal(images, torch.where(is_neighbours[:, None], IMAGES.roll(1, 0), IMAGES))
+        assert (is_neighbours == is_neighbours[0]).all()
+        rows, columns = is_neighbours[0].any(1).sum(), is_neighbours[0].any(0).sum()
+        assert is_neighbours[0].sum() == rows * columns
+        assert own_share(targets) == pytest.approx(1 - (rows * columns).item() / 120, abs=1e-6)
+
+
+def test_with_both_each_step_does_one_of_them():
+    kinds = set()
+    for step in range(12):
+        images, _ = mix(mixup=1.0, cutmix=1.0, step=step)
+        kept_or_taken = (images == IMAGES) | (images == IMAGES.roll(1, 0))
+        kinds.add("cutmix" if kept_or_taken.all() else "mixup")
+    assert kinds == {"mixup", "cutmix"}
+
+
+@pytest.mark.parametrize(("mixup", "cutmix"), [(0.4, 0.0), (0.0, 1.0), (0.4, 1.0)])
+def test_mixed_targets_are_probabilities(mixup, cutmix):
+    for step in range(5):
+        _, targets = mix(mixup, cutmix, step=step)
+        assert targets.shape == (BATCH, 4)
+        assert targets.dtype == torch.float32
+        assert (targets >= 0).all()
+        torch.testing.assert_close(targets.sum(1), torch.ones(BATCH))
+
+
+def test_mixing_depends_on_seed_epoch_step_and_rank_only():
+    places = [{}, {"seed": 1}, {"epoch": 1}, {"step": 1}, {"rank": 1}]
+    torch.manual_seed(1)
+    first = [mix(mixup=1.0, **place) for place in places]
+    torch.manual_seed(2)
+    second = [mix(mixup=1.0, **place) for place in reversed(places)][::-1]
+    for (images, targets), (images_again, targets_again) in zip(first, second, strict=True):
+        assert torch.equal(images, images_again)
+        assert torch.equal(targets, targets_again)
+    assert len({own_share(targets) for _, targets in first}) == len(places)
+
+
+@pytest.mark.parametrize(("mixup", "cutmix"), [(1.0, 0.0), (0.0, 1.0), (1.0, 1.0)])
+def test_mixing_leaves_the_global_generator_and_its_inputs_alone(mixup, cutmix):
+    images, targets = IMAGES.clone(), TARGETS.clone()
+    before = torch.get_rng_state()
+    mixed, _ = mix(mixup, cutmix)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert not torch.equal(mixed, images)
+    assert torch.equal(IMAGES, images)
+    assert torch.equal(TARGETS, targets)
+
+
+def test_mixing_needs_two_classes():
+    for mixup, cutmix in ((0.2, 0.0), (0.0, 0.2)):
+        with pytest.raises(UserError, match="at least two classes"):
+            BatchMixing(mixup, cutmix, 1, 0, 0)
+    assert BatchMixing(0.0, 0.0, 1, 0, 0)(IMAGES, TARGETS, 0, 0)[0] is IMAGES

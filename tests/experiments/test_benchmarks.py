@@ -1,0 +1,147 @@
+"""The benchmarks run and say what they must; none of these tests looks at how long anything took."""
+
+import json
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from _policy_gradient import train as policy_gradient
+from _policy_gradient.mask import SmoothMask
+from _policy_gradient.objective import published_loss
+from benchmarks import curves, losses, published, run
+from benchmarks.ours import FixedLoader, build, network_input
+from benchmarks.report import Measurement, Target
+from benchmarks.setting import QUICK_POLICY, Setting
+from benchmarks.steps import published_step_of
+from benchmarks.timing import compare, interleaved
+from tests.conftest import ROOT, SMALL_POLICY, run_script
+from utils.training.guard import StepGuard
+
+FIELDS = {
+    *("number", "what", "ours", "theirs", "units", "ratio", "spread", "target", "met", "repeats", "note"),
+    *("hardware", "versions", "command", "date"),
+}
+
+
+@pytest.mark.slow
+def test_one_command_measures_all_rows_and_writes_its_tables(tmp_path):
+    """A row that fails makes the exit code 1."""
+    result = run_script(
+        "-m", "benchmarks.run", "--device", "cpu", "--quick", "--repeats", 1, "--output", tmp_path, cwd=ROOT
+    )
+    rows = json.loads((tmp_path / "results_cpu.json").read_text())
+    assert sorted({row["number"] for row in rows}) == sorted(run.ROWS) == list(range(1, 10))
+    for row in rows:
+        assert row.keys() == FIELDS
+        assert row["repeats"] >= 1 and row["ratio"] is not None and len(row["spread"]) == 2
+        assert row["hardware"]["cpu"] and row["hardware"]["cores"] >= 1
+        assert row["versions"]["torch"] == torch.__version__.split("+")[0]
+        assert row["command"].startswith("python -m benchmarks.run --device cpu --quick")
+    for line in result.stdout.splitlines()[-len(rows) :]:
+        assert line in (tmp_path / "results_cpu.txt").read_text()
+    assert (tmp_path / "results_cpu.md").read_text().startswith("| # | what | ours |")
+
+
+def test_sides_are_timed_in_turns_and_the_first_rounds_are_thrown_away():
+    order, waits = [], []
+    seconds = iter([0, 100, 0, 100, 0, 3, 10, 14, 20, 25, 30, 38])  # two readings a side, the first round a warm-up
+    times = interleaved(
+        {"ours": lambda: order.append("ours"), "theirs": lambda: order.append("theirs")},
+        repeats=2,
+        warmups=1,
+        synchronize=lambda: waits.append(len(order)),
+        clock=lambda: float(next(seconds)),
+    )
+    assert order == ["ours", "theirs"] * 3
+    assert waits == [0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6]  # before and after each piece of work
+    assert times == {"ours": [3.0, 5.0], "theirs": [4.0, 8.0]}
+
+
+def test_a_ratio_is_the_median_of_the_ratios_of_neighbours():
+    comparison = compare([10.0, 30.0, 80.0], [10.0, 20.0, 40.0])
+    assert comparison == (30.0, 20.0, 1.5, 1.0, 2.0, 3)
+
+
+def test_a_target_is_of_the_ratio_or_of_our_own_value():
+    assert Target(True, 1.2).is_met(1.2, 0.0) and not Target(True, 1.2).is_met(1.1, 9.0)
+    assert Target(False, 1.0, of_ours=True).is_met(9.0, 0.5) and not Target(False, 1.0, of_ours=True).is_met(0.5, 9.0)
+
+
+def test_a_row_that_fails_is_told_of_and_stops_no_other(tmp_path, monkeypatch, capsys):
+    def broken(setting: Setting) -> list[Measurement]:
+        """Row 2: a broken one."""
+        raise ValueError("out of order")
+
+    monkeypatch.setitem(run.ROWS, 2, broken)
+    assert run.main(["--device", "cpu", "--quick", "--rows", "2", "1", "--output", str(tmp_path)]) == 1
+    rows = json.loads((tmp_path / "results_cpu.json").read_text())
+    assert [row["number"] for row in rows] == [2, 1]
+    assert rows[0]["ratio"] is None and "out of order" in rows[0]["note"]
+    assert "not measured yet" in capsys.readouterr().out
+
+
+@pytest.fixture
+def loop(image_folder, tmp_path):
+    """What `_policy_gradient/train.py` builds on the tiny set."""
+    return build(policy_gradient, image_folder, tmp_path / "run", *SMALL_POLICY)
+
+
+def test_the_published_step_has_our_first_loss_for_equal_cells(loop, tmp_path, monkeypatch):
+    setting = Setting(torch.device("cpu"), True, None, tmp_path, repeats=1)
+    theirs = published_step_of(setting, loop)
+    loader = FixedLoader(loop, steps=1)
+    images, targets = network_input(loop, loader)
+    cells = torch.rand(len(images), QUICK_POLICY["grid"] ** 2).clamp(0.01, 0.99)  # (B, G*G)
+    monkeypatch.setattr("_policy_gradient.policy._sample_log_odds", lambda *_: cells.logit())
+    monkeypatch.setattr(published.Beta, "sample", lambda distribution: cells)
+    ours = loop.run(loader)
+    loss, top1, top5 = theirs(images, targets)
+    assert ours["train_loss"] == pytest.approx(loss, rel=1e-5)
+    assert ours["train_top1"] == pytest.approx(top1) and top5 == 1  # of three classes
+    for mine, other in zip(loop.classifier.parameters(), theirs.classifier.parameters(), strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-5)
+
+
+def test_the_published_mask_and_objective_equal_ours():
+    generator = torch.Generator().manual_seed(0)
+    cells, log_prob = torch.rand(3, 64, generator=generator), torch.randn(3, 64, generator=generator)
+    cross_entropy = F.cross_entropy(torch.randn(3, 5, generator=generator), torch.tensor([0, 3, 4]), reduction="none")
+    mask = published.published_mask(cells, 32, **QUICK_POLICY)
+    torch.testing.assert_close(SmoothMask(32, **QUICK_POLICY)(cells), mask, rtol=0, atol=1e-5)
+    loss = published.published_objective(log_prob, cross_entropy.mean())
+    torch.testing.assert_close(published_loss(cross_entropy, log_prob), loss)
+
+
+def test_the_loop_that_is_measured_is_the_scripts_own_and_leaves_no_trace(loop, tmp_path):
+    steps = []
+    check = StepGuard.check
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            StepGuard, "check", lambda guard, loss, step, at: steps.append(step) or check(guard, loss, step, at)
+        )
+        loop.run(FixedLoader(loop, steps=3))
+    assert steps == [0, 1, 2]
+    assert not list((tmp_path / "run").glob("*.pth"))
+
+
+def test_curves_are_read_from_the_real_loop_and_repeat(image_folder, tmp_path):
+    def losses_of(folder: str, *flags: object) -> list[float]:
+        command = [*SMALL_POLICY, *flags]
+        return curves.training_losses(policy_gradient, image_folder, tmp_path / folder, 6, command)
+
+    first = losses_of("first")  # 4 steps an epoch
+    assert len(first) == 6 and first == losses_of("again") and first != losses_of("other", "--seed", 1)
+
+
+def test_windows_and_overlaps_of_curves():
+    assert curves.window_means([9, 1, 3, 5, 7], windows=2) == [2, 6]
+    plain = [[1.0, 1.0], [2.0, 2.0]]
+    near, far = curves.overlaps([[1.5, 3.0], [2.5, 2.5]], plain)
+    assert near == (2.0, 1.5, 2.5, True) and far == (2.75, 2.5, 3.0, False)
+
+
+def test_losses_are_compared_over_50_steps(tmp_path):
+    for name, values in (("before", [4.0] * 60), ("after", [4.0] * 49 + [2.0] + [9.0] * 10)):
+        (tmp_path / name).write_text(json.dumps(values))
+    assert losses.compare(str(tmp_path / "before"), str(tmp_path / "after")) == 0.5

@@ -1,0 +1,229 @@
+"""experiments/build_mini_rin: ids, splits and pixels of made downloads, and what the committed manifest holds."""
+
+import csv
+import hashlib
+import shutil
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from experiments import build_mini_rin
+from experiments.build_mini_rin import MANIFEST, build, image_id, read_manifest, source_path
+from tests.conftest import ROOT, run_script
+from utils.data.folders import SPLITS, read_excluded
+from utils.runtime.errors import UserError
+
+MINI_RIN = ROOT.parent / "shared" / "data" / "mini-rin"
+EXCLUDED = ROOT / "experiments" / "mini_rin_exclude.txt"
+COUNTS = {  # of train, val and test, as the copy's own description has them
+    "brain": (1864, 286, 430),
+    "busi": (509, 77, 117),
+    "mednist": (1949, 299, 450),
+}
+KNOWN = {  # an id of the copy, and the path that has it
+    "9b395197b547": "brain/Training/glioma_tumor/gg (1).jpg",
+    "8a150e636455": "brain/Testing/no_tumor/image.jpg",
+    "6bbf8cb1f9d6": "busi/data/benign/images/benign (2).png",
+    "44fac1249fb3": "mednist/resized/Hand/000053.jpeg",
+}
+MADE = {  # of the made downloads: place, mode and size
+    "brain/Training/glioma_tumor/gg (7).jpg": ("train/mr-brain-glioma", "RGB", (300, 501)),
+    "brain/Testing/no_tumor/3.jpg": ("test/mr-brain-normal", "L", (448, 448)),
+    "busi/data/benign/images/benign (9).png": ("val/us-breast-benign", "RGBA", (562, 471)),
+    "mednist/resized/Hand/000012.jpeg": ("train/xr-hand-any", "L", (64, 48)),
+}
+MADE_SIZES = [(224, 374), (224, 224), (267, 224), (64, 48)]  # 501 * 224 / 300 = 374.08, 562 * 224 / 471 = 267.28
+
+
+def sha1(path):
+    return hashlib.sha1(path.encode()).hexdigest()[:12]
+
+
+@pytest.fixture
+def downloads(tmp_path):
+    """The folders of three made downloads: flat shades 40, 80, 120, 160, and images of which the manifest is silent."""
+    root = tmp_path / "from"
+    shades = dict(zip(MADE, (40, 80, 120, 160), strict=True))
+    for path, (_, mode, size) in MADE.items():
+        put(root / path, Image.new("L", size, shades[path]).convert(mode))
+    put(root / "busi/data/benign/masks/benign (9).png", Image.new("L", (562, 471)))
+    put(root / "brain/Training/glioma_tumor/gg (8).jpg", Image.new("L", (30, 30)))
+    return {name: root / name for name in ("brain", "busi", "mednist")}
+
+
+@pytest.fixture
+def manifest(tmp_path):
+    path = tmp_path / "manifest.csv"
+    lines = [f"{sha1(source)},{place.replace('/', ',')}\n" for source, (place, *_) in MADE.items()]
+    path.write_text("id,split,class\n" + "".join(lines))
+    return path
+
+
+@pytest.fixture
+def known(tmp_path):
+    """The folders of three downloads that hold the images of KNOWN alone."""
+    root = tmp_path / "known"
+    for path in KNOWN.values():
+        put(root / path, Image.new("L", (8, 8)))
+    return {name: root / name for name in ("brain", "busi", "mednist")}
+
+
+def options_for(downloads):
+    return [str(word) for name, folder in downloads.items() for word in (f"--{name}", folder)]
+
+
+def put(path, image):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image.save(path)
+
+
+def places():
+    return [f"{place}/{sha1(source)}.jpg" for source, (place, *_) in MADE.items()]
+
+
+def files(folder: Path):
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+
+
+def test_every_image_of_the_manifest_comes_to_its_place_grey_and_small(downloads, manifest, tmp_path, capsys):
+    output = tmp_path / "mini-rin"
+    build(downloads, output, manifest)
+    assert files(output) == sorted(places())
+    for place, size, shade in zip(places(), MADE_SIZES, (40, 80, 120, 160), strict=True):
+        with Image.open(output / place) as image:
+            assert (image.format, image.mode, image.size) == ("JPEG", "L", size)
+            assert np.abs(np.asarray(image).astype(int) - shade).max() <= 1
+    assert capsys.readouterr().out == f"{output}: 4 of 4 images, 4 of them written now\n"
+
+
+def test_files_are_of_pillows_quality_85_and_without_metadata(tmp_path):
+    image = Image.new("L", (32, 32), 7)
+    image.info["comment"] = b"Jane Doe"
+    (tmp_path / "a.jpg").write_bytes(build_mini_rin.as_jpeg(image))
+    Image.new("L", (32, 32), 7).save(tmp_path / "b.jpg", quality=85)
+    assert (tmp_path / "a.jpg").read_bytes() == (tmp_path / "b.jpg").read_bytes()
+
+
+def test_goes_on_after_a_kill_and_leaves_what_is_there(downloads, manifest, tmp_path, capsys):
+    output, (first, second, *_) = tmp_path / "mini-rin", places()
+    (output / first).parent.mkdir(parents=True)
+    (output / first).write_bytes(b"there already")
+    (output / first).with_name(f".{Path(first).name}.123.tmp").write_bytes(b"half")
+    build(downloads, output, manifest)
+    assert (output / first).read_bytes() == b"there already"
+    assert files(output) == sorted(places())
+    before = (output / second).stat().st_mtime_ns
+    build(downloads, output, manifest)
+    assert (output / second).stat().st_mtime_ns == before
+    assert capsys.readouterr().out.splitlines()[1] == f"{output}: 4 of 4 images, 0 of them written now"
+
+
+def test_missing_images_are_named_and_the_others_stay(downloads, manifest, tmp_path):
+    lost = downloads["brain"] / "Testing/no_tumor/3.jpg"
+    image = lost.read_bytes()
+    lost.unlink()
+    missing = f"1 of 4 images are missing, such as mr-brain-normal {sha1('brain/Testing/no_tumor/3.jpg')}:"
+    with pytest.raises(UserError, match=missing):
+        build(downloads, tmp_path / "mini-rin", manifest)
+    assert len(files(tmp_path / "mini-rin")) == 3
+    lost.write_bytes(image)
+    build(downloads, tmp_path / "mini-rin", manifest)
+    assert files(tmp_path / "mini-rin") == sorted(places())
+
+
+def test_an_unreadable_image_is_named(downloads, manifest, tmp_path):
+    broken = downloads["busi"] / "data/benign/images/benign (9).png"
+    broken.write_bytes(broken.read_bytes()[:60])
+    with pytest.raises(UserError, match=r"benign \(9\)\.png: cannot be read as an image"):
+        build(downloads, tmp_path / "mini-rin", manifest)
+
+
+def test_an_image_that_stands_twice_is_refused(downloads, manifest, tmp_path):
+    put(downloads["mednist"] / "MedNIST/Hand/000012.jpeg", Image.new("L", (64, 64), 9))
+    with pytest.raises(UserError, match=r"resized/Hand/000012\.jpeg: by its name the same image as .*MedNIST"):
+        build(downloads, tmp_path / "mini-rin", manifest)
+
+
+def test_hidden_files_of_downloads_and_output_do_not_count(downloads, manifest, tmp_path, capsys):
+    for folder in (".ipynb_checkpoints", "__MACOSX"):
+        shutil.copytree(downloads["busi"] / "data", downloads["busi"] / folder / "data")
+    (tmp_path / "out" / "train" / ".ipynb_checkpoints").mkdir(parents=True)
+    build(downloads, tmp_path / "out", manifest)
+    assert files(tmp_path / "out") == sorted(places())
+    assert f"--busi {downloads['busi']}: skipped: 2 hidden files or folders\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("other", ["train/xr-hand-any/mine.jpg", "val/mine/1.jpg"])
+def test_an_output_with_other_images_is_refused(downloads, manifest, tmp_path, other):
+    put(tmp_path / "mini-rin" / other, Image.new("L", (8, 8)))
+    with pytest.raises(UserError, match=r"mine.*is not of mini-RIN"):
+        build(downloads, tmp_path / "mini-rin", manifest)
+    assert files(tmp_path / "mini-rin") == [other]
+
+
+def test_the_command_finds_what_the_committed_manifest_names_and_counts_the_rest(known, tmp_path, capsys):
+    output = tmp_path / "mini-rin"
+    with pytest.raises(UserError) as refused:
+        build_mini_rin.main([*options_for(known), str(output)])
+    manifest = {image: str(place) for image, place in read_manifest(MANIFEST).items()}
+    assert files(output) == sorted(manifest[image] for image in KNOWN)
+    assert capsys.readouterr().out == f"{output}: 4 of 5981 images, 4 of them written now\n"
+    first = list(csv.DictReader(MANIFEST.open()))[:5]  # none of them is one of KNOWN
+    named = ", ".join(f"{row['class']} {row['id']}" for row in first)
+    assert str(refused.value).startswith(f"{output}: 5977 of 5981 images are missing, such as {named}: check")
+
+
+def test_the_command_refuses_a_wrong_folder_before_it_writes(known, tmp_path):
+    options = options_for(known | {"busi": known["brain"]})
+    result = run_script("experiments/build_mini_rin.py", *options, tmp_path / "mini-rin", check=False)
+    assert (result.returncode, result.stdout) == (2, "")
+    sentence = (
+        f"error: --busi {known['brain']}: holds no image of mini-RIN; expected {build_mini_rin.EXPECTED['busi']}.\n"
+    )
+    assert result.stderr == sentence
+    assert not (tmp_path / "mini-rin").exists()
+
+
+@pytest.mark.parametrize(
+    ("download", "path", "source"),
+    [
+        ("brain", "/x/archive/Training/no_tumor/1.jpg", "brain/Training/no_tumor/1.jpg"),
+        ("busi", "/x/Dataset_BUSI_with_GT/benign/benign (2).png", "busi/data/benign/images/benign (2).png"),
+        ("busi", "/x/data/benign/images/benign (2).png", "busi/data/benign/images/benign (2).png"),
+        ("busi", "/x/data/benign/masks/benign (2).png", "busi/data/masks/images/benign (2).png"),
+        ("mednist", "/x/MedNIST/Hand/000053.jpeg", "mednist/resized/Hand/000053.jpeg"),
+    ],
+)
+def test_folders_around_a_download_do_not_count(download, path, source):
+    assert source_path(download, path) == source
+
+
+def test_the_manifest_has_the_copys_counts():
+    rows = list(csv.DictReader(MANIFEST.open()))
+    assert len(rows) == len({row["id"] for row in rows}) == 5981 and len({row["class"] for row in rows}) == 13
+    assert rows == sorted(rows, key=lambda row: (SPLITS.index(row["split"]), row["class"], row["id"]))
+    downloads = {"mr-brain": "brain", "us-breast": "busi"}
+    counts = Counter((downloads.get(row["class"].rpartition("-")[0], "mednist"), row["split"]) for row in rows)
+    assert {name: tuple(counts[name, split] for split in SPLITS) for name in COUNTS} == COUNTS
+
+
+def test_paths_of_the_downloads_have_ids_of_the_manifest():
+    classes = {image: place.parent.name for image, place in read_manifest(MANIFEST).items()}
+    assert {image: image_id(source) for image, source in KNOWN.items()} == {image: image for image in KNOWN}
+    known = ["mr-brain-glioma", "mr-brain-normal", "us-breast-benign", "xr-hand-any"]
+    assert [classes[image] for image in KNOWN] == known
+
+
+def test_the_list_to_exclude_names_images_of_train_and_val():
+    places = {str(place) for place in read_manifest(MANIFEST).values()}
+    excluded = read_excluded(EXCLUDED)
+    assert {f"{split}/{name}" for split in ("train", "val") for name in excluded[split]} <= places
+    assert {split: len(names) for split, names in excluded.items()} == {"train": 36, "val": 5, "test": 0, "": 0}
+
+
+@pytest.mark.skipif(not MINI_RIN.is_dir(), reason=f"the real images are not at {MINI_RIN}")
+def test_the_manifest_is_the_copy():
+    assert files(MINI_RIN) == sorted(map(str, read_manifest(MANIFEST).values()))

@@ -1,0 +1,214 @@
+"""Plans of experiments: the commands a stage stands for, equal budgets, and subsets of the data by links."""
+
+import json
+import math
+import os
+import shlex
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from _normal import train as normal
+from _policy_gradient import train as policy_gradient
+from experiments import run
+from experiments.plan import Arm, Plan, Stage, Subset, read_plan
+from experiments.plans import classification
+from experiments.subsets import choose, link_subset
+from tests.conftest import ROOT, SMALL, SMALL_POLICY
+from utils import weight_averaging
+from utils.arguments import parse_given
+from utils.runtime.errors import UserError
+
+PLANS = sorted(path for path in (ROOT / "experiments" / "plans").glob("*.py") if path.stem != "__init__")
+SCRIPTS = {"_normal": normal, "_policy_gradient": policy_gradient}
+
+
+def images_of(folder):
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*.png"))
+
+
+# Plans
+
+
+@pytest.mark.parametrize("path", PLANS, ids=lambda path: path.stem)
+def test_every_flag_of_a_plan_is_one_of_its_script(path):
+    plan = read_plan(path)
+    assert plan.name == path.stem
+    for arm in plan.arms:
+        for stage in arm.stages:
+            given = parse_given(SCRIPTS[stage.script].build_parser(), shlex.split(stage.flags))
+            assert given["epochs"] == stage.epochs and stage.average <= stage.epochs
+            before = {f"{earlier.name}/{'average' if earlier.average else 'model_best'}.pth" for earlier in arm.stages}
+            assert stage.start is None or stage.start in before
+
+
+@pytest.mark.parametrize("name", ["classification", "classification_small"])
+def test_all_arms_take_equally_many_updates(name):
+    """As many epochs in batches of one size: 16 of 32 on the CPU, 40 of 32 on a GPU."""
+    expected = {"classification": (40, 32), "classification_small": (16, 32)}[name]
+    for arm in read_plan(ROOT / "experiments" / "plans" / f"{name}.py").arms:
+        given = [parse_given(SCRIPTS[stage.script].build_parser(), shlex.split(stage.flags)) for stage in arm.stages]
+        assert sum(flags["epochs"] for flags in given) == expected[0], arm.name
+        assert {flags["batch_size"] for flags in given} == {expected[1]}, arm.name
+
+
+def test_the_primary_comparison_comes_first_and_all_arms_of_a_seed_before_the_next():
+    arms = (Arm("a", (), 2), Arm("b", (), 1), Arm("c", (), 2))
+    order = [(arm.name, seed) for arm, seed in Plan("p", "?", arms, "a").runs()]
+    assert order == [("a", 0), ("b", 0), ("c", 0), ("a", 1), ("c", 1)]
+    order = [(arm.name, seed) for arm, seed in Plan("p", "?", arms, "a", primary="c").runs()]
+    assert order == [("a", 0), ("c", 0), ("a", 1), ("c", 1), ("b", 0)]
+
+
+def test_the_rate_of_the_control_is_what_published_makes_of_it():
+    """SGD with lr c and decay d / c takes the steps of lr 1 on c times the loss with decay d, for any momentum."""
+    scaled, plain = (torch.nn.Parameter(torch.tensor([1.0, -2.0])) for _ in range(2))
+    scale = math.log(64 * 64)
+    flags = shlex.split(classification.SCALED_RATE)
+    rate, decay = float(flags[1]), float(flags[3])
+    optimizers = [
+        torch.optim.SGD([scaled], lr=rate, momentum=0.9, weight_decay=decay),
+        torch.optim.SGD([plain], lr=0.1, momentum=0.9, weight_decay=1e-4),
+    ]
+    for _ in range(5):
+        for weights, factor, optimizer in ((scaled, 1, optimizers[0]), (plain, scale, optimizers[1])):
+            optimizer.zero_grad()
+            (factor * 0.01 * weights.square().sum()).backward()
+            optimizer.step()
+    torch.testing.assert_close(scaled, plain, rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "defines no PLAN"),
+        ("PLAN = Plan('p', '?', (Arm('a', (), 1), Arm('a', (), 1)), 'a')", "two arms have one name"),
+        (
+            "PLAN = Plan('p', '?', (Arm('a', (Stage('s', '_normal', ''), Stage('s', '_normal', '')), 1),), 'a')",
+            "two stages of the arm 'a' have one name",
+        ),
+        ("PLAN = Plan('p', '?', (Arm('a', (), 1),), 'b')", "compares 'b', which is none of its arms"),
+        ("PLAN = Plan('p', '?', (Arm('a', (), 1),), 'a', primary='c')", "compares 'c', which is none of its arms"),
+    ],
+)
+def test_a_plan_that_is_none_is_refused(text, message, tmp_path):
+    path = tmp_path / "plan.py"
+    path.write_text(f"from experiments.plan import Arm, Plan, Stage\n{text}\n")
+    with pytest.raises(UserError, match=message):
+        read_plan(path)
+    with pytest.raises(UserError, match="no such file"):
+        read_plan(tmp_path / "other.py")
+
+
+def test_commands_of_a_stage_are_as_typed(tmp_path):
+    stage = Stage("second", "_normal", "--epochs 3 --lr 0.1", start="first/average.pth", average=2, test="all")
+    train, average, test = run.commands(stage, 7, Path("out/arm/seed7"), Path("DATA"), ["--device", "cpu"])
+    script = f"{ROOT}/_normal/train.py --data-path DATA --device cpu"
+    folder = "out/arm/seed7/second"
+    assert shlex.join(train[1:]) == (
+        f"{script} --epochs 3 --lr 0.1 --finetune out/arm/seed7/first/average.pth --seed 7 --resume auto "
+        f"--output-dir {folder}"
+    )
+    assert shlex.join(average[1:]) == (
+        f"-m utils.weight_averaging {folder}/model_1.pth {folder}/model_2.pth -o {folder}/average.pth --overwrite"
+    )
+    assert shlex.join(test[1:]) == (
+        f"{script} --test-only --split test --resume {folder}/model_best.pth --output-dir {folder}"
+    )
+
+
+def test_the_commands_of_a_heated_arm_work(image_folder, tmp_path):
+    """In this process, on tiny data: what is left is what the analysis reads, with the seed in it."""
+    flags = " ".join(SMALL[2:])
+    mask = " ".join(SMALL_POLICY[len(SMALL) :])
+    arm = Arm(
+        "heated",
+        (
+            Stage("pretraining", "_policy_gradient", f"{flags} {mask} --epochs 2", average=2),
+            Stage("fine-tuning", "_normal", f"{flags} --epochs 1", start="pretraining/average.pth", test="all"),
+        ),
+        1,
+    )
+    folder = tmp_path / "heated" / "seed3"
+    for stage in arm.stages:
+        for _, *command in run.commands(stage, 3, folder, image_folder, ["--device", "cpu", "--workers", "0"]):
+            if command[0] == "-m":
+                weight_averaging.main(command[2:])
+            else:
+                SCRIPTS[stage.script].main(command[1:])
+    run.tidy(folder, arm.stages)
+    left = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+    results = {"metrics.json", "per_class.csv", "predictions.csv"}
+    assert left == {f"{stage.name}/{name}" for stage in arm.stages for name in ("log.jsonl", "run.json")} | {
+        f"fine-tuning/{name}" for name in results
+    }
+    assert json.loads((folder / "fine-tuning" / "metrics.json").read_text())["split"] == "test"
+    assert "--seed 3" in json.loads((folder / "pretraining" / "run.json").read_text())["starts"][0]["command"]
+
+
+# Subsets
+
+
+def test_more_images_of_a_draw_hold_fewer_ones_and_draws_differ():
+    names = [f"{number:02}.png" for number in range(40)]
+    few, more = choose(names, 5, draw=0), choose(reversed(names), 10, draw=0)
+    assert len(few) == 5 and len(more) == 10 and set(few) < set(more)
+    assert choose(names, 10, draw=1) != more
+    assert choose(names, 100, draw=0) == names
+
+
+def test_subset_links_to_the_chosen_images(image_folder, tmp_path):
+    """Relative links, so that data and links may be moved together; `val` and `test` keep all images."""
+    data = Path(shutil.copytree(image_folder, tmp_path / "old" / "data"))
+    exclude = tmp_path / "exclude.txt"
+    exclude.write_text("train/dark/0.png\nval/bright/1.png\n")
+    folder = tmp_path / "old" / "links" / "subset"
+    link_subset(data, Subset("*r*", without="striped", shots=4), folder, exclude)
+    moved = Path(shutil.move(tmp_path / "old", tmp_path / "new")) / "links" / "subset"
+    train = choose(
+        [name for name in images_of(data_of(moved) / "train") if name.startswith("dark") and "/0." not in name], 4, 0
+    )
+    assert [name for name in images_of(moved / "train") if name.startswith("dark")] == train
+    assert sorted(os.listdir(moved / "train")) == ["bright", "dark"]
+    assert images_of(moved / "val") == [
+        f"{name}/{n}.png" for name in ("bright", "dark") for n in range(7) if (name, n) != ("bright", 1)
+    ]
+    one = moved / "test" / "dark" / "2.png"
+    assert one.read_bytes() == (data_of(moved) / "test" / "dark" / "2.png").read_bytes()
+    assert not Path(os.readlink(one)).is_absolute()
+
+
+def test_a_subset_of_other_data_or_another_list_is_made_anew(image_folder, tmp_path):
+    """And one that was copied without its data, whose relative links lead elsewhere; one that fits is left alone."""
+    data, exclude = Path(shutil.copytree(image_folder, tmp_path / "data")), tmp_path / "exclude.txt"
+    exclude.write_text("train/dark/0.png\n")
+    folder, subset = tmp_path / "links" / "subset", Subset("*r*", without="striped")
+    link_subset(image_folder, subset, folder)
+    assert (folder / "train" / "dark" / "0.png").resolve() == (image_folder / "train" / "dark" / "0.png").resolve()
+    link_subset(data, subset, folder)
+    assert (folder / "train" / "dark" / "0.png").resolve() == data / "train" / "dark" / "0.png"
+    link_subset(data, subset, folder, exclude)
+    assert not (folder / "train" / "dark" / "0.png").exists()
+    copy = Path(shutil.copytree(folder, tmp_path / "far" / "away" / "subset", symlinks=True))
+    link_subset(data, subset, copy, exclude)
+    assert (copy / "test" / "dark" / "2.png").resolve() == data / "test" / "dark" / "2.png"
+    before = copy.stat().st_ino
+    link_subset(data, subset, copy, exclude)
+    assert copy.stat().st_ino == before
+
+
+def data_of(links):
+    return links.parents[1] / "data"
+
+
+def test_subset_of_no_class_is_refused_and_leaves_nothing(image_folder, tmp_path):
+    with pytest.raises(UserError, match="has no class like us-\\*"):
+        link_subset(image_folder, Subset("us-*"), tmp_path / "subset")
+    assert not (tmp_path / "subset").exists()
+
+
+def test_names_of_subsets_differ():
+    subsets = [Subset(), Subset("a*"), Subset(without="a*"), Subset("a*", shots=5), Subset("a*", shots=5, draw=1)]
+    assert len({subset.name for subset in subsets}) == len(subsets)

@@ -1,0 +1,53 @@
+"""Weights that no training made, and what the export makes of them."""
+
+from functools import cache
+from pathlib import Path
+
+import torch
+
+from tests.commands.test_arguments import parse
+from tests.conftest import SMALL
+from utils import export
+from utils.checkpoints import checkpoint
+from utils.checkpoints.checkpoint import read_weights
+from utils.training import models
+
+CLASSES = ["bright", "dark", "striped"]
+MASKS = ("--grid", 8, "--kernel", 5, "--sigma", 2)
+RIN = ("--data-path", "/secret/RIN")
+
+
+@cache
+def random_model(name: str = "test_resnet", classes: int = 3, size: int = 32, seed: int = 0) -> torch.nn.Module:
+    """With statistics of BatchNorm other than fresh ones; made once, so not to be changed."""
+    torch.manual_seed(seed)
+    model = models.create_classifier(name, classes, size)
+    model.train()(torch.randn(4, 3, size, size))
+    return model.eval()
+
+
+def write_checkpoint(path: Path, *flags: object, script: str = "_normal", classes: list[str] = CLASSES) -> Path:
+    """A file of weights as a run with these flags saves it, of random weights."""
+    args = parse(script, *SMALL, *RIN, *flags)
+    model = random_model(args.model, len(classes), args.train_crop_size)
+    checkpoint.save(path, checkpoint.weights_state(model, classes, vars(args)))
+    return path
+
+
+def run_export(source: Path, output: Path, *flags: object) -> Path:
+    """The one folder that the export makes in a new folder."""
+    output.mkdir(exist_ok=True)
+    export.main([str(source), "-o", str(output), *map(str, flags)])
+    [folder] = output.iterdir()
+    return folder
+
+
+def safetensors_of(folder: Path) -> Path:
+    return folder / f"{folder.name}.safetensors"
+
+
+def logits_of(path: Path, images: torch.Tensor) -> torch.Tensor:
+    weights = read_weights(path)
+    model = models.create_classifier(weights.args["model"], len(weights.classes), weights.args["train_crop_size"])
+    model.load_state_dict(weights.model)
+    return model.eval()(images)

@@ -1,0 +1,92 @@
+"""A tiny RadImageNet as folder and archive, and what `prepare` must make of it."""
+
+import csv
+import os
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.conftest import write_image
+from utils.radimagenet.__main__ import main
+from utils.runtime.errors import UserError
+
+FOLDERS = {"CT__abd__normal": "CT/abd/normal", "MR__knee__acl": "MR/knee/acl", "US__liver": "US/liver"}
+COUNTS = {"train": (4, 3, 2), "val": (1, 2, 1), "test": (2, 1, 1)}
+SUMMARY = """\
+class,train,val,test,total
+CT__abd__normal,4,1,2,7
+MR__knee__acl,3,2,1,6
+US__liver,2,1,1,4
+"""
+
+
+def write_lists(folder: Path, names: dict[str, list[str]]) -> None:
+    for split, filenames in names.items():
+        rows = "".join(f"{filename},label\n" for filename in filenames)
+        path = folder / f"RadiologyAI_{split}.csv"
+        path.write_text(f"filename,label\n{rows}", encoding="utf-8", errors="surrogateescape")
+
+
+def filenames_of(split: str) -> list[str]:
+    return [
+        f"radiology_ai/{folder}/{split}{number}.png"
+        for folder, count in zip(FOLDERS.values(), COUNTS[split], strict=True)
+        for number in range(count)
+    ]
+
+
+def write_source(root: Path) -> Path:
+    """A tiny RadImageNet: 17 images of 3 classes, some of them larger than others, changed long ago."""
+    names = {split: filenames_of(split) for split in COUNTS}
+    for number, filename in enumerate(name for of in names.values() for name in of):
+        write_image(root / filename, np.random.default_rng(number).integers(0, 256, (8 + number, 9)))
+        os.utime(root / filename, (1_500_000_000 + number, 1_500_000_000 + number))
+    write_lists(root, names)
+    return root
+
+
+def contents(root: Path) -> dict[str, bytes]:
+    """Relative path -> bytes, of all files of the three splits, hidden ones too."""
+    return {
+        os.path.relpath(os.path.join(folder, name), root): Path(folder, name).read_bytes()
+        for split in COUNTS
+        for folder, _, names in os.walk(root / split)
+        for name in names
+    }
+
+
+def expected(source: Path) -> dict[str, bytes]:
+    return {
+        f"{split}/{name}/{Path(filename).name}": (source / filename).read_bytes()
+        for split in COUNTS
+        for name, folder in FOLDERS.items()
+        for filename in filenames_of(split)
+        if filename.startswith(f"radiology_ai/{folder}/")
+    }
+
+
+def pack(source: Path, archive: Path, folder: str = ".", lists: str = "first", form: int = tarfile.PAX_FORMAT) -> Path:
+    """lists: first, last, or absent."""
+    names = sorted(path.name for path in source.iterdir())  # the lists before the images
+    if lists == "last":
+        names.reverse()
+    with tarfile.open(archive, "w:gz" if archive.suffix == ".gz" else "w", format=form) as tar:
+        for name in names:
+            if lists != "absent" or not name.endswith(".csv"):
+                tar.add(source / name, f"{folder}/{name}")
+    return archive
+
+
+def rows_of(path: Path) -> list[list[str]]:
+    return list(csv.reader(path.read_text().splitlines()))[1:]
+
+
+def fails(*arguments: object) -> str:
+    with pytest.raises(UserError) as caught:
+        main(["prepare", *map(str, arguments)])
+    message = str(caught.value)
+    assert "\n" not in message
+    assert message.endswith(".")
+    return message

@@ -1,0 +1,143 @@
+"""What several processes compute, for test_distributed.py: `torchrun tests/helpers/worker.py JOB OUTPUT ...`."""
+
+import os
+import signal
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+import torch
+import torch.nn.functional as F
+from torch.distributions import Beta
+
+from _policy_gradient.objective import Objective
+from _policy_gradient.policy import create_policy
+from utils.data.dataset import ImageFolder, build_loader
+from utils.data.samplers import EvaluationSampler
+from utils.data.transforms import Normalize, evaluation_transform
+from utils.results.metrics import RunningMean
+from utils.runtime import distributed
+from utils.runtime.errors import UserError, agreed, join_processes, run_script
+from utils.runtime.signals import StopRequest
+from utils.training import models
+from utils.training.evaluation import measure, predict
+from utils.training.guard import NonFiniteLoss, StepGuard
+from utils.training.optim import GuardedUpdate, build_optimizer
+
+CPU = torch.device("cpu")
+
+
+SETTINGS = [("reinforce", "learned"), ("reinforce", "prior"), ("reinforce", "none"), ("published", "learned")]
+
+
+def all_gradients(output: Path) -> None:
+    """`gradients` for each of SETTINGS, by its number."""
+    found = {str(number): gradients(*setting) for number, setting in enumerate(SETTINGS)}
+    if distributed.is_main_process():
+        torch.save(found, output)
+
+
+def gradients(objective_name: str, mask_policy: str) -> dict[str, torch.Tensor]:
+    """Gradients of both networks on a fixed global batch of 8 images with given cells, BatchNorm frozen; and the prior
+    after its update, and the advantage normalised."""
+    torch.manual_seed(0)
+    classifier, policy = (
+        models.create_classifier("test_resnet", 3, 32).eval(),
+        create_policy(mask_policy, "test_resnet", 4, 32),
+    )
+    images, cells = torch.rand(8, 3, 32, 32), torch.rand(8, 16).clamp(0.05, 0.95)
+    targets = torch.arange(8) % 3
+    mine = slice(distributed.rank(), None, distributed.world_size())
+    objective = Objective(objective_name)
+    parallel = distributed.wrap(classifier, CPU)
+    if policy is None:
+        loss = F.cross_entropy(parallel(images[mine]), targets[mine])
+    else:
+        policy.eval()
+        parallel_policy = distributed.wrap(policy, CPU)
+        heads = parallel_policy(images[mine])
+        log_alpha, log_beta = policy.log_concentrations(*heads)
+        distribution = Beta(log_alpha.exp(), log_beta.exp())
+        masks = F.interpolate(cells[mine].view(-1, 1, 4, 4), size=32)
+        cross_entropy = F.cross_entropy(parallel(images[mine] * masks), targets[mine], reduction="none")
+        loss, _ = objective(cross_entropy, distribution.log_prob(cells[mine]), distribution.entropy())
+    loss.backward()
+    found = {f"classifier.{name}": value.grad for name, value in classifier.named_parameters()}
+    if policy is not None:
+        found |= {f"policy.{name}": value.grad for name, value in policy.named_parameters()}
+        policy.update_prior(*heads, hold_back=torch.tensor(False))
+        found["prior"] = policy.prior
+    priors = distributed.all_gather_object(found.get("prior"))
+    assert all(prior is None or torch.equal(prior, priors[0]) for prior in priors)  # equal bits on every rank
+    return found
+
+
+def evaluation(output: Path, data: str) -> None:
+    """Predictions and metrics of a fixed classifier, whose BatchNorm statistics differ on the ranks beforehand."""
+    torch.manual_seed(0)
+    classifier = models.create_classifier("test_resnet", 3, 32)
+    for buffer in classifier.buffers():
+        if buffer.is_floating_point():
+            buffer.add_(distributed.rank())
+    dataset = ImageFolder(Path(data) / "val", evaluation_transform(36, 32))
+    sampler = EvaluationSampler(len(dataset), 4, distributed.rank(), distributed.world_size())
+    loader = build_loader(dataset, sampler, workers=0, pin_memory=False)
+    predictions = predict(classifier, loader, Normalize([0.3], [0.3]), CPU)
+    metrics = measure(predictions, auroc=True)
+    assert distributed.all_gather_object(metrics) == [metrics] * distributed.world_size()
+    if distributed.is_main_process():
+        torch.save({"predictions": tuple(predictions), "metrics": metrics}, output)
+
+
+def guard(output: Path) -> None:
+    """Three steps; the last rank alone has a loss that is not finite at 1, and a signal at 2; and means over ranks."""
+    torch.manual_seed(0)
+    last = distributed.rank() == distributed.world_size() - 1
+    model = torch.nn.Linear(2, 1, bias=False)
+    parallel = distributed.wrap(model, CPU)
+    update = GuardedUpdate({"classifier": build_optimizer("sgd", [{"params": model.parameters()}], 0.1, 0.9)}, CPU)
+    stop, meters = StopRequest(), RunningMean(CPU)
+    finite = StepGuard(CPU, lambda index: Path(f"{distributed.rank()}_{index}.png"), stop)
+    weights, stops = [], []
+    stop.__enter__()
+    for step in range(3):
+        loss = parallel(torch.ones(1, 2)).sum() * (float("nan") if last and step == 1 else 1.0)
+        if last and step == 2:
+            os.kill(os.getpid(), signal.SIGUSR1)
+        update(loss, finite.check(loss, step, torch.tensor([step])))
+        stops.append(finite.stop_agreed())
+        weights.append(model.weight.detach().clone())
+        meters.update(rank=torch.tensor(float(distributed.rank())))
+    try:
+        finite.raise_if_found(epoch=4)
+        found = None
+    except NonFiniteLoss as error:
+        found = str(error), error.batch
+    gathered = distributed.all_gather_object((found, stops))
+    means, state = meters.read(), meters.state()
+    if distributed.is_main_process():
+        torch.save({"weights": weights, "gathered": gathered, "means": means, "state": state}, output)
+
+
+def failure(output: Path, kind: str) -> None:
+    """The last rank meets an error that the others do not: `agreed` (in a check) or `alone` (a bad image)."""
+    last = distributed.rank() == distributed.world_size() - 1
+    if kind == "agreed":
+        with agreed():
+            if last:
+                raise UserError("only the last rank saw this")
+    if last:
+        raise UserError("only the last rank saw this")
+    distributed.barrier()
+    distributed.all_reduce_mean(torch.ones(1))  # waits for the rank that is gone
+
+
+def main() -> None:
+    join_processes("cpu")
+    job, output, *rest = sys.argv[1:]
+    {"gradients": all_gradients, "evaluation": evaluation, "guard": guard, "failure": failure}[job](Path(output), *rest)
+
+
+if __name__ == "__main__":
+    run_script(main)

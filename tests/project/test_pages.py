@@ -1,0 +1,216 @@
+"""What the pages say: commands that are parsed, links that lead somewhere, and lists that are those of the code."""
+
+import argparse
+import importlib
+import re
+import shlex
+import sys
+
+import pytest
+
+from tests.commands.test_arguments import PARSERS
+from tests.commands.test_flags import declared
+from tests.conftest import ROOT
+from tests.helpers.markdown import anchors, blocks_and_text, faults
+from utils import arguments
+
+README = (ROOT / "README.md").read_text()
+OWN = ("_normal", "_policy_gradient", "utils", "benchmarks", "experiments")  # packages whose commands are parsed
+# What other programs write, and what is no page yet: a template.
+NOT_PAGES = ("demo", "templates", "runs")
+PAGES = sorted(
+    str(path.relative_to(ROOT))
+    for top in ROOT.iterdir()
+    if not top.name.startswith(".")
+    for path in ([top] if top.is_file() else top.rglob("*"))
+    if path.suffix == ".md" and not set(path.relative_to(ROOT).parts) & set(NOT_PAGES)
+)
+
+
+def section(page, heading):
+    """The text under a heading, up to the next one of its level."""
+    return page.split(f"\n## {heading}\n")[1].split("\n## ")[0]
+
+
+def flags_in(text):
+    return set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]*", text))
+
+
+# All flags of torchvision's references/classification/train.py.
+TORCHVISION = {"-b", "-j"} | flags_in(
+    "--data-path --model --device --batch-size --epochs --workers --opt --lr --momentum --wd --weight-decay "
+    "--norm-weight-decay --bias-weight-decay --transformer-embedding-decay --label-smoothing --mixup-alpha "
+    "--cutmix-alpha --lr-scheduler --lr-warmup-epochs --lr-warmup-method --lr-warmup-decay --lr-step-size --lr-gamma "
+    "--lr-min --print-freq --output-dir --resume --start-epoch --cache-dataset --sync-bn --test-only --auto-augment "
+    "--ra-magnitude --augmix-severity --random-erase --amp --world-size --dist-url --model-ema --model-ema-steps "
+    "--model-ema-decay --use-deterministic-algorithms --interpolation --val-resize-size --val-crop-size "
+    "--train-crop-size --clip-grad-norm --ra-sampler --ra-reps --weights --backend --use-v2"
+)
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_fences_are_closed_and_links_lead_somewhere(name):
+    assert faults(ROOT / name, ROOT) == []
+
+
+@pytest.mark.parametrize(
+    ("page", "expected"),
+    [
+        ("```bash\npython x.py -o ![Differences](d.png)\n```\n", "an image in a code block"),
+        ('```\n<img src="d.png">\n```\n', "an image in a code block"),
+        ("```bash\n| arm | seeds |\n```\n", "a table in a code block"),
+        ("~~~\n|---|---:|\n~~~\n", "a table in a code block"),
+        ("```bash\narm | seeds\n---|:---:\n```\n", "a table in a code block"),
+        ("```bash\nls\n", "line 1: a fence is never closed"),
+        ("text\n\n```bash\nls\n\n```python\n1\n```\n", "line 6: a fence opens within the one of line 3"),
+        ("[there](gone.md)\n", "a link to nothing in the repository: (gone.md)"),
+        ("![there](figures/gone.png)\n", "a link to nothing in the repository: (figures/gone.png)"),
+        ("[there](/etc/passwd)\n", "a link to nothing in the repository: (/etc/passwd)"),
+        ("[a\nlong one](gone)\n", "a link to nothing in the repository: (gone)"),
+        ("[there]()\n", "a link to nothing in the repository: ()"),
+        ("[there][1]\n\n[1]: gone.md\n", "a link to nothing in the repository: (gone.md)"),
+        ('<img src="gone.png">\n', "a link to nothing in the repository: (gone.png)"),
+        ("# Here\n\n[there](#gone)\n", "a link to no heading: (#gone)"),
+        ("[there](other.md#gone)\n", "a link to no heading: (other.md#gone)"),
+        ("```bash\n# Here\n```\n[there](#here)\n", "a link to no heading: (#here)"),
+        ("see `utils/gone.py`\n", "no such file: utils/gone.py"),
+    ],
+)
+def test_a_page_with_a_fault_is_refused(page, expected, tmp_path):
+    (tmp_path / "other.md").write_text("# Other, with `code`: twice\n\n## Again\n\n## Again\n")
+    (tmp_path / "page.md").write_text(page)
+    (found,) = faults(tmp_path / "page.md", tmp_path)
+    assert found.startswith(expected)
+
+
+def test_a_page_without_faults_is_accepted(tmp_path):
+    (tmp_path / "other.md").write_text("# Other, with `code`: twice\n\n## Again\n\n## Again\n")
+    page = "# Here\n\n| a |\n|---|\n| `[x](gone)` |\n\n```bash\ncat a | sort | uniq\n```\n\n"
+    links = "[a](other.md#again-1) [b](#here) [c](https://example.org/gone) [d](other.md#other-with-code-twice)\n"
+    (tmp_path / "page.md").write_text(page + links)
+    assert faults(tmp_path / "page.md", tmp_path) == []
+    assert anchors((tmp_path / "other.md").read_text()) == {"other-with-code-twice", "again", "again-1"}
+
+
+def command_lines(page):
+    """The lines of a page's bash blocks as (folder, words): continued lines joined, `cd` followed."""
+    for language, content in blocks_and_text(page)[0]:
+        folder = ROOT
+        for line in content.replace("\\\n", " ").splitlines() if language == "bash" else ():
+            words = shlex.split(line, comments=True)
+            if words[:1] == ["cd"]:
+                folder = (folder / words[1]).resolve()
+            yield folder, words
+
+
+def commands_of(page):
+    """The commands of a page that are this repository's: (module, arguments)."""
+    for folder, words in command_lines(page):
+        own = [word for word in words if word not in ("...", "&")]
+        for index, word in enumerate(own):
+            if word == "-m" and own[index + 1].split(".")[0] in OWN:
+                yield own[index + 1], own[index + 2 :]
+            elif word.endswith(".py"):
+                file = (folder / word).relative_to(ROOT).with_suffix("")
+                yield ".".join(file.parts), own[index + 1 :]
+                break  # what follows are its arguments
+
+
+class Parsed(Exception):
+    """The command line was understood; the command itself is not run."""
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_every_command_of_the_pages_is_parsed_as_it_stands(name, monkeypatch):
+    parse_args = argparse.ArgumentParser.parse_args
+
+    def only_parse(parser, arguments=None, namespace=None):
+        parse_args(parser, arguments, namespace)
+        raise Parsed
+
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", only_parse)
+    for module_name, words in commands_of((ROOT / name).read_text()):
+        if module_name == "benchmarks.losses":  # whose arguments are those of a script
+            continue
+        module = importlib.import_module(module_name)
+        if not hasattr(module, "main"):
+            module = importlib.import_module(f"{module_name}.__main__")
+        monkeypatch.setattr(sys, "argv", [module_name, *words])
+        with pytest.raises(Parsed):
+            module.main()
+
+
+def test_the_pages_name_each_command():
+    """So that the test above looks at them at all."""
+    found = {module for name in PAGES for module, _ in commands_of((ROOT / name).read_text())}
+    assert found >= {
+        *("_normal.train", "_policy_gradient.train", "_policy_gradient.gallery", "utils.audit", "utils.plots"),
+        *("utils.export", "utils.predict", "utils.weight_averaging", "utils.radimagenet", "utils.phantoms"),
+        *("experiments.run", "experiments.analyse", "experiments.learning_signal", "experiments.build_mini_rin"),
+        *("benchmarks.run", "benchmarks.curves", "benchmarks.profiles", "benchmarks.soak"),
+    }
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_every_shell_script_and_make_target_of_the_pages_exists(name):
+    targets = re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    for folder, words in command_lines((ROOT / name).read_text()):
+        if words[:1] == ["make"]:
+            assert words[1] in targets
+        if words[:1] == ["bash"]:
+            assert (folder / words[1]).is_file()
+
+
+def test_each_promise_names_a_test_that_exists():
+    named = re.findall(r"`(test_\w+\.py)(?:::(test_\w+))?`", section(README, "What it promises"))
+    assert len(named) >= 12
+    for file, function in named:
+        content = (ROOT / "tests" / file).read_text()
+        assert f"\ndef {function}(" in content if function else content, (file, function)
+
+
+def test_the_messages_of_the_troubleshooting_are_those_of_the_code():
+    foreign = ("DataLoader worker is killed by signal: ", "Address already in use", "ChildFailedError")
+    sources = [path.read_text() for folder in OWN for path in (ROOT / folder).rglob("*.py")]
+    code = re.sub(r'"\s*\n\s*f?"', "", "\n".join(sources))  # strings over several lines, joined
+    rows = re.findall(r"^\| ([^|]*)\|", section((ROOT / "RECIPES.md").read_text(), "Troubleshooting"), re.MULTILINE)
+    messages = [message for row in rows for message in re.findall(r"\*([^*]+)\*", row)]
+    assert len(messages) >= 8
+    assert [message for message in messages if not message.startswith(foreign) and message not in code] == []
+
+
+def test_every_flag_stands_in_the_table():
+    table = section(README, "Flags")
+    for name in declared():
+        assert f"--{name.replace('_', '-')}" in table.replace("`", " "), name
+
+
+def test_the_flags_of_torchvision_that_are_absent_are_listed():
+    for parser in PARSERS.values():
+        ours = {option for action in parser._actions for option in action.option_strings}
+        absent = {flag for flag in TORCHVISION if flag not in ours}
+        assert absent == flags_in(section(README, "Flags").split("Not there:")[1].split("\n\n")[0])
+
+
+def test_what_a_resumed_run_takes_from_its_file_is_listed():
+    text = section(README, "Files of a run").split("**Resuming.**")[1]
+    listed = {begin: flags_in(text.split(begin)[1].split(".")[0]) for begin in ("Never taken from it:", "given again:")}
+    expected = arguments.OF_EACH_START - {"resume"}
+    assert listed["Never taken from it:"] == {arguments.flag(name) for name in expected}
+    expected = arguments.FREE_ON_RESUME - arguments.OF_EACH_START - {"finetune"}  # refused with --resume
+    assert listed["given again:"] == {arguments.flag(name) for name in expected}
+
+
+def test_the_citation_is_the_entry_that_the_authors_ask_for():
+    """In the README and in the card of exported weights."""
+    for page in (README, (ROOT / "utils" / "templates" / "model_card.md").read_text()):
+        (entry,) = re.findall(r"```bibtex\n(.*?)```", page, re.DOTALL)
+        assert entry.startswith("@inproceedings{yavuz2025policy,\n")
+        assert dict(re.findall(r"  (\w+) = \{(.*)\}", entry)) == {
+            "title": "Policy Gradient-Driven Noise Mask",
+            "author": "Yavuz, Mehmet Can and Yang, Yang",
+            "booktitle": "International Conference on Pattern Recognition",
+            "pages": "414--431",
+            "year": "2025",
+            "organization": "Springer",
+        }

@@ -1,0 +1,264 @@
+"""Results that were edited, cut, or replaced by what is no file end in a sentence, in all commands that read them."""
+
+import json
+import os
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from experiments import run as run_plan
+from tests.checkpoints.test_full_state import changed, put
+from tests.commands.test_report import write_run
+from utils import plots, report
+from utils.data import folders
+from utils.inference import classifier as inference
+from utils.inference import model_card
+from utils.results import provenance, run_folder
+from utils.runtime import progress
+from utils.runtime.errors import UserError
+from utils.runtime.reading import open_regular, parse_json, read_bytes, read_json
+
+DEEP = 200_000
+CONTENTS = {
+    "nothing": b"",
+    "a brace": b"{",
+    "null": b"null\n",
+    "a number": b"5\n",
+    "a list": b'[{"epoch": 0}]\n',
+    "a list of lists": b"[[]]\n",
+    "status": b'{"status": 5}\n',
+    "deep lists": b"[" * DEEP + b"]" * DEEP + b"\n",
+    "deep objects": b'{"epoch":' * DEEP + b"\n",
+    "deep enough to be read": b"[" * 500 + b"]" * 500 + b"\n",
+    "400 digits": b'{"epoch": ' + b"9" * 400 + b"}\n",
+    "5000 digits": b'{"epoch": 0, "val_f1": ' + b"9" * 5000 + b"}\n",
+    "invalid UTF-8": b'{"epoch": 0, "\xff": 1}\n',
+    "zeros": bytes(1000),
+    "two epochs of one number": b'{"epoch": 0}\n{"epoch": 0}\n',
+    "a negative epoch": b'{"epoch": -1}\n',
+    "true for an epoch": b'{"epoch": true}\n',
+    "half an epoch": b'{"epoch": 0.5}\n',
+    "a huge epoch": b'{"epoch": 1000000000000}\n',
+    "a long field": b"class,images,precision,recall,f1\n" + b"a" * 200_000 + b",1,1,1,1\n",
+    "an open quote": b'class,images,precision,recall,f1\n"a,1,1,1,1\n',
+}
+FILES = ("log.jsonl", "run.json", "status.json", "metrics.json", "per_class.csv", "predictions.csv")
+KINDS = ("pipe", "folder", "device", "dangling link", "link to itself")
+VALUES = (
+    None,
+    True,
+    -1,
+    2**62,
+    0.5,
+    float("nan"),
+    float("inf"),
+    1e308,
+    "text",
+    "",
+    [],
+    {},
+    [[[]]],
+    {"a": {}},
+    "\x1b[2J",
+)
+
+
+pytestmark = pytest.mark.usefixtures("ended_in_time")
+
+
+@pytest.fixture
+def undrawn(monkeypatch):
+    """Pages without their pictures, which take most of the time."""
+    monkeypatch.setattr(report, "picture", lambda figure, title: {"source": "", "title": title})
+    monkeypatch.setattr(report, "responsive", lambda draw, logs, title: None)
+    monkeypatch.setattr(report, "RESAMPLES", 2)
+    for name in ("confusion_matrix", "per_class_recall"):
+        monkeypatch.setattr(report.class_plots, name, lambda *_: None)
+
+
+def make(path: Path, kind: str) -> None:
+    """Put what is no regular file in the place of one."""
+    path.unlink(missing_ok=True)
+    makers = {
+        "pipe": partial(os.mkfifo, path),
+        "folder": path.mkdir,
+        "device": partial(path.symlink_to, "/dev/zero"),
+        "dangling link": partial(path.symlink_to, "nowhere"),
+        "link to itself": partial(path.symlink_to, path.name),
+    }
+    makers[kind]()
+
+
+def all_readers(folder: Path) -> list:
+    return [
+        lambda: report.page([run_folder.read_run_folder(folder)]),
+        lambda: plots.learning_curves(plots.read_runs([str(folder)])),
+        lambda: run_folder.read_tested(folder, "clean"),
+        lambda: model_card.read_measured(folder / "log.jsonl"),
+        lambda: provenance.read_run(folder),
+        lambda: progress.read_log(folder),
+    ]
+
+
+def sentences(folder: Path) -> list[str]:
+    """What the readers of a run's folder say that cannot do without a file."""
+    found = []
+    for read in all_readers(folder):
+        try:
+            read()
+        except UserError as error:
+            found.append(str(error))
+    assert not [sentence for sentence in found if "\n" in sentence or len(sentence) > 500]
+    return found
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_file_of_any_content_ends_in_a_sentence(tmp_path, undrawn, name):
+    folder = write_run(tmp_path / "run")
+    assert sentences(folder) == []
+    for what, content in CONTENTS.items():
+        (folder / name).write_bytes(content)
+        noted = run_folder.read_run_folder(folder).notes
+        named = [text for text in [*noted, *sentences(folder)] if str(folder / name) in text]
+        harmless = what in ("nothing",) or (name == "log.jsonl" and what in ("a brace", "zeros"))  # a line cut short
+        harmless = (harmless and name == "log.jsonl") or (name, what) == ("status.json", "a huge epoch")
+        assert named or harmless, (name, what)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", FILES)
+def test_what_is_no_file_ends_in_a_sentence(tmp_path, undrawn, name, kind):
+    folder = write_run(tmp_path / "run")
+    make(folder / name, kind)
+    noted = run_folder.read_run_folder(folder).notes
+    named = [text for text in [*noted, *sentences(folder)] if str(folder / name) in text]
+    assert named or (kind == "dangling link" and not name.endswith(".csv"))
+
+
+def entries(value: object, place: tuple = ()):
+    if place:
+        yield place
+    inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, held in inner:
+        yield from entries(held, (*place, key))
+
+
+@pytest.mark.parametrize("name", ["log.jsonl", "run.json", "status.json", "metrics.json"])
+def test_an_entry_of_any_value_ends_in_a_sentence(tmp_path, undrawn, name):
+    folder = write_run(tmp_path / "run")
+    lines = [json.loads(line) for line in (folder / name).read_text().split("\n")[:-1]] if name == "log.jsonl" else None
+    content = lines or json.loads((folder / name).read_text())
+    mutants = [changed(content, place, partial(put, value=value)) for place in entries(content) for value in VALUES]
+    mutants += [changed(content, place, lambda held, key: held.pop(key)) for place in entries(content)]
+    noted = 0
+    for mutant in mutants:
+        text = "".join(json.dumps(line) + "\n" for line in mutant) if lines else json.dumps(mutant)
+        (folder / name).write_text(text)
+        run = run_folder.read_run_folder(folder)
+        report.page([run])
+        noted += len(run.notes)
+    assert noted > len(mutants) / 5
+
+
+def test_curves_of_extreme_values_are_drawn(tmp_path):
+    lines = [
+        {"epoch": epoch, "val_f1": value, "lr_classifier": value, "train_loss": value}
+        for epoch, value in enumerate((1e308, -1e308, float("inf"), float("nan"), None, 0.5, 1e-320, 2**64))
+    ]
+    (tmp_path / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    content = report.page([run_folder.read_run_folder(tmp_path)])
+    assert b'alt="Learning curves"' in content
+
+
+def test_a_best_epoch_is_one_that_has_a_figure(tmp_path, undrawn):
+    folder = write_run(tmp_path / "run")
+    for value in (None, float("nan"), float("inf")):
+        lines = [{"epoch": 0, "val_f1": 0.25}, {"epoch": 1, "val_f1": value}, {"epoch": 2}]
+        (folder / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        page = report.page([run_folder.read_run_folder(folder)]).decode()
+        assert "highest macro F1 0.2500 after epoch 0." in " ".join(page.split())
+
+
+@pytest.mark.parametrize(
+    "row", ["a,1,x,1,1", "a,1e5,1,1,1", "a,-1,1,1,1", f"a,{'9' * 400},1,1,1", "a", "a,1,1,1,1\na,1,1,1,1"]
+)
+def test_a_row_of_a_table_that_no_run_writes(tmp_path, row):
+    folder = write_run(tmp_path / "run")
+    (folder / "per_class.csv").write_text(f"class,images,precision,recall,f1\n{row}\n")
+    (folder / "predictions.csv").write_text("image,target,prediction,true_rank,loss\na/0.png,a,a,1,0.5\n")
+    with pytest.raises(UserError, match=r"(per_class|predictions).csv: "):
+        run_folder.read_evaluation(folder)
+
+
+@pytest.mark.parametrize("cell", ["0", "2", "1.5", "9" * 400, "-1", ""])
+def test_a_rank_that_no_class_can_have(tmp_path, cell):
+    folder = write_run(tmp_path / "run")
+    (folder / "per_class.csv").write_text("class,images,precision,recall,f1\na,1,1,1,1\n")
+    (folder / "predictions.csv").write_text(f"image,target,prediction,true_rank,loss\na/0.png,a,a,{cell},0.5\n")
+    with pytest.raises(UserError, match=r"predictions.csv: does not fit per_class.csv"):
+        run_folder.read_evaluation(folder)
+
+
+def test_a_name_of_a_result_leads_to_no_other_folder(tmp_path):
+    folder = write_run(tmp_path / "run")
+    found = json.loads((folder / "metrics.json").read_text())
+    for name in ("../../etc", "a/b", "", "\0"):
+        (folder / "metrics.json").write_text(json.dumps({**found, "metrics": {name: {}}}))
+        run = run_folder.read_run_folder(folder)
+        assert (run.tested, len(run.notes)) == ({}, 1)
+
+
+@pytest.mark.parametrize("name", ["finished.json", "progress.json"])
+def test_a_plans_own_files_edited_end_in_a_sentence(tmp_path, name):
+    reader = run_plan.is_finished if name == "finished.json" else run_plan.read_progress
+    for content in (*CONTENTS.values(), b'{"stages": [], "seconds": "1", "done": 0}', b'{"stages": 1}'):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(UserError, match=name):
+            reader(None, tmp_path)
+    for kind in ("pipe", "device"):
+        make(tmp_path / name, kind)
+        with pytest.raises(UserError, match=name):
+            reader(None, tmp_path)
+
+
+# Files that flags name
+
+
+@pytest.mark.parametrize("kind", ["pipe", "device", "link to itself"])
+def test_lists_that_are_no_files(tmp_path, kind):
+    make(tmp_path / "list", kind)
+    with pytest.raises(UserError, match=r"^--exclude .*list: cannot be read \("):
+        folders.read_excluded(tmp_path / "list")
+    with pytest.raises(UserError, match=r"^--classes .*list: cannot be read \("):
+        inference.read_class_names(tmp_path / "list")
+
+
+# The readers themselves
+
+
+def test_no_more_is_read_than_expected(tmp_path):
+    (tmp_path / "large").write_bytes(b"12345")
+    assert read_bytes(tmp_path / "large", most=5) == read_bytes(tmp_path / "large", most=None) == b"12345"
+    with pytest.raises(OSError, match="has more than the 4 bytes expected here"):
+        read_bytes(tmp_path / "large", most=4)
+    with (tmp_path / "sparse").open("wb") as file:
+        file.truncate(2**40)
+    with pytest.raises(OSError, match="has more than"):
+        read_json(tmp_path / "sparse")
+    with pytest.raises(OSError, match="has more than the 4 bytes"):
+        read_bytes("/proc/self/status", most=4)  # whose size is said to be 0
+
+
+def test_names_that_no_file_can_have():
+    for name, match in (("a\0b", "no file can have this name"), ("a" * 5000, "File name too long")):
+        with pytest.raises(OSError, match=match):
+            open_regular(name)
+
+
+def test_json_within_the_limits_is_as_it_was():
+    content = {"a": [1, 2**64 - 1, -(2**63), 0.5, None, "ü", {"b": []}], "nan": float("inf")}
+    assert parse_json(json.dumps(content)) == content
+    for text in ("9" * 21, "-" + "9" * 21, "[" * 102 + "]" * 102, "[" * DEEP, ""):
+        with pytest.raises(ValueError):
+            parse_json(text)

@@ -1,0 +1,257 @@
+"""Pictures of logs and predictions: what their lines, images, bars and labels hold; and the commands."""
+
+import csv
+import io
+import json
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+from sklearn.metrics import confusion_matrix as sklearn_confusion
+from sklearn.metrics import recall_score
+
+from utils import plots
+from utils.plots import learning_curves, policy_health
+from utils.results import figures
+from utils.results.confusion import confusion_matrix, count_pairs, per_class_recall
+from utils.results.figures import as_png, as_svg, as_text, shorten
+from utils.results.run_folder import read_evaluation, read_tested
+from utils.runtime import errors
+from utils.runtime.errors import UserError
+
+NORMAL = [
+    {"epoch": 0, "lr_classifier": 0.1, "train_loss": 1.5, "train_top1": 0.25, "val_loss": 1.25, "val_top1": 0.5,
+     "val_f1": 0.4, "val_balanced_accuracy": 0.45, "images_per_second": 100.0},
+    {"epoch": 1, "lr_classifier": 0.01, "train_loss": 1.0, "train_top1": 0.5, "val_loss": 1.0, "val_top1": 0.6,
+     "val_f1": 0.5, "val_balanced_accuracy": 0.55, "images_per_second": 90.0, "val_auroc": None},
+]  # fmt: skip
+POLICY = [
+    line | {"train_cross_entropy": 2.0, "lr_policy": 0.01, "mask_mean": 0.5, "prior_drift": 0.1 * line["epoch"]}
+    for line in NORMAL
+]
+
+
+def titles(figure):
+    return [axes.get_title() for axes in figure.axes]
+
+
+def panel(figure, title):
+    return figure.axes[titles(figure).index(title)]
+
+
+def points(line):
+    return [tuple(pair) for pair in line.get_xydata().tolist()]
+
+
+def test_learning_curves_hold_the_values_of_the_log():
+    figure = learning_curves({"_normal/run": NORMAL})
+    assert titles(figure) == [
+        "Training objective",
+        "Validation cross-entropy",
+        "Training top-1 accuracy",
+        "Validation top-1 accuracy",
+        "Validation macro F1",
+        "Validation balanced accuracy",
+        "Learning rate of the classifier",
+    ]
+    for title, key in (("Training objective", "train_loss"), ("Validation macro F1", "val_f1")):
+        (line,) = panel(figure, title).lines
+        assert points(line) == [(0, NORMAL[0][key]), (1, NORMAL[1][key])]
+    assert figure.get_suptitle() == "Learning curves: _normal/run"
+    assert panel(figure, "Validation cross-entropy").get_ylabel() == "nats"
+    assert {axes.get_xlabel() for axes in figure.axes} == {"epoch, from 0"}
+    assert panel(figure, "Learning rate of the classifier").get_yscale() == "log"
+    assert panel(figure, "Validation macro F1").get_yscale() == "linear"
+
+
+def test_several_runs_differ_in_colour_style_and_marker_and_share_panels():
+    runs = {"_normal": NORMAL, "$a$": POLICY, "empty": [{"epoch": 0}]}
+    figure = learning_curves(runs)
+    both = panel(figure, "Training objective").lines
+    assert len(both) == 2
+    for attribute in ("get_color", "get_linestyle", "get_marker"):
+        assert len({getattr(line, attribute)() for line in both}) == 2
+    (only,) = panel(figure, "Training cross-entropy").lines  # a run without the key leaves it out
+    assert points(only) == [(0, 2.0), (1, 2.0)]
+    assert only.get_color() == both[1].get_color()
+    (legend,) = figure.legends
+    assert [text.get_text() for text in legend.get_texts()] == [" _normal", r"\$a\$"]
+    assert len({tuple(plots._style(number).values()) for number in range(140)}) == 140
+
+
+def test_a_single_epoch_has_a_marker_and_gaps_are_left_out():
+    (line,) = panel(learning_curves({"run": NORMAL[:1]}), "Training objective").lines
+    assert (points(line), line.get_marker(), line.get_markevery()) == ([(0, 1.5)], "o", 1)
+    lines = [{"epoch": epoch, "val_loss": value} for epoch, value in enumerate((1.0, None, float("nan"), 2.0))]
+    (line,) = panel(learning_curves({"run": lines}), "Validation cross-entropy").lines
+    assert points(line) == [(0, 1.0), (3, 2.0)]
+
+
+@pytest.mark.parametrize(("means", "top"), [((0.5, 0.45), 1), ((1.0, 0.9), 1.1)])
+def test_masks_of_any_range_lie_inside_their_panel(means, top):
+    lines = [{"epoch": epoch, "mask_mean": mean} for epoch, mean in enumerate(means)]
+    assert panel(policy_health({"run": lines}), "Mean of the masks").get_ylim() == pytest.approx((0, top))
+
+
+def test_policy_health_shows_what_the_log_has_of_it():
+    figure = policy_health({"run": POLICY})
+    assert titles(figure) == ["Mean of the masks", "Drift of the prior"]
+    assert points(panel(figure, "Drift of the prior").lines[0]) == [(0, 0), (1, 0.1)]
+    with pytest.raises(UserError, match="Health of the policy: the log of _normal/run holds none of these quantities"):
+        policy_health({"_normal/run": NORMAL})
+
+
+@given(st.lists(st.tuples(st.integers(0, 4), st.integers(0, 4)), max_size=30))
+def test_counts_of_pairs_are_scikit_learns(pairs):
+    targets, predictions = [one for one, _ in pairs], [other for _, other in pairs]
+    expected = sklearn_confusion(targets, predictions, labels=range(5)) if pairs else np.zeros((5, 5))
+    assert np.array_equal(count_pairs(targets, predictions, 5), expected)
+
+
+def test_the_confusion_matrix_is_normalised_by_row():
+    figure = confusion_matrix([0, 0, 1, 1, 1, 1], [0, 1, 1, 1, 1, 0], ["dark", "bright", "none"])
+    axes = figure.axes[0]
+    shares = axes.images[0].get_array()
+    assert np.array_equal(shares[:2], [[0.5, 0.5, 0], [0.25, 0.75, 0]])
+    assert shares.mask.tolist() == [[False] * 3] * 2 + [[True] * 3]  # grey: no image
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["dark (2)", "bright (4)", "none (0)"]
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["dark", "bright", "none"]
+    assert {text.get_position(): text.get_text() for text in axes.texts} == {
+        (0, 0): ".50", (1, 0): ".50", (0, 1): ".25", (1, 1): ".75"
+    }  # fmt: skip
+    assert axes.images[0].get_clim() == (0, 1)
+
+
+def test_many_classes_have_all_their_names_and_no_numbers():
+    classes, each = [f"class {number}" for number in range(165)], np.arange(165).repeat(2)
+    axes = confusion_matrix(each, each[::-1], classes).axes[0]
+    assert np.array_equal(axes.images[0].get_array(), np.eye(165)[::-1])
+    assert (len(axes.texts), len(axes.get_xticklabels()), len(axes.get_yticklabels())) == (0, 165, 165)
+    figure = per_class_recall(each, each, classes)
+    assert len(figure.axes[0].patches) == 165
+    inches_a_class = figure.get_figheight() / 165
+    assert figure.axes[0].get_yticklabels()[0].get_fontsize() / 72 < inches_a_class  # labels do not overlap
+
+
+def test_recall_is_scikit_learns_sorted_with_the_number_of_images():
+    targets, predictions = [0, 0, 1, 1, 1, 2], [0, 1, 1, 1, 1, 0]
+    axes = per_class_recall(targets, predictions, ["a", "b", "c", "d"]).axes[0]
+    assert [bar.get_width() for bar in axes.patches] == [1, 0.5, 0, 0]
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["b (3)", "a (2)", "c (1)", "d (0)"]
+    assert [text.get_text() for text in axes.texts] == ["1.00", "0.50", "0.00", "no images"]
+    (mean,) = axes.lines
+    assert mean.get_xdata()[0] == pytest.approx(recall_score(targets, predictions, average="macro"))
+
+
+def test_names_are_drawn_as_they_are():
+    assert as_text("a_$b$\udcff\n") == r"a_\$b\$\udcff\n"
+    assert shorten("x" * 48) == "x" * 48
+    assert shorten("a" * 50 + "b" * 50) == "a" * 23 + "…" + "b" * 23
+    figure = confusion_matrix([0], [0], ["$\\frac \udcff"])
+    assert Image.open(io.BytesIO(as_png(figure))).format == "PNG"
+
+
+def test_files_are_the_same_each_time_and_hold_no_date():
+    first, second = (per_class_recall([0, 1], [0, 0], ["a", "b"]) for _ in range(2))
+    assert as_png(first) == as_png(second)
+    assert as_svg(first) == as_svg(second)
+    assert not Image.open(io.BytesIO(as_png(first))).text
+    assert b"<dc:date>" not in as_svg(first)
+
+
+# --- The commands
+
+
+@pytest.fixture
+def run(tmp_path):
+    """A folder of two epochs, and of what --test-only writes."""
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in POLICY))
+    for suffix, predictions in (("", "abb"), ("_masked", "aba")):
+        with (folder / f"predictions{suffix}.csv").open("w") as file:
+            writer = csv.writer(file)
+            writer.writerow(["image", "target", "prediction", "probability", "true_rank", "loss"])
+            for number, (target, prediction) in enumerate(zip("aab", predictions, strict=True)):
+                writer.writerow([f"{target}/{number}.png", target, prediction, "0.9", "1", "0.1"])
+        (folder / f"per_class{suffix}.csv").write_text("class,images,precision,recall,f1\nb,1,0,0,0\na,2,0,0,0\n")
+    return folder
+
+
+def test_every_command_writes_its_picture(run, capsys, monkeypatch):
+    monkeypatch.setattr(figures, "DOTS_PER_INCH", 40)
+    monkeypatch.setattr(plots, "CURVES", plots.CURVES[:1])
+    commands = (["curves"], ["health"], ["confusion"], ["recall"], ["confusion", "--masked"])
+    names = ["curves", "health", "confusion", "recall", "confusion_masked"]
+    for (picture, *flags), name in zip(commands, names, strict=True):
+        plots.main([picture, str(run), *flags])
+        path = run / "plots" / f"{name}.png"
+        assert capsys.readouterr().out == f"{path}\n"
+        assert Image.open(path).width > 80
+    plots.main(["curves", str(run)])  # the folder's own pictures are drawn anew
+    two = ["curves", str(run), f"{run}/.", "-o", str(run / "two.svg")]
+    plots.main(two)
+    with pytest.raises(UserError, match=r"two.svg: is there already; give another --output, or --overwrite"):
+        plots.main(two)
+    plots.main([*two, "--overwrite"])
+    assert (run / "two.svg").read_bytes().startswith(b"<?xml")
+
+
+def test_pictures_say_of_what_they_are_and_are_of_nothing_else(run):
+    metrics = {"clean": {"top1": 0.5}}
+    content = {"metrics": metrics, "split": "val", "weights": "run/model_best.pth"}
+    (run / "metrics.json").write_text(json.dumps(content))
+    (_, _, outcome), what = read_tested(run, "clean")
+    assert what == "val, without masks, weights model_best.pth (chosen on this split)"
+    figure = confusion_matrix(outcome.targets, outcome.predictions, ["b", "a"], what)
+    assert figure.axes[0].get_title() == f"Confusion, 3 images\n{what}"
+    with pytest.raises(UserError, match="holds no result with mean masks; run --test-only again"):
+        plots.main(["confusion", str(run), "--masked"])
+
+
+def test_what_cannot_be_negative_is_drawn_from_0():
+    lines = [{"epoch": epoch, "mask_mean": 0.49, "mask_std": 0.2, "advantage_std": 0.0} for epoch in range(2)]
+    figure = policy_health({"run": lines})
+    assert panel(figure, "Mean of the masks").get_ylim() == (0, 1)
+    assert panel(figure, "Spread of the advantage").get_ylim() == (0, 1)
+    assert panel(figure, "Spread of the masks").get_ylim()[0] == 0
+
+
+def test_predictions_are_read_in_the_order_of_the_classes(run):
+    for name, expected in (("clean", [1, 0, 0]), ("masked", [1, 0, 1])):
+        evaluation = read_evaluation(run, name)
+        assert [row["class"] for row in evaluation.table] == ["b", "a"]
+        assert evaluation.outcome.targets.tolist() == [1, 1, 0]
+        assert evaluation.outcome.predictions.tolist() == expected
+
+
+@pytest.mark.parametrize(
+    ("change", "command", "message"),
+    [
+        (lambda run: (run / "log.jsonl").write_text(""), "curves", "has no log.jsonl with a finished epoch"),
+        (lambda run: (run / "log.jsonl").unlink(), "health", "has no log.jsonl with a finished epoch"),
+        (lambda run: (run / "log.jsonl").write_text("{}\n"), "curves", "holds a line that is no epoch's JSON"),
+        (lambda run: (run / "predictions.csv").unlink(), "confusion", "predictions.csv: no such file; --test-only"),
+        (lambda run: (run / "per_class.csv").unlink(), "recall", "per_class.csv: no such file; --test-only"),
+        (lambda run: (run / "predictions.csv").write_text("a,b\n1,2\n"), "recall", "expected rows with target,"),
+        (lambda run: (run / "predictions.csv").write_bytes(b"\xff\x00"), "recall", "cannot be read as a table"),
+        (lambda run: (run / "per_class.csv").write_text("class\na\n"), "confusion", "expected rows with class, images"),
+        (lambda run: (run / "plots").write_text(""), "curves", "plots: cannot be made"),
+    ],
+)
+def test_what_cannot_be_drawn_is_one_sentence(run, change, command, message):
+    change(run)
+    with pytest.raises(UserError, match=message):
+        plots.main([command, str(run)])
+    assert not (run / "plots").is_dir()
+
+
+def test_bad_input_ends_with_exit_code_2(run, capsys):
+    for output, message in (("a.jpg", "expected a name that ends in"), ("none/a.png", "is no folder")):
+        with pytest.raises(SystemExit) as end:
+            errors.run_script(lambda path=run / output: plots.main(["curves", str(run), "-o", str(path)]))
+        assert end.value.code == 2
+        said = capsys.readouterr().err
+        assert said.startswith("error: --output ") and message in said and said.count("\n") == 1

@@ -1,0 +1,86 @@
+"""What a run prints at its start: the facts by which a user sees that it is the run that was meant."""
+
+import argparse
+import math
+
+import pytest
+import timm
+
+from _normal import train as normal
+from _policy_gradient import train as policy_gradient
+from tests.conftest import SMALL
+from utils.data.samplers import TrainingSampler
+from utils.runtime.errors import UserError
+from utils.runtime.progress import Position
+from utils.training import build as wiring
+
+
+def parameters(name: str, classes: int) -> str:
+    return f"{sum(tensor.numel() for tensor in timm.create_model(name, num_classes=classes).parameters()):,}"
+
+
+def test_a_fresh_run_prints_model_weights_batch_rates_and_objective(train, capsys):
+    train(policy_gradient, "--epochs", 2, "--lr", 0.04)
+    out = capsys.readouterr().out
+    assert f"classifier: test_resnet, {parameters('test_resnet', 3)} parameters; weights: random (--seed 0)\n" in out
+    assert "policy: test_resnet, " in out
+    assert "global batch: 1 process x 8 = 8 images; 4 steps an epoch, 2 epochs in all\n" in out
+    assert "learning rates of epoch 0: classifier 0.04, policy 0.004; --opt sgd, --lr-scheduler steplr\n" in out
+    expected = f"by about ln(8^2) = {math.log(64):.1f}\n"
+    assert f"objective: published: it multiplies the classifier's loss, and so its learning rate, {expected}" in out
+
+
+@pytest.mark.parametrize("objective", ["published-unscaled", "reinforce"])
+def test_objectives_that_keep_the_learning_rate_say_no_more_than_their_name(objective, train, capsys):
+    train(policy_gradient, "--epochs", 1, "--objective", objective, "--mask-policy", "uniform")
+    out = capsys.readouterr().out
+    assert f"objective: {objective}\n" in out
+    assert "policy: the same for all images (uniform), 0 parameters" in out
+
+
+def test_a_resumed_run_prints_where_it_goes_on(train, capsys):
+    folder = train(normal, "--epochs", 2, "--checkpoint-steps", 3)
+    (folder / "checkpoint_prev.pth").rename(folder / "checkpoint.pth")  # of epoch 1, step 3
+    capsys.readouterr()
+    train(normal, "--resume", folder / "checkpoint.pth")
+    out = capsys.readouterr().out
+    assert f"resumed: {folder / 'checkpoint.pth'}, at step 3 of epoch 1 (both count from 0)\n" in out
+    assert f"weights: those of {folder / 'checkpoint.pth'}\n" in out
+
+
+def test_a_fine_tuning_prints_the_file_and_what_is_frozen(train, capsys):
+    folder = train(normal, "--epochs", 1)
+    capsys.readouterr()
+    train(normal, "--epochs", 1, "--finetune", folder / "model_0.pth", "--freeze-backbone", name="tuned")
+    out = capsys.readouterr().out
+    head = timm.create_model("test_resnet", num_classes=3).get_classifier()
+    trained = sum(tensor.numel() for tensor in head.parameters())
+    assert f"parameters, of which {trained:,} are trained; weights: those of {folder / 'model_0.pth'}\n" in out
+
+
+def test_an_evaluation_prints_the_model_and_its_file(train, image_folder, capsys):
+    folder = train(normal, "--epochs", 1)
+    capsys.readouterr()
+    normal.main([*SMALL, "--test-only", "--resume", str(folder / "model_0.pth"), "--data-path", str(image_folder)])
+    out = capsys.readouterr().out
+    assert f"classifier: test_resnet, {parameters('test_resnet', 3)} parameters; weights: those of {folder}" in out
+
+
+def test_what_cannot_start_prints_no_facts(train, capsys):
+    with pytest.raises(UserError):
+        train(normal, "--batch-size", 4096)
+    assert "global batch" not in capsys.readouterr().out
+
+
+def test_uniform_masks_have_no_weights_to_name(train, capsys):
+    train(policy_gradient, "--grid", 4, "--epochs", 1, "--mask-policy", "uniform")
+    assert "policy: the same for all images (uniform), 0 parameters; weights: none to learn" in capsys.readouterr().out
+
+
+def test_the_steps_are_those_of_a_whole_epoch_after_a_change_of_processes(capsys):
+    args = argparse.Namespace(resume="c.pth", batch_size=8, epochs=2, opt="sgd", lr_scheduler="steplr")
+    sampler = TrainingSampler(48, 8, seed=0)
+    begun = Position(epoch=1, step=1, images=16)  # by two processes
+    wiring.print_plan(args, sampler, {}, begun, None)
+    assert "resumed: c.pth, at step 1 of epoch 1" in (out := capsys.readouterr().out)
+    assert "1 process x 8 = 8 images; 6 steps an epoch" in out

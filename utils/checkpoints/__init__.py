@@ -1,0 +1,1 @@
+"""Weights and full states as files, and the checks of files that are not trusted."""

@@ -1,0 +1,279 @@
+"""Checkpoints: full states that a run resumes from, and weights in every format that is accepted.
+
+Nothing is ever unpickled: `torch.load(weights_only=True)`, with argparse.Namespace (which the authors' files hold) as
+the only class allowed, or safetensors.
+"""
+
+import argparse
+import io
+import json
+import os
+import shutil
+from collections import OrderedDict
+from pathlib import Path
+from types import NoneType
+from typing import Any, NamedTuple
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import nn
+
+from utils.checkpoints import foreign
+from utils.checkpoints import verify as verification
+from utils.checkpoints.pickle_scan import ForeignObject, Refused
+from utils.checkpoints.torch_files import checked_copy
+from utils.runtime.errors import UserError
+from utils.runtime.files import open_new, temporary_path, write_atomically
+from utils.runtime.reading import open_regular, parse_json, read_bytes
+from utils.training.models import StateDict
+
+FORMAT_VERSION = 1
+CHECKPOINT = "checkpoint.pth"
+PREVIOUS = "checkpoint_prev.pth"
+BEST = "model_best.pth"
+DAMAGED = "checkpoint_damaged.pth"
+METADATA = "policy_gradient_noise_mask"  # the one entry of a safetensors header that is ours: classes and args as JSON
+MOST_METADATA = 4_000_000  # characters: 20,000 classes take a tenth of it
+MOST_BRACKETS = 100_000  # in it
+MOST_HEADER = 10_000_000  # bytes of a safetensors header
+MOST_TENSORS = 20_000  # of a safetensors file
+KEY_PREFIXES = ("module.", "_orig_mod.")  # left in keys by DistributedDataParallel and torch.compile
+
+
+class NotDamaged(UserError):
+    """A file that may be whole, and cannot be used here and now all the same."""
+
+
+def serialize(state: dict[str, Any]) -> memoryview:
+    """Plain values and tensors as bytes; the zip format carries a CRC-32 of each record, which `read` verifies."""
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    return buffer.getbuffer()
+
+
+def copy(state: dict[str, Any]) -> dict[str, Any]:
+    """The state as it would come out of its file: apart from what training goes on to change, and on the CPU."""
+    return torch.load(io.BytesIO(serialize(state)), map_location="cpu", weights_only=True)
+
+
+def save(path: Path, state: dict[str, Any]) -> None:
+    """Write plain values and tensors, whole or not at all."""
+    write_atomically(path, serialize(state))
+
+
+def save_checkpoint(output_dir: Path, state: dict[str, Any]) -> None:
+    """Write `checkpoint.pth`; the one before becomes `checkpoint_prev.pth`. At no moment is there none."""
+    newest, previous = output_dir / CHECKPOINT, output_dir / PREVIOUS
+    if newest.exists():
+        link = temporary_path(previous)
+        try:
+            link.unlink(missing_ok=True)
+            try:
+                os.link(newest, link)
+            except OSError:  # a file system without hard links
+                with open(open_new(link), "wb") as copied, open_regular(newest) as file:
+                    shutil.copyfileobj(file, copied)
+            os.replace(link, previous)
+        except OSError as error:
+            raise UserError(f"{previous}: cannot be written ({error.strerror}); {newest} is unharmed.") from None
+        finally:
+            link.unlink(missing_ok=True)  # it is still there where link and previous were one file already
+    save(newest, state)
+
+
+def replace_damaged(output_dir: Path, script: str) -> None:
+    """Put checkpoint_prev.pth in the place of a checkpoint.pth that is not valid, before that one is rotated.
+
+    What was there is kept as checkpoint_damaged.pth.
+    """
+    newest, previous = output_dir / CHECKPOINT, output_dir / PREVIOUS
+    try:
+        if newest.exists():
+            read_checkpoint(newest, script)
+    except UserError:
+        os.replace(newest, output_dir / DAMAGED)
+        write_atomically(newest, read_bytes(previous, most=None))
+
+
+def read(path: str | Path) -> dict[str, Any]:
+    """The dictionary in a .pth file, tensors on the CPU, verified and never unpickled beyond plain values.
+
+    Raises UserError for a file that is missing, damaged, no checkpoint, holds pickled code, or claims to be larger than
+    it is.
+    """
+    path = Path(path)
+    try:
+        if path.suffix == ".safetensors":
+            state = _read_safetensors(path)
+        else:
+            with torch.serialization.safe_globals([argparse.Namespace]):
+                state = torch.load(checked_copy(path), map_location="cpu", weights_only=True)
+    except UserError:
+        raise
+    except ForeignObject as foreign_object:
+        raise UserError(
+            f"{path}: holds pickled objects beyond tensors and plain values ({foreign_object}), which could run code "
+            "when read; refused. Save a state dict, or convert the file to safetensors where you trust it."
+        ) from None
+    except Refused as refusal:
+        raise UserError(f"{path}: {refusal}") from None
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file.") from None
+    except PermissionError:
+        raise NotDamaged(f"{path}: no permission to read this file.") from None
+    except OSError as error:
+        reason = "is no regular file" if isinstance(error, IsADirectoryError) else error.strerror
+        raise UserError(f"{path}: {reason}; expected a checkpoint or weights.") from None
+    except MemoryError:
+        raise NotDamaged(f"{path}: there is too little memory to read it.") from None
+    except Exception as error:  # torch's readers raise nearly anything at bytes that they do not expect
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{path}: is no checkpoint, or is damaged ({reason[:200]}).") from None
+    if not isinstance(state, dict):
+        raise UserError(f"{path}: holds a {type(state).__name__}; expected a dictionary of weights.")
+    for held in (state, *state.values()):
+        if isinstance(held, OrderedDict):
+            vars(held).clear()  # torch's note of versions, which nothing has checked and no weights here need
+    return state
+
+
+def _read_safetensors(path: Path) -> dict[str, Any]:
+    """The tensors, and where `safetensors_bytes` wrote the file, what it says of them, as in a .pth."""
+    with open_regular(path) as file:  # anything else is refused, before a pipe is waited for
+        header_bytes = int.from_bytes(file.read(8), "little")
+    if header_bytes > MOST_HEADER:
+        raise ValueError(f"its header claims {header_bytes} bytes, more than {MOST_HEADER}")
+    with safetensors.safe_open(path, framework="pt") as file:
+        metadata = (file.metadata() or {}).get(METADATA)
+        if len(file.keys()) > MOST_TENSORS:
+            raise ValueError(f"it holds {len(file.keys())} tensors, more than {MOST_TENSORS}")
+    if metadata is not None and len(metadata) > MOST_METADATA:
+        raise ValueError(f"its '{METADATA}' has {len(metadata)} characters, more than {MOST_METADATA}")
+    if metadata is not None and metadata.count("[") + metadata.count("{") > MOST_BRACKETS:
+        raise ValueError(f"its '{METADATA}' has more than {MOST_BRACKETS} opening brackets")
+    tensors = safetensors.torch.load_file(path)
+    if metadata is None:
+        return tensors
+    said = parse_json(metadata)
+    if not isinstance(said, dict):
+        raise ValueError(f"its '{METADATA}' is no JSON object")
+    return {"model": tensors} | {name: said.get(name) for name in ("format_version", "classes", "args")}
+
+
+def read_checkpoint(path: str | Path, script: str) -> dict[str, Any]:
+    """The full state that `script` (its folder's name) saved; raises UserError for any other file."""
+    state = read(path)
+    if "format_version" not in state or "optimizers" not in state:
+        raise UserError(
+            f"{path}: holds weights but no full training state, so a run cannot resume from it; "
+            f"use {CHECKPOINT}, or start from these weights with _normal/train.py --finetune."
+        )
+    verification.check_types(path, state, format_version=int, script=str)
+    version = state["format_version"]
+    verification.require(path, "format_version", type(version) is int and version >= 1, "a number of 1 or more")
+    if state["format_version"] > FORMAT_VERSION:
+        raise NotDamaged(
+            f"{path}: was written by a newer version (format {state['format_version']}); update this code."
+        )
+    if state["script"] != script:
+        raise NotDamaged(
+            f"{path}: is a checkpoint of {state['script']}/train.py, and this is {script}/train.py; "
+            "to go on from its weights use _normal/train.py --finetune."
+        )
+    verification.check_full_state(path, state)
+    return state
+
+
+class Weights(NamedTuple):
+    """A classifier's weights out of any accepted file, with what the file says of itself."""
+
+    model: StateDict  # clean timm keys
+    classes: list[str] | None
+    args: dict[str, Any]  # what a command line can give; empty if the file holds none
+    policy_net: StateDict | None
+    path: str
+    full_state: bool  # whether the file is a checkpoint.pth, with optimisers and all
+    averaged: bool | None  # whether these are the moving average of a file that holds one; None: it holds none
+    notes: list[str]  # what was chosen among several contents of the file, in sentences
+
+
+def read_weights(path: str | Path, use_ema: bool | None = None) -> Weights:
+    """Weights from our files, the authors', timm's, torchvision's, Lightning's, safetensors or a bare state dict.
+
+    use_ema: whether to take the moving average (`--model-ema`) of a file that holds one, or the trained weights; None:
+    the average, which decided about the best epoch, and which timm takes too. Raises UserError as `read` does, for a
+    file without a state dict, and for one without an average where that is asked for. Numbers of other code's files may
+    still be NaN or infinite (metrics keep such buffers among the weights): see `loading.fit`.
+    """
+    state = read(path)
+    ours = "format_version" in state
+    container, averaged = foreign.choose_container(path, state, use_ema)
+    found = state if container is None else state[container]
+    if not foreign.is_state_dict(found):
+        raise UserError(f"{path}: holds no state dict: expected tensors by name, or a dictionary with such a 'model'.")
+    model = clean_keys(found)
+    model.pop("n_averaged", None)  # in torchvision's state of a moving average, beside the weights
+    verification.check_state_dict(path, model, finite=ours)
+    args: dict[str, Any] = {}
+    notes = [] if container is None else foreign.describe_choice(path, state, container)
+    if ours:
+        verification.check_classes(path, state)
+        verification.check_types(path, state, args=dict)
+        args = state["args"]
+        if "policy_net" in state:
+            verification.check_types(path, state, policy_net=dict)
+            verification.check_state_dict(path, state["policy_net"])
+    elif container is not None:
+        args = foreign.arguments_of(state, container)
+    return Weights(
+        model=model,
+        classes=state["classes"] if ours else None,
+        args={name: value for name, value in args.items() if _is_plain(value)},
+        policy_net=state.get("policy_net") if ours else None,
+        path=str(path),
+        full_state="optimizers" in state,
+        averaged=averaged,
+        notes=notes,
+    )
+
+
+def _is_plain(value: Any) -> bool:
+    """True for what a command line can give."""
+    return all(isinstance(one, (str, int, float, NoneType)) for one in (value if isinstance(value, list) else [value]))
+
+
+def clean_keys(state_dict: StateDict) -> StateDict:
+    """Keys without the prefixes that wrappers left, in any order and number."""
+
+    def clean(key: str) -> str:
+        while key.startswith(KEY_PREFIXES):
+            key = key.split(".", 1)[1]
+        return key
+
+    return {clean(key): value for key, value in state_dict.items()}
+
+
+def weights_state(
+    model: nn.Module, classes: list[str], args: dict[str, Any], average: nn.Module | None = None
+) -> dict[str, Any]:
+    """What `model_<epoch>.pth` and `model_best.pth` hold: the trained weights, and with --model-ema their average."""
+    networks = {"model": model} | ({} if average is None else {"model_ema": average})
+    weights = {  # contiguous, whatever --channels-last was
+        name: {key: tensor.contiguous() for key, tensor in network.state_dict().items()}
+        for name, network in networks.items()
+    }
+    return {"format_version": FORMAT_VERSION, **weights, "classes": classes, "args": args}
+
+
+def safetensors_bytes(model: nn.Module, classes: list[str], args: dict[str, Any]) -> bytes:
+    """A safetensors file with what `weights_state` holds; `read_weights` takes it like a .pth.
+
+    The same bytes whenever it is written: the header has one entry, since the order of several is drawn by lot.
+    """
+    # Copies: safetensors refuses two names for one tensor, which tied weights have.
+    copies = {
+        key: tensor.cpu().clone(memory_format=torch.contiguous_format) for key, tensor in model.state_dict().items()
+    }
+    said = json.dumps({"format_version": FORMAT_VERSION, "classes": classes, "args": args})
+    return safetensors.torch.save(copies, metadata={METADATA: said})

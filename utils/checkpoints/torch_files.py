@@ -1,0 +1,93 @@
+"""The files of torch.save, in its zip format and the older one, checked and copied before torch.load reads them."""
+
+import io
+import os
+import pickle
+import re
+import zipfile
+from pathlib import Path
+from typing import BinaryIO
+
+from utils.checkpoints.pickle_scan import Node, Refused, Scan
+from utils.runtime.reading import open_regular
+
+ZIP_START = b"PK\x03\x04"  # by which torch.load, too, tells its format from the old one
+RECORD = re.compile(
+    r"[^/]+/(data\.pkl|version|byteorder|\.format_version|\.storage_alignment|\.data/serialization_id|data/[0-9]{1,20})"
+)
+MOST_RECORDS = 20_000  # one for each storage, and six others
+OLD_START = pickle.dumps(0x1950A86A20F9469CFC6C, 2) + pickle.dumps(1001, 2)
+MOST_OTHER_BYTES = 10_000_000  # of a file in no such format, read only to tell what is wrong with it
+
+
+def checked_copy(path: Path) -> BinaryIO:
+    """A copy in memory of a file of torch.save, for torch.load: complete, and without anything but what it writes.
+
+    A copy, since a file can change, and a zip can show one reader other records than the next. Raises OSError, Refused
+    with the rest of a sentence, and for a damaged file nearly anything else.
+    """
+    with open_regular(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        start = file.read(len(OLD_START))
+        file.seek(0)
+        if start.startswith(ZIP_START):
+            return _checked_zip(file, size)
+        copy = io.BytesIO(file.read(None if start == OLD_START else MOST_OTHER_BYTES))
+    if start != OLD_START:
+        try:
+            Scan(copy, size)
+        except Refused:
+            raise
+        except Exception:  # nearly anything, since it is no pickle
+            pass
+        raise ValueError("it does not begin as torch.save's files do; the names of others must end in .safetensors")
+    _check_old(copy, size)
+    copy.seek(0)
+    return copy
+
+
+def _checked_zip(file: BinaryIO, size: int) -> BinaryIO:
+    """A zip of the same records, checksums verified. Nothing is unpacked before the directory has been checked."""
+    copy = io.BytesIO()
+    with zipfile.ZipFile(file) as archive, zipfile.ZipFile(copy, "w") as verified:
+        records = {record.filename: record for record in archive.infolist()}
+        for record in archive.infolist():
+            if record.compress_type != zipfile.ZIP_STORED:
+                raise ValueError(f"its record {record.filename} is compressed, which torch.save never does")
+        if sum(record.file_size for record in archive.infolist()) > size:
+            raise ValueError("its records claim more bytes than the file has")
+        if len(records) < len(archive.infolist()) or len(records) > MOST_RECORDS:
+            raise ValueError("it has two records of one name, or too many")
+        strange = [name for name in records if not RECORD.fullmatch(name)]
+        folders = {name.split("/")[0] for name in records}
+        if strange or len(folders) != 1:
+            raise ValueError(f"its record {(strange or list(records))[0]} is none that torch.save writes")
+        [folder] = folders
+        scan = Scan(io.BytesIO(archive.read(f"{folder}/data.pkl")), size)
+        for key, (count, element_bytes) in scan.storages.items():
+            record = records.get(f"{folder}/data/{key}")
+            if record is None or record.file_size != count * element_bytes:
+                raise Refused(
+                    f"its tensors claim {count * element_bytes} bytes of data/{key}, which it lacks; refused."
+                )
+        for record in records.values():
+            verified.writestr(record.filename, archive.read(record))
+    copy.seek(0)
+    return copy
+
+
+def _check_old(file: BinaryIO, size: int) -> None:
+    """Five pickles, the fourth of which is the state, the fifth a list of storages; then the elements of each."""
+    *_, scan, listed = [Scan(file, size) for _ in range(5)]
+    keys = listed.value.items if isinstance(listed.value, Node) and listed.value.kind == "list" else []
+    if len(keys) != len(scan.storages) or any(not isinstance(key, str) or key not in scan.storages for key in keys):
+        raise Refused("it lists other values than its tensors need; refused.")
+    place = file.tell()
+    for key in dict.fromkeys(keys):
+        count, element_bytes = scan.storages[key]
+        file.seek(place)
+        if int.from_bytes(file.read(8), "little") != count:
+            raise Refused("it holds other values than its tensors claim; refused.")
+        place += 8 + count * element_bytes
+    if place != size or len(set(keys)) < len(keys):
+        raise Refused("it holds fewer or more values than its tensors claim; refused.")

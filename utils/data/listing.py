@@ -1,0 +1,96 @@
+"""Listing folders: images by their endings, without hidden files and folders; what is passed over is counted."""
+
+import os
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from torchvision.datasets.folder import IMG_EXTENSIONS
+
+from utils.runtime.errors import UserError
+from utils.runtime.text import printable
+
+# What archives of macOS, network disks, Windows, Linux and Python leave in folders, besides names with a dot in front.
+LEFTOVERS = {
+    *("__macosx", "@eadir", "@recycle", "@recently-snapshot", "@tmp", "#recycle", "#snapshot", "$recycle.bin"),
+    *("recycler", "system volume information", "thumbs.db", "desktop.ini", "lost+found", "__pycache__"),
+}
+LONGEST_ENDING = 10  # characters; what is longer is part of a name that holds a dot
+ENDINGS_SHOWN = 8
+
+
+def is_hidden(name: str) -> bool:
+    """Whether a file or folder of this name is skipped wherever images or classes are listed."""
+    return name.startswith(".") or name.lower() in LEFTOVERS
+
+
+def is_image(name: str) -> bool:
+    """Whether files of this name are read as images; only the ending counts."""
+    return name.lower().endswith(IMG_EXTENSIONS)
+
+
+@dataclass
+class PassedOver:
+    """What folders hold besides the images that are read.
+
+    hidden: hidden files and folders; endings: other files by ending, "" without one; stray: images in no class folder.
+    """
+
+    hidden: int = 0
+    endings: Counter[str] = field(default_factory=Counter)
+    stray: int = 0
+
+    def keep_visible(self, names: list[str]) -> list[str]:
+        """The names that are not hidden; the others are counted."""
+        visible = [name for name in names if not is_hidden(name)]
+        self.hidden += len(names) - len(visible)
+        return visible
+
+    def add_file(self, name: str) -> None:
+        ending = os.path.splitext(name)[1].lower()
+        is_ending = len(ending) <= LONGEST_ENDING and any(map(str.isalpha, ending))  # DICOM's names end in numbers
+        self.endings[ending if is_ending else ""] += 1
+
+    def add(self, other: "PassedOver") -> None:
+        self.hidden += other.hidden
+        self.endings += other.endings
+        self.stray += other.stray
+
+    def describe(self) -> str:
+        """Such as `skipped: 4 hidden files or folders; ignored: 12 .dcm, 3 without an ending`; "" if there is none."""
+        common = sorted(self.endings.items(), key=lambda item: (-item[1], not item[0], item[0]))
+        ignored = [f"{count} {printable(ending) or 'without an ending'}" for ending, count in common[:ENDINGS_SHOWN]]
+        if len(common) > ENDINGS_SHOWN:
+            ignored.append(f"{sum(count for _, count in common[ENDINGS_SHOWN:])} of other endings")
+        if self.stray:
+            ignored.append(f"{self.stray} {'image' if self.stray == 1 else 'images'} in no class folder")
+        files = "file or folder" if self.hidden == 1 else "files or folders"
+        skipped = [f"skipped: {self.hidden} hidden {files}"] if self.hidden else []
+        return "; ".join(skipped + ([f"ignored: {', '.join(ignored)}"] if ignored else []))
+
+
+def find_images(root: Path, passed_over: PassedOver, seen: dict[tuple[int, int], str] | None = None) -> list[str]:
+    """The sorted paths of all images below a folder, by their ending; what else is there is added to `passed_over`.
+
+    Hidden files and folders are skipped; the folder itself may be hidden. seen: folders listed before, by device and
+    inode, to which those below are added. Raises UserError for a folder that cannot be read, and for links by which
+    one holds itself, or another one twice.
+    """
+
+    def refuse(error: OSError) -> None:
+        raise UserError(f"{error.filename}: cannot read this folder ({error.strerror}).")
+
+    paths: list[str] = []
+    seen = {} if seen is None else seen
+    for folder, subfolders, names in os.walk(root, followlinks=True, onerror=refuse):
+        status = os.stat(folder)
+        other = seen.setdefault((status.st_dev, status.st_ino), folder)
+        if other != folder:
+            raise UserError(f"{folder}: a link makes this the same folder as {other}; remove the link.")
+        subfolders[:] = passed_over.keep_visible(subfolders)
+        for name in passed_over.keep_visible(names):
+            if is_image(name):
+                paths.append(os.path.join(folder, name))
+            else:
+                passed_over.add_file(name)
+    return sorted(paths)

@@ -1,0 +1,299 @@
+"""From the command line's values to the splits of a run: their folders, transforms, caches and loaders."""
+
+import argparse
+import os
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from torch.utils.data import DataLoader
+
+from utils import phantoms
+from utils.data.cache_build import BATCH, CacheBuild, build_together
+from utils.data.dataset import ImageFolder, build_loader
+from utils.data.device_crops import FILTERS, DeviceImages
+from utils.data.folders import (
+    LAYOUT,
+    SPLITS,
+    ImageFiles,
+    check_same_classes,
+    check_several_classes,
+    find_classes,
+    read_excluded,
+)
+from utils.data.samplers import EvaluationSampler, TrainingSampler
+from utils.data.transforms import DrawCrop, evaluation_transform, resize_transform, training_transform
+from utils.runtime import distributed, progress
+from utils.runtime.errors import UserError, agreed
+from utils.runtime.node_limits import shared_memory_problem
+from utils.runtime.text import explain_forms, list_names
+
+# What the pixels of a cache depend on, but the files.
+CACHE_PARAMETERS = ("val_resize_size", "interpolation", "backend", "gray", "upper_8_bits")
+
+
+class Splits(NamedTuple):
+    """`training` is None with --test-only."""
+
+    training: ImageFolder | None
+    evaluation: ImageFolder
+    classes: list[str]
+
+
+def open_splits(args: argparse.Namespace, trained_classes: list[str] | None = None, source: str = "") -> Splits:
+    """The splits that the run needs, checked and described; the generated phantoms without --data-path.
+
+    trained_classes: with --test-only those of the training, as the file `source` names them; None: those of the train
+    folder, or the evaluated split's own where there is none. That split may lack some of them.
+
+    Raises UserError for missing folders, a single class, classes that differ between the splits, --num-classes unlike
+    the data, and an --exclude that names no image or leaves a class none.
+    """
+    check_cache_flags(args)
+    root = _data_root(args.data_path)
+    evaluated = args.split if args.test_only else "val"
+    excluded = read_excluded(Path(args.exclude)) if args.exclude else {}
+    classes, named_by, whose = None, root, "'train'"
+    if args.test_only and trained_classes is not None:
+        classes, named_by = trained_classes, source
+        whose = f"{source}, which was trained on classes of other names"
+    elif args.test_only and evaluated != "train":
+        with suppress(UserError):  # without a train folder the split's own classes count
+            classes = find_classes(root / "train")
+    evaluation = ImageFolder(
+        root / evaluated,
+        transform_for_evaluation(args),
+        on_bad_image="blank" if args.bad_images == "skip" else "error",
+        gray=args.gray,
+        upper_8_bits=args.upper_8_bits,
+        files=ImageFiles.find(root / evaluated, excluded.get(evaluated, frozenset()), classes, whose),
+    )
+    training = None
+    if not args.test_only:
+        training = ImageFolder(
+            root / "train",
+            _training_transform(args),
+            args.seed,
+            on_bad_image="replace" if args.bad_images == "skip" else "error",
+            max_bad_images=args.max_bad_images,
+            gray=args.gray,
+            upper_8_bits=args.upper_8_bits,
+            files=ImageFiles.find(root / "train", excluded.get("train", frozenset())),
+        )
+        check_same_classes(root, {"train": training.classes, "val": evaluation.classes})
+    check_several_classes(evaluation.root if training is None else training.root, evaluation.classes)
+    opened = [split.files for split in (training, evaluation) if split is not None]
+    if training is not None and (root / "test").is_dir():  # rather than after the training
+        opened.append(ImageFiles.find(root / "test", excluded.get("test", frozenset()), training.classes))
+    for files in opened:
+        _say_found(files)
+    if args.exclude:
+        _say_excluded(args.exclude, excluded, [split for split in (training, evaluation) if split is not None])
+    found = len(evaluation.classes)
+    if args.num_classes is not None and args.num_classes != found:
+        raise UserError(
+            f"--num-classes {args.num_classes}: {named_by} has {found} classes; correct or leave out the flag."
+        )
+    return Splits(training, evaluation, evaluation.classes)
+
+
+def _say_found(files: ImageFiles) -> None:
+    """Print what a split holds, what of it is passed over, and which classes of the training it lacks."""
+    progress.say(files.describe())
+    if ignored := files.describe_ignored():
+        progress.say(f"warning: {ignored}")
+    if empty := files.empty_classes():
+        progress.say(
+            f"{files.root.name}: no images of {list_names(empty)} ({len(empty)} of the training's {len(files.classes)} "
+            "classes); macro metrics are over the other classes."
+        )
+
+
+def _say_excluded(path: str, excluded: dict[str, set[str]], opened: list[ImageFolder]) -> None:
+    """Say how many images are left out, and how many lines named none; raises UserError if none of them did.
+
+    Lines of a split that this run does not open are not looked at.
+    """
+    counts = {split.root.name: split.files.excluded for split in opened}
+    absent = sum(len(excluded[name]) for name in ("", *counts)) - sum(counts.values())
+    if absent and absent == sum(map(len, excluded.values())):
+        raise UserError(f"--exclude {path}: names no image of the data; expected lines such as train/<class>/<image>.")
+    left_out = ", ".join(f"{count} of {name}" for name, count in counts.items())
+    progress.say(f"--exclude {path}: leaves out {left_out}; lines that name no image: {absent}.")
+
+
+def check_same_data(splits: Splits, state: dict[str, Any] | None, source: str) -> None:
+    """Raise UserError if a run is to go on with other data than it began with."""
+    if state is None:
+        return
+    if state["classes"] != splits.classes:
+        raise UserError(
+            f"{source}: the run began with other classes than the data has now; start a new run from its weights with "
+            f"_normal/train.py --finetune.{explain_forms(splits.classes, state['classes'])}"
+        )
+    if state["train_images"] != len(splits.training):
+        raise UserError(
+            f"{source}: the run began with {state['train_images']} images in {splits.training.root}, which has "
+            f"{len(splits.training)} now; restore them, or start a new run from its weights with _normal/train.py "
+            "--finetune."
+        )
+    differing = [name for name, digest in state.get("image_files", {}).items() if digests(splits)[name] != digest]
+    if differing:  # checkpoints from before this was noted have none
+        raise UserError(
+            f"{source}: the run began with other images in {differing[0]} than the data has now, as their names and "
+            "--exclude tell; restore them, or start a new run from its weights with _normal/train.py --finetune."
+        )
+
+
+def digests(splits: Splits) -> dict[str, str]:
+    """What a checkpoint keeps of the images that are trained and validated on."""
+    return {"train": splits.training.files.digest(), "val": splits.evaluation.files.digest()}
+
+
+def _data_root(data_path: str | None) -> Path:
+    if data_path is None:
+        try:
+            root = phantoms.ensure_default()
+        except OSError as error:
+            raise UserError(f"The phantoms cannot be written ({error}); give --data-path.") from None
+        progress.say(f"No --data-path was given: using generated phantoms in {root}, which are no real images.")
+        return root
+    root = Path(data_path)
+    if not root.is_dir():
+        raise UserError(f"--data-path {root}: no such folder; expected {LAYOUT}.")
+    return root
+
+
+def transform_for_evaluation(args: argparse.Namespace) -> nn.Module:
+    return evaluation_transform(
+        args.val_resize_size, args.val_crop_size, interpolation=args.interpolation, backend=args.backend
+    )
+
+
+def _training_transform(args: argparse.Namespace) -> nn.Module:
+    return training_transform(
+        args.train_crop_size,
+        args.mean,
+        interpolation=args.interpolation,
+        auto_augment=args.auto_augment,
+        ra_magnitude=args.ra_magnitude,
+        augmix_severity=args.augmix_severity,
+        random_erase=args.random_erase,
+        backend=args.backend,
+        gray=args.gray,
+    )
+
+
+def training_loader(args: argparse.Namespace, dataset: ImageFolder, device: torch.device) -> DataLoader:
+    """Raises UserError if there are fewer images than one global batch, or too little shared memory for the workers."""
+    sampler = TrainingSampler(
+        len(dataset),
+        args.batch_size,
+        distributed.rank(),
+        distributed.world_size(),
+        args.seed,
+        args.ra_reps if args.ra_sampler else 1,
+    )
+    pin_memory = device.type == "cuda" and args.cache_dataset != "device"  # crops are a few kilobytes
+    if args.cache_dataset != "device":
+        _check_shared_memory(args, args.train_crop_size, len(sampler))
+    return build_loader(dataset, sampler, args.workers, pin_memory)
+
+
+def evaluation_loader(args: argparse.Namespace, dataset: ImageFolder, device: torch.device) -> DataLoader:
+    """Raises UserError, on all ranks, if there is too little shared memory for the workers."""
+    sampler = EvaluationSampler(len(dataset), args.batch_size, distributed.rank(), distributed.world_size())
+    with agreed():
+        _check_shared_memory(args, args.val_crop_size, len(sampler))
+    return build_loader(dataset, sampler, args.workers, pin_memory=device.type == "cuda")
+
+
+def _check_shared_memory(args: argparse.Namespace, size: int, batches: int) -> None:
+    batch_bytes = args.batch_size * _channels(args) * size**2
+    problem = shared_memory_problem(batch_bytes, batches, args.workers, distributed.local_world_size())
+    if problem is not None:
+        raise UserError(problem)
+
+
+def _channels(args: argparse.Namespace) -> int:
+    return 1 if args.gray else 3
+
+
+def check_cache_flags(args: argparse.Namespace) -> None:
+    """Raise UserError for a cache without a folder or with one among the images, where it would become a class.
+
+    So too for what a batch on the device cannot follow.
+    """
+    if args.cache_dataset == "off":
+        if args.cache_dir is not None:
+            progress.say("--cache-dir: without effect, since --cache-dataset is off.")
+        return
+    if args.cache_dir is None:
+        raise UserError(
+            f"--cache-dataset {args.cache_dataset}: give --cache-dir a folder, on a disk of this node with room for "
+            "all images; later runs read it too."
+        )
+    cache_dir, root = Path(args.cache_dir).resolve(), Path(args.data_path or os.devnull)
+    if any(cache_dir.is_relative_to((root / split).resolve()) for split in SPLITS):
+        raise UserError(f"--cache-dir {args.cache_dir}: lies among the images of --data-path; give another folder.")
+    if args.cache_dataset == "device" and not args.test_only:
+        if args.auto_augment is not None or args.random_erase > 0:
+            name = "--auto-augment" if args.auto_augment is not None else "--random-erase"
+            raise UserError(f"--cache-dataset device: cannot follow {name}; give --cache-dataset host.")
+        if args.interpolation not in FILTERS:
+            raise UserError(
+                f"--cache-dataset device: cannot follow --interpolation {args.interpolation}; give --cache-dataset "
+                f"host, or one of {', '.join(FILTERS)}."
+            )
+        if args.interpolation == "bicubic" and args.backend == "pil":
+            raise UserError(
+                "--cache-dataset device: cannot follow --interpolation bicubic with --backend pil, whose rounding "
+                "differs between crops and between Pillow's versions; give --backend tensor, --interpolation bilinear "
+                "or --cache-dataset host."
+            )
+
+
+def use_cache(args: argparse.Namespace, splits: Splits, device: torch.device) -> None:
+    """With --cache-dataset, let the splits read from their caches, built by all ranks together where there are none.
+
+    With `device` the training images lie on the device, and evaluation reads as with `host`. Raises UserError for a
+    bad image, unless they are skipped, for a folder that cannot be written to, and for too little memory.
+    """
+    if args.cache_dataset == "off":
+        return
+    with agreed():
+        datasets = [split for split in (splits.training, splits.evaluation) if split is not None]
+        builds = [_cache_build(args, dataset) for dataset in datasets]
+        for build in builds:
+            batch_bytes = BATCH * _channels(args) * args.val_resize_size**2  # more for images that are no squares
+            batches = 0 if build.is_whole() else len(build.files) // BATCH
+            problem = shared_memory_problem(batch_bytes, batches, build.workers, processes=1)
+            if problem is not None and batches:
+                raise UserError(f"{build.folder}, to be built: {problem}")
+    build_together(builds)
+    with agreed():
+        for dataset, build in zip(datasets, builds, strict=True):
+            if dataset is splits.training and args.cache_dataset == "device":
+                dataset.cache, dataset.transform = build.open("size"), DrawCrop(args.train_crop_size)
+                compiled = args.compile and device.type == "cuda"
+                dataset.on_device = DeviceImages(
+                    dataset.cache, args.train_crop_size, args.interpolation, device, compiled
+                )
+            else:
+                dataset.cache = build.open(args.backend)
+
+
+def _cache_build(args: argparse.Namespace, dataset: ImageFolder) -> CacheBuild:
+    return CacheBuild(
+        Path(args.cache_dir),
+        dataset.files,
+        resize_transform(args.val_resize_size, interpolation=args.interpolation, backend=args.backend),
+        gray=args.gray,
+        parameters={name: getattr(args, name) for name in CACHE_PARAMETERS},
+        max_bad_images=args.max_bad_images if args.bad_images == "skip" else None,
+        workers=min(args.workers * distributed.local_world_size(), os.cpu_count() or 1),
+        upper_8_bits=args.upper_8_bits,
+        timeout=args.timeout,
+    )

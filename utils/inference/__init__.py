@@ -1,0 +1,1 @@
+"""Trained weights on their way out: classifiers, model cards, ONNX."""

@@ -1,0 +1,104 @@
+"""Pictures of a split's predictions: confusion matrix, and the recall of each class."""
+
+import math
+from collections.abc import Sequence
+
+import matplotlib
+import numpy as np
+from matplotlib.colors import PowerNorm
+from matplotlib.figure import Figure
+
+from utils.results.figures import COLOURS, as_text, shorten
+
+CELLS_WITH_NUMBERS = 16  # classes up to which the share stands in each cell
+BAR_ROOM = 0.4  # inches: from the matrix to the right edge of its colour bar
+BEHIND = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}  # a number, where a line would cross it
+SHARES = (0, 0.01, 0.05, 0.1, 0.2, 0.4, 0.6, 0.8, 1)  # told on the colour bar
+
+
+def confusion_matrix(
+    targets: Sequence[int], predictions: Sequence[int], classes: Sequence[str], what: str = ""
+) -> Figure:
+    """What share of each class's images was taken for which class: rows sum to 1, grey where there is no image.
+
+    targets, predictions: (N,) class indices; what: split and weights, for the title. Colours go by the square root, so
+    that small shares are seen too.
+    """
+    counts = count_pairs(targets, predictions, len(classes))
+    images = counts.sum(axis=1)
+    shares = np.divide(counts, images[:, None], where=images[:, None] > 0, out=np.full(counts.shape, np.nan))
+    many = len(classes) > CELLS_WITH_NUMBERS
+    names, size = [shorten(name) for name in classes], _label_size(len(classes))
+    side = max(2.5, (0.14 if many else 0.5) * len(classes))  # inches
+    figure = Figure(figsize=(side + BAR_ROOM, side))  # of the matrix and its bar: names round it widen the picture
+    axes = figure.add_axes((0, 0, side / (side + BAR_ROOM), 1))
+    colours = matplotlib.colormaps["cividis"].with_extremes(bad="0.75")
+    picture = axes.imshow(shares.astype(np.float32), colours, PowerNorm(0.5, 0, 1), interpolation="none")
+    axes.set_xticks(range(len(classes)), names, rotation=90, fontsize=size)
+    rows = [f"{name} ({number})" for name, number in zip(names, images, strict=True)]
+    axes.set_yticks(range(len(classes)), rows, fontsize=size)
+    axes.set_xlabel("predicted class")
+    axes.set_ylabel("true class (images)")
+    axes.set_title(_title("Confusion", images.sum(), what))
+    if not many:
+        for row, column in np.argwhere(counts > 0):
+            share = shares[row, column]
+            text = f"{share:.2f}".removeprefix("0")
+            axes.text(column, row, text, ha="center", va="center", fontsize=8, color="k" if share > 0.35 else "w")
+    bar_axes = figure.add_axes(
+        ((side + 0.2) / (side + BAR_ROOM), 0.5 - 1.2 / side, 0.18 / (side + BAR_ROOM), 2.4 / side)
+    )
+    bar = figure.colorbar(picture, cax=bar_axes)
+    bar.set_label("share of the true class's images")
+    bar.set_ticks(SHARES, labels=[f"{share:.0%}" for share in SHARES])
+    return figure
+
+
+def count_pairs(targets: Sequence[int], predictions: Sequence[int], classes: int) -> np.ndarray:
+    """How many images of class i were taken for class j, int64 (C, C)."""
+    pairs = np.asarray(targets, dtype=np.int64) * classes + np.asarray(predictions, dtype=np.int64)
+    return np.bincount(pairs, minlength=classes * classes).reshape(classes, classes)
+
+
+def per_class_recall(
+    targets: Sequence[int], predictions: Sequence[int], classes: Sequence[str], what: str = ""
+) -> Figure:
+    """The recall of each class as a bar, the best on top, with its number of images; classes without images last.
+
+    targets, predictions: (N,) class indices; what: split and weights, for the title.
+    """
+    counts = count_pairs(targets, predictions, len(classes))
+    images, right = counts.sum(axis=1), counts.diagonal()
+    recall = np.divide(right, images, where=images > 0, out=np.full(len(classes), np.nan))
+    order = np.lexsort((-images, -np.nan_to_num(recall, nan=-1)))
+    size = _label_size(len(classes))
+    height = max(1.5, (0.14 if len(classes) > CELLS_WITH_NUMBERS else 0.3) * len(classes))  # inches
+    figure = Figure(figsize=(6, height))  # of the bars: names and labels round them widen the picture
+    axes = figure.add_axes((0, 0, 1, 1))
+    places = np.arange(len(classes))
+    axes.barh(places, np.nan_to_num(recall[order]), height=0.75, color=COLOURS[0])
+    for place, index in zip(places, order, strict=True):
+        text = f"{recall[index]:.2f}" if images[index] else "no images"
+        axes.text(np.nan_to_num(recall[index]) + 0.008, place, text, va="center", fontsize=size, bbox=BEHIND)
+    mean = float(np.nanmean(recall)) if images.any() else math.nan
+    axes.axvline(mean, color=COLOURS[1], linestyle="--", zorder=1.5, label=f"mean: balanced accuracy {mean:.3f}")
+    axes.set_yticks(places, [f"{shorten(classes[index])} ({images[index]})" for index in order], fontsize=size)
+    axes.set_ylim(len(classes) - 0.4, -0.6)
+    axes.set_xlim(0, 1.08)
+    axes.set_xticks(np.linspace(0, 1, 6))
+    axes.set_xlabel("recall: share of the class's images that were recognised")
+    axes.set_ylabel("class (images)")
+    axes.set_title(_title("Recall of each class", images.sum(), what), pad=26)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(loc="lower left", bbox_to_anchor=(0, 1), frameon=False)
+    return figure
+
+
+def _title(quantity: str, images: int, what: str) -> str:
+    """what: of what split and weights, as the second line."""
+    return f"{quantity}, {images} images" + (f"\n{as_text(what)}" if what else "")
+
+
+def _label_size(classes: int) -> float:
+    """The font size of the classes' names, points."""
+    return 6.0 if classes > CELLS_WITH_NUMBERS else 9.0

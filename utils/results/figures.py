@@ -1,0 +1,87 @@
+"""What all pictures share: colours, names as labels, and figures as bytes; matplotlib without pyplot's global state."""
+
+import io
+import re
+from pathlib import Path
+
+import matplotlib
+from matplotlib.figure import Figure
+
+from utils.runtime.errors import UserError
+from utils.runtime.files import write_atomically
+from utils.runtime.text import printable
+
+# Okabe and Ito's colours, which the colour-blind tell apart, without yellow.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
+INK, FAINT = "0.15", "0.85"
+DOTS_PER_INCH = 150
+LARGE, DOTS_PER_INCH_OF_LARGE = 15, 100  # figures from so many inches on; 6 points are still legible
+LONGEST_NAME, MOST_LINES = 48, 4  # characters of a label; lines of one in several
+
+
+def as_text(name: str) -> str:
+    """A name as matplotlib can write it: without what is not printable, and with no $ taken for mathematics."""
+    return printable(name).replace("$", r"\$")
+
+
+def shorten(name: str) -> str:
+    """A name as a label: the middle of a very long one is left out."""
+    half = LONGEST_NAME // 2 - 1
+    return as_text(name if len(name) <= LONGEST_NAME else f"{name[:half]}…{name[-half:]}")
+
+
+def in_lines(name: str, width: int) -> str:
+    """A name as a label of lines of at most `width`, broken after - _ / and spaces; a long one cut in the middle."""
+    pieces = re.findall(rf"[^-_/ ]{{1,{width}}}[-_/ ]?|[-_/ ]", name)
+    lines = [""]
+    for piece in pieces:
+        if lines[-1] and len(lines[-1]) + len(piece.rstrip()) > width:
+            lines.append("")
+        lines[-1] += piece
+    kept = lines if len(lines) <= MOST_LINES else [*lines[: MOST_LINES - 2], "…", lines[-1]]
+    return "\n".join(as_text(line) for line in kept)
+
+
+def as_png(figure: Figure) -> bytes:
+    """The same bytes for the same figure, fonts and matplotlib."""
+    return _saved(figure, "png", {"Software": None})
+
+
+def as_svg(figure: Figure) -> bytes:
+    """As `as_png`; the text is drawn as paths, so that it looks the same everywhere."""
+    return _saved(figure, "svg", {"Date": None, "Creator": None})
+
+
+def _saved(figure: Figure, file_format: str, metadata: dict[str, None]) -> bytes:
+    content = io.BytesIO()
+    dots = DOTS_PER_INCH if max(figure.get_size_inches()) < LARGE else DOTS_PER_INCH_OF_LARGE
+    with matplotlib.rc_context({"svg.hashsalt": "plots"}):
+        figure.savefig(content, format=file_format, dpi=dots, bbox_inches="tight", metadata=metadata)
+    return content.getvalue()
+
+
+KINDS = {".png": as_png, ".svg": as_svg}
+
+
+def output_path(given: str | None, default: Path, overwrite: bool) -> Path:
+    """Where a command is to write its picture: where it is told to, or the default, which is drawn anew each time.
+
+    Raises UserError for what is neither .png nor .svg and, if given, for a missing folder or a file that is there.
+    """
+    path = default if given is None else Path(given)
+    if path.suffix.lower() not in KINDS:
+        raise UserError(f"--output {path}: expected a name that ends in {' or '.join(KINDS)}.")
+    if given is not None and not path.parent.is_dir():
+        raise UserError(f"--output {path}: {path.parent} is no folder; make it first.")
+    if given is not None and path.exists() and not overwrite:
+        raise UserError(f"{path}: is there already; give another --output, or --overwrite.")
+    return path
+
+
+def write_figure(path: Path, figure: Figure) -> None:
+    """Write a .png or .svg file, and its folder if need be; raises UserError if the file system refuses."""
+    try:
+        path.parent.mkdir(exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{path.parent}: cannot be made ({error.strerror}).") from None
+    write_atomically(path, KINDS[path.suffix.lower()](figure))

@@ -1,0 +1,184 @@
+"""What a run left in its folder, as far as it got: the log, its origin, its status, and what --test-only found."""
+
+import csv
+import io
+import re
+from collections.abc import Callable
+from pathlib import Path, PurePath
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from utils.checkpoints.checkpoint import BEST
+from utils.results.intervals import Outcome
+from utils.results.provenance import RUN, is_start
+from utils.runtime.errors import UserError
+from utils.runtime.progress import LOG, read_log
+from utils.runtime.reading import read_bytes, read_json
+from utils.runtime.text import from_cell
+from utils.training.saver import STATUS
+
+METRICS = "metrics.json"
+TITLES = {"clean": "without masks", "masked": "with mean masks"}
+
+
+class Evaluation(NamedTuple):
+    """One result of --test-only. metrics: by name, None where undefined; table: per_class.csv's rows, as text.
+
+    outcome: of each image, classes numbered as in the table.
+    """
+
+    metrics: dict[str, float | None]
+    table: list[dict[str, str]]
+    outcome: Outcome
+
+
+class RunFolder(NamedTuple):
+    """What was found; empty or None where it is not there. notes: what could not be read, in sentences.
+
+    tested: metrics.json; evaluations: by name, "clean" first.
+    """
+
+    folder: Path
+    log: list[dict[str, Any]]
+    origin: dict[str, Any]
+    status: dict[str, Any]
+    tested: dict[str, Any]
+    evaluations: dict[str, Evaluation]
+    notes: list[str]
+
+
+def read_run_folder(folder: Path) -> RunFolder:
+    """Raises UserError for a folder that holds no run; of one that was cut off, what is there."""
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder; expected the --output-dir of a run.")
+    if not any((folder / name).exists() for name in (LOG, RUN, METRICS)):
+        raise UserError(f"{folder}: holds no run, neither {LOG} nor {RUN} nor {METRICS}; give a run's --output-dir.")
+    notes: list[str] = []
+    try:
+        log = read_log(folder)
+    except UserError as error:
+        log = []
+        notes.append(str(error))
+    origin = _read_json(folder / RUN, _is_origin, notes)
+    status = _read_json(folder / STATUS, _is_status, notes)
+    tested = _read_json(folder / METRICS, _is_result, notes)
+    evaluations = {}
+    for name, metrics in tested.get("metrics", {}).items():
+        try:
+            evaluations[name] = read_evaluation(folder, name, metrics)
+        except UserError as error:
+            notes.append(str(error))
+    return RunFolder(folder, log, origin, status, tested, evaluations, notes)
+
+
+def describe_tested(tested: dict[str, Any], name: str) -> str:
+    """What a result of metrics.json is of: "val, with mean masks, weights model_best.pth (chosen on this split)"."""
+    weights = PurePath(str(tested["weights"])).name
+    chosen = " (chosen on this split)" if (weights, tested["split"]) == (BEST, "val") else ""
+    which = {True: ", moving average", False: ", trained weights"}.get(tested.get("averaged"), "")
+    absent = tested.get("absent_classes")
+    lacking = f", without images of {len(absent)} of {tested['classes']} classes" if absent else ""
+    return f"{tested['split']}, {TITLES.get(name, name)}, weights {weights}{which}{chosen}{lacking}"
+
+
+def read_tested(folder: Path, name: str) -> tuple[Evaluation, str]:
+    """A result of --test-only, and what it is of as far as metrics.json tells; raises UserError if there is none."""
+    tested = _read_json(folder / METRICS, _is_result, [])
+    if tested and name not in tested["metrics"]:
+        raise UserError(f"{folder / METRICS}: holds no result {TITLES.get(name, name)}; run --test-only again.")
+    return read_evaluation(folder, name), describe_tested(tested, name) if tested else ""
+
+
+def _read_json(path: Path, is_expected: Callable[[dict[str, Any]], bool], notes: list[str]) -> dict[str, Any]:
+    """The dictionary in a file; empty where there is none, and where it is not what is expected, which is noted."""
+    try:
+        content = read_json(path)
+        if isinstance(content, dict) and is_expected(content):
+            return content
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, RecursionError, KeyError, TypeError, AttributeError):
+        pass
+    notes.append(f"{path}: does not hold what a run writes there; left out.")
+    return {}
+
+
+def _is_origin(content: dict[str, Any]) -> bool:
+    """True for what run.json holds; may raise for what it does not."""
+    splits = content["data"].values()
+    counts = [list(split["images"].values()) for split in splits if isinstance(split["root"], str)]
+    return (
+        all(map(is_start, content["starts"]))
+        and len(counts) == len(splits)
+        and all(of_split and all(type(count) is int and count >= 0 for count in of_split) for of_split in counts)
+    )
+
+
+def _is_status(content: dict[str, Any]) -> bool:
+    texts = [content[name] for name in ("status", "message", "time") if name in content]
+    counts = [content[name] for name in ("epoch", "step") if name in content]
+    return all(isinstance(text, str) for text in texts) and all(type(count) is int and count >= 0 for count in counts)
+
+
+def _is_result(content: dict[str, Any]) -> bool:
+    """True for what metrics.json holds; one without an origin is older than it."""
+    values = [value for metrics in content["metrics"].values() for value in metrics.values()]
+    return (
+        all(value is None or type(value) in (int, float) for value in values)
+        and all(re.fullmatch("[a-z_]+", name) for name in content["metrics"])  # a part of the tables' names
+        and all(isinstance(content[name], str) for name in ("split", "weights"))
+        and isinstance(content.get("absent_classes", []), list)
+        and isinstance(content.get("classes", 0), int)
+        and content.get("averaged") in (True, False, None)
+        and ("origin" not in content or is_start(content["origin"]))
+    )
+
+
+def read_evaluation(folder: Path, name: str = "clean", metrics: dict[str, float | None] | None = None) -> Evaluation:
+    """A result of --test-only out of its two tables; raises UserError where one is missing, damaged, or unfit."""
+    suffix = "" if name == "clean" else f"_{name}"
+    table = read_table(folder / f"per_class{suffix}.csv", ("class", "images", "precision", "recall", "f1"))
+    path = folder / f"predictions{suffix}.csv"
+    rows = read_table(path, ("target", "prediction", "true_rank", "loss"))
+    number = {row["class"]: index for index, row in enumerate(table)}
+    try:
+        if len(number) < len(table):
+            raise ValueError("a class stands there twice")
+        for row in table:
+            _ = [float(row[name]) for name in ("precision", "recall", "f1", "auroc") if row.get(name)]
+        ranks = [int(row["true_rank"]) for row in rows]
+        if not all(1 <= rank <= len(table) for rank in ranks):
+            raise ValueError("a true_rank is none")
+        outcome = Outcome(
+            np.array([number[row["target"]] for row in rows]),
+            np.array([number[row["prediction"]] for row in rows]),
+            np.array(ranks),
+            np.array([float(row["loss"]) for row in rows]),
+            len(table),
+        )
+        images = [int(row["images"]) for row in table]
+    except (KeyError, ValueError) as error:
+        raise UserError(f"{path}: does not fit per_class{suffix}.csv ({error}); run --test-only again.") from None
+    if np.bincount(outcome.targets, minlength=len(table)).tolist() != images:
+        raise UserError(f"{path}: holds other images than per_class{suffix}.csv; run --test-only again.")
+    return Evaluation(metrics or {}, table, outcome)
+
+
+def read_table(path: Path, columns: tuple[str, ...]) -> list[dict[str, str]]:
+    """The rows of a CSV; raises UserError unless it holds one or more, with these columns among others."""
+    try:
+        text = io.StringIO(read_bytes(path).decode("utf-8-sig"), newline="")
+        rows = [_undone(row) for row in csv.DictReader(text, strict=True)]
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file; --test-only with --output-dir {path.parent} writes it.") from None
+    except (OSError, ValueError, csv.Error) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"{path}: cannot be read as a table ({reason}); run --test-only again.") from None
+    if not rows or any(row.get(column) is None for row in rows for column in columns):
+        raise UserError(f"{path}: expected rows with {', '.join(columns)}; run --test-only again.")
+    return rows
+
+
+def _undone(row: dict) -> dict:
+    return {key: from_cell(value) if isinstance(value, str) else value for key, value in row.items()}

@@ -1,0 +1,1 @@
+"""Processes, errors, signals and files: imports nothing else of this project."""

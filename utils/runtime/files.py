@@ -1,0 +1,130 @@
+"""Files that appear whole or not at all."""
+
+import errno
+import os
+import re
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TextIO
+
+from utils.runtime.errors import UserError
+
+TEMPORARY = ".tmp"
+OURS = re.compile(
+    r"\.(checkpoint\w*\.pth|model_\w+\.pth|\w+\.jsonl?|(per_class|predictions)\w*\.csv|\w+\.png|probe)\.\d+\.tmp"
+)
+
+
+def write_atomically(path: Path, data: bytes | memoryview) -> None:
+    """Write a file that appears whole or not at all: temporary file in the same folder, fsync, rename, folder fsync.
+
+    Raises UserError if the file system refuses; what stood at `path` is then as it was.
+    """
+    temporary = temporary_path(path)
+    try:
+        try:
+            _write_and_sync(temporary, memoryview(data))
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror}); what was there is unharmed.") from None
+    try:
+        _sync_folder(path.parent)
+    except OSError as error:
+        raise UserError(f"{path}: is written, but may not outlive a power failure ({error.strerror}).") from None
+
+
+@contextmanager
+def opened_atomically(path: Path) -> Iterator[TextIO]:
+    """A text file (UTF-8) to write to line by line, which appears under its name once the block has ended well.
+
+    Names that are no text are written with backslashes. Raises UserError if the file system refuses.
+    """
+    temporary = temporary_path(path)
+    try:
+        try:
+            descriptor = open_new(temporary)
+            with open(descriptor, "w", encoding="utf-8", errors="backslashreplace", newline="") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+            _sync_folder(path.parent)
+        finally:
+            temporary.unlink(missing_ok=True)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror}).") from None
+
+
+def open_new(path: str | Path) -> int:
+    """A descriptor for writing a file that was not there; whatever else has its name is removed, and not followed."""
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+    try:
+        return os.open(path, flags, 0o666)
+    except FileExistsError:
+        os.unlink(path)
+        return os.open(path, flags, 0o666)
+
+
+def not_followed(path: str, flags: int) -> int:
+    """For `open(..., opener=not_followed)`: a regular file, made where there is none; no link, and no pipe waited for.
+
+    Raises OSError for anything else.
+    """
+    descriptor = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
+    if stat.S_ISREG(os.fstat(descriptor).st_mode):
+        return descriptor
+    os.close(descriptor)
+    raise OSError(errno.EINVAL, "is no regular file", path)
+
+
+def temporary_path(path: Path) -> Path:
+    """Where this process writes before it renames to `path`: hidden, in the same folder, and known by its ending."""
+    return path.with_name(f".{path.name}.{os.getpid()}{TEMPORARY}")
+
+
+def remove_temporaries(folder: Path) -> None:
+    """Remove what a kill in the middle of a write has left; raises UserError if that is refused."""
+    for path in folder.glob(f".*{TEMPORARY}"):
+        try:
+            if OURS.fullmatch(path.name) and path.is_file():
+                path.unlink(missing_ok=True)
+        except OSError as error:
+            raise UserError(f"{path}: left by a run that was killed, cannot be removed ({error.strerror}).") from None
+
+
+def prove_writable(folder: Path, data: memoryview) -> None:
+    """Write the bytes to a temporary file of the folder, and remove it; raises UserError if it is refused."""
+    probe = temporary_path(folder / "probe")
+    try:
+        try:
+            _write_and_sync(probe, data)
+        finally:
+            probe.unlink(missing_ok=True)
+    except OSError as error:
+        megabytes = len(data) / 1e6
+        raise UserError(
+            f"{folder}: a checkpoint of {megabytes:.0f} MB cannot be written there ({error.strerror}); free space, or "
+            "give another --output-dir."
+        ) from None
+
+
+def _write_and_sync(path: Path, data: memoryview) -> None:
+    descriptor = open_new(path)
+    try:
+        while data:
+            data = data[os.write(descriptor, data) :]
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

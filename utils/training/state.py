@@ -1,0 +1,80 @@
+"""All that training changes, taken and put back as one: what a checkpoint must hold."""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from utils.checkpoints import verify as verification
+from utils.results.metrics import RunningMean
+from utils.runtime import distributed
+from utils.training import models
+from utils.training.optim import GuardedUpdate, MovingAverage
+
+
+class TrainingState(NamedTuple):
+    """The networks (and other modules with a state) by the name of their entry, and what trains and measures them.
+
+    The schedules are not in it: they follow from the arguments and the epoch.
+    """
+
+    modules: dict[str, nn.Module]
+    update: GuardedUpdate
+    ema: MovingAverage | None
+    meters: RunningMean
+
+    def take(self) -> dict[str, Any]:
+        """Plain values, and references to the tensors that training goes on to change; every rank must call it."""
+        return {
+            "rng": rng_states(),
+            "meters": self.meters.state(),
+            **{name: module.state_dict() for name, module in self.modules.items()},
+            **self.update.state(),
+            **(self.ema.state() if self.ema else {}),
+        }
+
+    def first_not_finite(self) -> str | None:
+        """The name of a weight or statistic that holds NaN or an infinity, if there is one; waits for the device."""
+        networks = {name: module for name, module in self.modules.items() if name != "objective"}  # NaN until it begins
+        if self.ema:
+            networks["model_ema"] = self.ema.model
+        for name, network in networks.items():
+            values = [(key, value) for key, value in network.state_dict().items() if value.is_floating_point()]
+            finite = torch.stack([value.isfinite().all() for _, value in values]).tolist() if values else []
+            bad = [key for (key, _), is_finite in zip(values, finite, strict=True) if not is_finite]
+            if bad:
+                return f"{name}.{bad[0]}"
+        return None
+
+    def put_back(self, state: dict[str, Any], source: str) -> None:
+        """Restore what `take` gave, in place, but for the random numbers; learning rates stay those of the schedules.
+
+        Raises UserError, naming the source, if the modules or optimisers are not those of the state.
+        """
+        for name, module in self.modules.items():
+            models.load_strictly(module, state[name], f"{source}, '{name}'")
+        optimizers = {
+            name: verification.fitting_optimizer_state(source, name, optimizer, state["optimizers"].get(name))
+            for name, optimizer in self.update.optimizers.items()
+        }
+        self.update.load_state({**state, "optimizers": optimizers}, source)
+        if self.ema:
+            models.load_strictly(self.ema.model, state["model_ema"], f"{source}, 'model_ema'")
+            self.ema.load_state(state)
+        self.meters.load_state(state["meters"])
+
+
+def rng_states() -> list[dict[str, Tensor]]:
+    """The state of the global generators, CPU and CUDA, of each rank."""
+    state = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_initialized():
+        state["cuda"] = torch.cuda.get_rng_state()
+    return distributed.all_gather_object(state)
+
+
+def restore_rng_state(states: list[dict[str, Tensor]]) -> None:
+    """Put this process's generators back to what `rng_states` gave for its rank."""
+    state = states[distributed.rank()]
+    torch.set_rng_state(state["cpu"])
+    if "cuda" in state and torch.cuda.is_initialized():
+        torch.cuda.set_rng_state(state["cuda"])
