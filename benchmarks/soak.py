@@ -31,6 +31,7 @@ import torch
 
 from utils import phantoms
 from utils.checkpoints import checkpoint
+from utils.results.log import LOG, read_log
 from utils.runtime import progress
 from utils.runtime.command_line import Parser, expanded_path
 from utils.runtime.errors import UserError, run_script
@@ -202,8 +203,8 @@ def contents(folder: Path) -> dict[str, Any]:
     found[checkpoint.CHECKPOINT] = checkpoint.read(folder / checkpoint.CHECKPOINT)
     for state in found.values():
         state["args"] = {name: value for name, value in state["args"].items() if name not in FREE_ARGUMENTS}
-    lines = progress.read_log(folder)
-    found[progress.LOG] = [{name: value for name, value in line.items() if name not in TIMINGS} for line in lines]
+    lines = read_log(folder)
+    found[LOG] = [{name: value for name, value in line.items() if name not in TIMINGS} for line in lines]
     return found
 
 

@@ -17,10 +17,10 @@ from matplotlib.ticker import MaxNLocator
 
 from utils.results.confusion import confusion_matrix, per_class_recall
 from utils.results.figures import COLOURS, FAINT, INK, as_text, output_path, write_figure
+from utils.results.log import LOG, read_log
 from utils.results.run_folder import read_tested
 from utils.runtime.command_line import Parser, expanded
 from utils.runtime.errors import UserError, run_script
-from utils.runtime.progress import LOG, read_log
 from utils.runtime.text import print_line
 
 Runs = dict[str, list[dict]]  # the lines of log.jsonl, by the run's name

@@ -36,8 +36,8 @@ from utils.data.device_crops import DeviceImages, _to_device
 from utils.data.folders import ImageFiles
 from utils.data.samplers import SampleKey
 from utils.data.transforms import evaluation_transform, resize_transform, training_transform
+from utils.results.log import read_log
 from utils.runtime.errors import UserError
-from utils.runtime.progress import read_log
 
 CPU = torch.device("cpu")
 SIZES = [(40, 36), (36, 40), (20, 50), (90, 31), (36, 36)]  # pixels: height, width

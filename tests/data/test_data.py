@@ -7,11 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tests.conftest import write_image
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torchvision.transforms import v2
 
+from tests.conftest import write_image
 from utils.data.dataset import ImageFolder, batches, build_loader, read_image
 from utils.data.folders import ImageFiles, check_same_classes, find_classes, read_excluded
 from utils.data.samplers import EvaluationSampler, SampleKey, TrainingSampler, derive_seed

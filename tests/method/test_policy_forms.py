@@ -10,8 +10,8 @@ from tests.commands.test_arguments import PARSERS, given, parse
 from tests.conftest import SMALL_POLICY
 from utils import arguments
 from utils.checkpoints import checkpoint
+from utils.results.log import read_log
 from utils.runtime.errors import UserError
-from utils.runtime.progress import read_log
 
 PARSER = PARSERS["_policy_gradient"]
 

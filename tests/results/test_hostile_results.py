@@ -15,7 +15,7 @@ from utils.data import folders
 from utils.inference import classifier as inference
 from utils.inference import model_card
 from utils.results import provenance, run_folder
-from utils.runtime import progress
+from utils.results.log import read_log
 from utils.runtime.errors import UserError
 from utils.runtime.reading import open_regular, parse_json, read_bytes, read_json
 
@@ -97,7 +97,7 @@ def all_readers(folder: Path) -> list:
         lambda: run_folder.read_tested(folder, "clean"),
         lambda: model_card.read_measured(folder / "log.jsonl"),
         lambda: provenance.read_run(folder),
-        lambda: progress.read_log(folder),
+        lambda: read_log(folder),
     ]
 
 

@@ -10,8 +10,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from tests.helpers import worker
 from tests.conftest import ROOT, run_script
+from tests.helpers import worker
 from tests.helpers.ranks import run_ranks
 from utils.runtime import distributed
 from utils.runtime.distributed import Launch, name_of_start, read_launch, resolve_device, slurm_rendezvous

@@ -29,7 +29,8 @@ from tests.helpers.ranks import PATIENCE, start_ranks
 from utils.checkpoints import checkpoint
 from utils.checkpoints.checkpoint import CHECKPOINT, PREVIOUS, read, save_checkpoint
 from utils.data.samplers import SampleKey, TrainingSampler
-from utils.runtime import errors, progress
+from utils.results.log import append_log, read_log, write_log
+from utils.runtime import errors
 from utils.runtime.errors import UserError
 from utils.runtime.files import remove_temporaries
 
@@ -403,10 +404,8 @@ def test_a_kill_at_any_system_call_leaves_the_log_with_or_without_its_new_line(t
     before, folder = tmp_path / "before", tmp_path / "run"
     before.mkdir()
     lines = [{"epoch": epoch, "train_loss": 0.5} for epoch in range(3)]
-    progress.write_log(before, lines[:2])
-    found = [
-        progress.read_log(folder) for _ in each_kill(before, folder, lambda: progress.append_log(folder, lines[2]))
-    ]
+    write_log(before, lines[:2])
+    found = [read_log(folder) for _ in each_kill(before, folder, lambda: append_log(folder, lines[2]))]
     assert found[0] == lines[:2]
     assert found[-1] == lines
     assert all(log in (lines[:2], lines) for log in found)

@@ -14,7 +14,7 @@ from _normal import train as normal
 from _policy_gradient import train as policy_gradient
 from tests.conftest import SMALL
 from utils.results import run_folder
-from utils.runtime.progress import read_log
+from utils.results.log import read_log
 from utils.training.optim import MovingAverage
 
 

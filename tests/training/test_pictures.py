@@ -15,7 +15,7 @@ from utils import plots
 from utils.checkpoints import checkpoint
 from utils.results import confusion as class_plots
 from utils.results import figures
-from utils.runtime.progress import read_log, write_log
+from utils.results.log import read_log, write_log
 from utils.training.evaluation import Predictions
 from utils.training.monitor import Pictures
 

@@ -13,8 +13,8 @@ from _policy_gradient import train as policy_gradient
 from tests.conftest import SMALL, SMALL_POLICY
 from tests.helpers.ranks import run_ranks
 from utils.checkpoints import checkpoint
+from utils.results.log import read_log
 from utils.runtime.errors import UserError, run_script
-from utils.runtime.progress import read_log
 from utils.runtime.signals import Interrupted
 from utils.training.saver import Saver
 

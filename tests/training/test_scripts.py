@@ -11,8 +11,8 @@ from _normal import train as normal
 from _policy_gradient import train as policy_gradient
 from tests.conftest import write_image_folder
 from utils.checkpoints import checkpoint
+from utils.results.log import read_log
 from utils.runtime.errors import UserError
-from utils.runtime.progress import read_log
 from utils.training.models import compile_in_place
 
 

@@ -11,9 +11,9 @@ import numpy as np
 
 from utils.checkpoints.checkpoint import BEST
 from utils.results.intervals import Outcome
+from utils.results.log import LOG, read_log
 from utils.results.provenance import RUN, is_start
 from utils.runtime.errors import UserError
-from utils.runtime.progress import LOG, read_log
 from utils.runtime.reading import read_bytes, read_json
 from utils.runtime.text import from_cell
 from utils.training.saver import STATUS

@@ -1,27 +1,20 @@
 """What the user sees: lines and bars on rank 0, and log.jsonl."""
 
-import json
 import sys
 import time
 from collections.abc import Iterable, Iterator
-from pathlib import Path
-from types import NoneType
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from tqdm import tqdm
 
-from utils.checkpoints.verify import MOST_EPOCHS
 from utils.runtime import distributed
-from utils.runtime.errors import UserError
-from utils.runtime.files import write_atomically
-from utils.runtime.reading import parse_json, read_bytes
 from utils.runtime.text import as_line
 
 if TYPE_CHECKING:  # data imports this module
     from utils.data.samplers import TrainingSampler
 
+
 Item = TypeVar("Item")
-LOG = "log.jsonl"
 STEPS_FOR_ESTIMATE = 50
 
 
@@ -126,33 +119,3 @@ def seconds_as_text(seconds: float) -> str:
     """Hours, minutes and seconds, such as 1:02:03."""
     minutes, seconds = divmod(round(seconds), 60)
     return f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}"
-
-
-def read_log(folder: Path) -> list[dict]:
-    """The lines of a folder's log.jsonl, none if there is no such file; a last line that was cut short is left out."""
-    path = folder / LOG
-    try:
-        lines = [parse_json(line) for line in read_bytes(path).split(b"\n")[:-1]]
-        epochs = [line["epoch"] for line in lines]
-        numbers = all(isinstance(value, (int, float, NoneType)) for line in lines for value in line.values())
-        counts = all(type(epoch) is int and 0 <= epoch <= MOST_EPOCHS for epoch in epochs)
-        if not numbers or not counts or epochs != sorted(set(epochs)):
-            raise ValueError
-        return lines
-    except FileNotFoundError:
-        return []
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); expected the log of a run.") from None
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise UserError(f"{path}: holds a line that is no epoch's JSON; fix or remove the file.") from None
-
-
-def write_log(folder: Path, lines: list[dict]) -> None:
-    """Write log.jsonl anew, on rank 0: what stood in it either stays whole or is replaced whole."""
-    if distributed.is_main_process():
-        write_atomically(folder / LOG, "".join(json.dumps(line) + "\n" for line in lines).encode())
-
-
-def append_log(folder: Path, line: dict) -> None:
-    """Add an epoch's line to log.jsonl."""
-    write_log(folder, [*read_log(folder), line])

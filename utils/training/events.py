@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 from PIL import Image
 
+from utils.results.log import read_log
 from utils.runtime import distributed
 from utils.runtime.errors import UserError
-from utils.runtime.progress import read_log
 
 if TYPE_CHECKING:  # imported where it is used: it costs a process's start seconds
     from torch.utils.tensorboard import SummaryWriter

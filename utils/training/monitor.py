@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from utils.results.log import read_log
 from utils.runtime import progress
 from utils.runtime.files import remove_temporaries, write_atomically
 from utils.training.evaluation import Predictions
@@ -79,7 +80,7 @@ class Pictures:
         with warning_of(PLOTS):
             from utils import plots
 
-            runs = {self.output_dir.resolve().name: progress.read_log(self.output_dir)}
+            runs = {self.output_dir.resolve().name: read_log(self.output_dir)}
             what = f"val, after epoch {epochs_done - 1}"
             found = predictions.targets.numpy(), predictions.logits.argmax(1).numpy(), self.classes, what
             self._draw("curves.png", plots.learning_curves, runs)

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 from utils.checkpoints import checkpoint
 from utils.data.loaders import TIMEOUT, batch_seconds
+from utils.results.log import append_log
 from utils.results.metrics import Metrics
 from utils.runtime import distributed, progress
 from utils.runtime.errors import UserError, agreed, lost_contact
@@ -163,7 +164,7 @@ class Saver:
                     checkpoint.save(self.output_dir / checkpoint.BEST, weights)
                 for name, metrics in results.items():
                     line = line | {f"{name}_{key}": value for key, value in metrics.items()}
-                progress.append_log(self.output_dir, line)
+                append_log(self.output_dir, line)
                 self._save_checkpoint(state, "running", "")
                 if show is not None:
                     show(line)

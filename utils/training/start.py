@@ -12,6 +12,7 @@ from utils import arguments
 from utils.checkpoints import checkpoint
 from utils.checkpoints.checkpoint import NotDamaged, Weights
 from utils.data.samplers import derive_seed
+from utils.results.log import read_log, write_log
 from utils.runtime import distributed, progress
 from utils.runtime.errors import UserError, agreed
 from utils.runtime.files import remove_temporaries, write_atomically
@@ -183,7 +184,7 @@ def begin_run(output_dir: Path, script: str, resume: str | None, start: Position
     moves = source is None or not output_dir.exists() or not source.samefile(output_dir)
     if source and moves:
         _refuse_live_source(source)
-    log = progress.read_log(source) if source else []
+    log = read_log(source) if source else []
     make_output_dir(output_dir)
     run_lock.acquire(output_dir)
     if moves:
@@ -191,7 +192,7 @@ def begin_run(output_dir: Path, script: str, resume: str | None, start: Position
     remove_temporaries(output_dir)
     if not moves and Path(resume).name == checkpoint.PREVIOUS:
         checkpoint.replace_damaged(output_dir, script)
-    progress.write_log(output_dir, [line for line in log if line["epoch"] < start.epoch])
+    write_log(output_dir, [line for line in log if line["epoch"] < start.epoch])
     if source and moves:
         if (source / checkpoint.BEST).exists():
             write_atomically(output_dir / checkpoint.BEST, read_bytes(source / checkpoint.BEST, most=None))
