@@ -21,7 +21,6 @@ from utils.data.bad_images import BadImages
 from utils.data.dataset import batches
 from utils.data.transforms import BatchMixing, Normalize
 from utils.results import provenance
-from utils.results.metrics import RunningMean, batch_accuracy
 from utils.runtime import distributed
 from utils.runtime.command_line import expanded
 from utils.runtime.errors import agreed, join_processes, run_script
@@ -32,6 +31,7 @@ from utils.training import start as run
 from utils.training.compiling import check_compiler
 from utils.training.evaluation import predict, report_test, validate
 from utils.training.guard import StepGuard
+from utils.training.meters import RunningMean, batch_accuracy
 from utils.training.saver import Saver
 from utils.training.state import TrainingState
 

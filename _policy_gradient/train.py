@@ -37,7 +37,6 @@ from utils.data.bad_images import BadImages
 from utils.data.dataset import ImageFolder, batches
 from utils.data.transforms import BatchMixing, Normalize
 from utils.results import provenance
-from utils.results.metrics import RunningMean, batch_accuracy
 from utils.runtime import distributed
 from utils.runtime.errors import agreed, join_processes, run_script
 from utils.runtime.progress import Position, Progress, say
@@ -47,6 +46,7 @@ from utils.training import start as run
 from utils.training.compiling import check_compiler
 from utils.training.evaluation import Predictions, predict, report_test, validate
 from utils.training.guard import StepGuard
+from utils.training.meters import RunningMean, batch_accuracy
 from utils.training.saver import Saver
 from utils.training.state import TrainingState
 

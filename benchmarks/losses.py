@@ -20,7 +20,7 @@ def record(root: str, script: str, output: str, flags: list[str]) -> None:
     import torch
 
     from _policy_gradient import policy
-    from utils.results.metrics import RunningMean
+    from utils.training.meters import RunningMean
 
     losses: list[float] = []
     update = RunningMean.update

@@ -26,9 +26,9 @@ from utils.checkpoints.checkpoint import (
     save_checkpoint,
     weights_state,
 )
-from utils.results.metrics import RunningMean
 from utils.runtime.errors import UserError
 from utils.runtime.progress import Position
+from utils.training.meters import RunningMean
 from utils.training.optim import GuardedUpdate, MovingAverage, build_optimizer, parameter_groups
 from utils.training.saver import Saver
 from utils.training.state import TrainingState, restore_rng_state, rng_states

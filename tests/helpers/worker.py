@@ -16,13 +16,13 @@ from _policy_gradient.policy import create_policy
 from utils.data.dataset import ImageFolder, build_loader
 from utils.data.samplers import EvaluationSampler
 from utils.data.transforms import Normalize, evaluation_transform
-from utils.results.metrics import RunningMean
 from utils.runtime import distributed
 from utils.runtime.errors import UserError, agreed, join_processes, run_script
 from utils.runtime.signals import StopRequest
 from utils.training import models
 from utils.training.evaluation import measure, predict
 from utils.training.guard import NonFiniteLoss, StepGuard
+from utils.training.meters import RunningMean
 from utils.training.optim import GuardedUpdate, build_optimizer
 
 CPU = torch.device("cpu")

@@ -9,14 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from utils.results.metrics import (
-    RunningMean,
-    batch_accuracy,
-    classification_metrics,
-    per_class_table,
-    prediction_table,
-    table_as_csv,
-)
+from utils.results.metrics import classification_metrics, per_class_table, prediction_table, table_as_csv
+from utils.training.meters import RunningMean, batch_accuracy
 
 CPU = torch.device("cpu")
 

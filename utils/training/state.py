@@ -6,9 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from utils.checkpoints import verify as verification
-from utils.results.metrics import RunningMean
 from utils.runtime import distributed
 from utils.training import models
+from utils.training.meters import RunningMean
 from utils.training.optim import GuardedUpdate, MovingAverage
 
 
