@@ -8,7 +8,7 @@ import math
 import numpy as np
 from scipy import stats
 
-from utils.results.intervals import LEVEL
+from utils.results.metrics import LEVEL
 
 SCORES = ("top1", "balanced_accuracy", "f1", "hard_top1", "hard_balanced_accuracy", "hard_f1")
 ALPHA, POWER = 0.05, 0.8

@@ -8,7 +8,7 @@ import numpy as np
 from experiments.differences import COMPARED, POINT, SEEDS_FOR_P, Comparison
 from experiments.plan import Plan
 from experiments.results import METRICS, Runs, Task
-from utils.results.intervals import LEVEL
+from utils.results.metrics import LEVEL
 from utils.runtime.text import printable
 
 POLICY = "_policy_gradient"

@@ -16,7 +16,7 @@ from utils import plots
 from utils.results import confusion as class_plots
 from utils.results import figures
 from utils.results import templates as html
-from utils.results.intervals import LEVEL, Outcome, bootstrap_intervals
+from utils.results.metrics import LEVEL, Outcome, bootstrap_intervals
 from utils.results.run_folder import TITLES, Evaluation, RunFolder, describe_tested, read_run_folder
 from utils.runtime.command_line import Parser, expanded_path
 from utils.runtime.errors import UserError, run_script

@@ -7,8 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from utils.results.intervals import Outcome, bootstrap_intervals, metrics_of
-from utils.results.metrics import classification_metrics
+from utils.results.metrics import Outcome, bootstrap_intervals, classification_metrics, metrics_of
 
 
 def outcome_of(logits: torch.Tensor, targets: torch.Tensor) -> Outcome:

@@ -18,7 +18,7 @@ from tests.conftest import SMALL, SMALL_POLICY, write_image_folder
 from tests.helpers.exports import run_export
 from tests.helpers.ranks import run_ranks
 from utils import plots, report
-from utils.results.intervals import metrics_of
+from utils.results.metrics import metrics_of
 from utils.results.run_folder import read_run_folder, read_tested
 from utils.runtime.errors import UserError
 

@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from utils.checkpoints.checkpoint import BEST
-from utils.results.intervals import Outcome
 from utils.results.log import LOG, read_log
+from utils.results.metrics import Outcome
 from utils.results.provenance import RUN, is_start
 from utils.runtime.errors import UserError
 from utils.runtime.reading import read_bytes, read_json
