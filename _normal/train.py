@@ -6,6 +6,7 @@ from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from utils.flags import shared_parser
 from utils.runtime.lifetimes import end_with_launcher
 
 end_with_launcher()
@@ -39,7 +40,7 @@ SCRIPT = "_normal"
 
 
 def build_parser() -> arguments.Parser:
-    parser = arguments.shared_parser(__doc__)
+    parser = shared_parser(__doc__)
     group = parser.add_argument_group("fine-tuning")
     group.add_argument("--finetune", type=expanded, metavar="FILE", help="start from these weights; other classes get "
         "a new head")  # fmt: skip

@@ -7,7 +7,7 @@ from _policy_gradient.mask import check_mask_range, check_mask_size
 from _policy_gradient.objective import BASELINES, OBJECTIVES, POLICY_SIGNS
 from _policy_gradient.policy import HEAD_WEIGHT, MASK_POLICIES
 from utils import arguments
-from utils.flag_types import natural, non_negative_float, positive_float, positive_fraction, positive_int
+from utils.flags import natural, non_negative_float, positive_float, positive_fraction, positive_int, shared_parser
 from utils.runtime.errors import UserError
 from utils.runtime.progress import say
 from utils.training.model_sources import model_name
@@ -23,7 +23,7 @@ IGNORED_FLAGS = {
 
 
 def build_parser() -> arguments.Parser:
-    parser = arguments.shared_parser("Joint training of a policy network, which masks each image, and a classifier.")
+    parser = shared_parser("Joint training of a policy network, which masks each image, and a classifier.")
     add = parser.add_argument_group("policy and mask").add_argument
     add("--mask-policy", default="learned", choices=MASK_POLICIES, help="the method, or one of its controls")
     add("--policy-model", type=model_name, default="resnet10t", help="any timm backbone, for the policy network")

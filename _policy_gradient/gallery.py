@@ -21,7 +21,7 @@ from utils import arguments
 from utils.checkpoints import checkpoint
 from utils.data import splits as wiring_data
 from utils.data.transforms import Normalize
-from utils.flag_types import positive_int
+from utils.flags import positive_int
 from utils.results.figures import output_path, write_figure
 from utils.runtime.command_line import Parser, expanded, expanded_path
 from utils.runtime.errors import UserError, run_script

@@ -27,7 +27,7 @@ from utils import arguments
 from utils.checkpoints import checkpoint
 from utils.data import splits as wiring_data
 from utils.data.transforms import Normalize
-from utils.flag_types import positive_float, positive_int
+from utils.flags import positive_float, positive_int
 from utils.runtime.command_line import Parser, expanded, expanded_path
 from utils.runtime.errors import UserError, run_script
 from utils.training import build as wiring

@@ -24,7 +24,7 @@ from utils.data.dataset import ImageFolder, batches, build_loader
 from utils.data.folders import ImageFiles
 from utils.data.listing import PassedOver, find_images
 from utils.data.samplers import EvaluationSampler
-from utils.flag_types import natural, positive_int
+from utils.flags import natural, positive_int
 from utils.inference.classifier import Classifier, add_weights_flags, is_heated, open_classifier
 from utils.runtime.command_line import expanded
 from utils.runtime.distributed import resolve_device

@@ -11,6 +11,7 @@ import torch
 from utils import arguments
 from utils.checkpoints import verify as verification
 from utils.checkpoints.checkpoint import FORMAT_VERSION, StateDict, Weights, read_weights, save
+from utils.flags import Switch
 from utils.runtime.command_line import Parser, expanded
 from utils.runtime.errors import UserError, run_script
 from utils.runtime.text import print_line, printable
@@ -133,7 +134,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "-o", "--output", type=expanded, required=True, help="where to write; --finetune and --test-only read it"
     )
     parser.add_argument("--overwrite", action="store_true", help="write over a file that is there already")
-    parser.add_argument("--use-ema", action=arguments.Switch, help="of files with a moving average: "
+    parser.add_argument("--use-ema", action=Switch, help="of files with a moving average: "
         "average those (the default), or the trained weights")  # fmt: skip
     options = parser.parse_args(argv)
     output = Path(options.output)

@@ -12,7 +12,8 @@ from benchmarks import curves, profiles, soak
 from benchmarks import run as benchmarks_run
 from experiments import analyse, build_mini_rin, learning_signal
 from experiments import run as experiments_run
-from utils import arguments, export, flag_types, phantoms, plots, predict, report, weight_averaging
+from utils import arguments, export, phantoms, plots, predict, report, weight_averaging
+from utils import flags as flag_types
 from utils.audit import __main__ as audit
 from utils.radimagenet import __main__ as radimagenet
 from utils.runtime.command_line import Parser, absolute, expanded, expanded_path

@@ -18,7 +18,7 @@ from utils.audit.images import Measured, measure_all
 from utils.audit.report import as_text, sections
 from utils.audit.rule import Census, take_census
 from utils.data.folders import LAYOUT, SPLITS, ImageFiles, find_classes
-from utils.flag_types import natural, non_negative_float
+from utils.flags import natural, non_negative_float
 from utils.runtime.command_line import Parser, expanded
 from utils.runtime.errors import UserError, run_script
 from utils.runtime.files import write_atomically

@@ -13,7 +13,7 @@ from utils import arguments
 from utils.checkpoints import checkpoint
 from utils.checkpoints.checkpoint import Weights
 from utils.data.folders import find_classes
-from utils.flag_types import positive_float, positive_int
+from utils.flags import Switch, add_input_flags, positive_float, positive_int, shared_parser
 from utils.runtime.command_line import expanded
 from utils.runtime.errors import UserError
 from utils.runtime.reading import read_bytes
@@ -37,12 +37,12 @@ def add_weights_flags(parser: arguments.Parser) -> argparse._ArgumentGroup:
     """The file, and what to say where it does not: model, classes and preprocessing. Returns the group of these."""
     parser.add_argument("file", type=expanded, metavar="WEIGHTS", help="a .pth or .safetensors file; it may say all of "
         "the following")  # fmt: skip
-    parser.add_argument("--use-ema", action=arguments.Switch, help="of weights with a moving average; None: the "
+    parser.add_argument("--use-ema", action=Switch, help="of weights with a moving average; None: the "
         "average, if there is one")  # fmt: skip
     group = parser.add_argument_group("only where the file does not say it")
     group.add_argument("--model", type=model_name, help="any timm classifier")
     group.add_argument("--classes", type=expanded, metavar="FILE", help="one name a line, or a folder of class folders")
-    arguments.add_input_flags(group)
+    add_input_flags(group)
     return group
 
 
@@ -61,7 +61,7 @@ def open_classifier(given: dict[str, Any], device: torch.device) -> Classifier:
     Raises UserError for an unfit file, for flags that contradict it, and where neither names the model or the classes.
     """
     weights = checkpoint.read_weights(given["file"], given.get("use_ema"))
-    known = arguments.shared_parser("")
+    known = shared_parser("")
     add_mask_flags(known)
     flags = {name: value for name, value in given.items() if name in arguments.MODEL_FLAGS}
     for note in weights.notes:

@@ -10,6 +10,7 @@ from huggingface_hub import ModelCardData
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from utils import arguments
+from utils.flags import shared_parser
 from utils.inference.classifier import is_heated
 from utils.results.metrics import Metrics
 from utils.results.templates import TEMPLATES
@@ -61,7 +62,7 @@ def _is_metric(value: Any) -> bool:
 
 def recipe_flags(args: dict[str, Any]) -> list[str]:
     """The flags of a training, as typed, but for the defaults that both scripts share, and what is off."""
-    defaults = arguments.defaults(arguments.shared_parser(""))
+    defaults = arguments.defaults(shared_parser(""))
     return [
         arguments.typed(name, value)
         for name, value in sorted(args.items())
