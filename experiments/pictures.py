@@ -14,7 +14,7 @@ from experiments.differences import POINT, Comparison, tested_metric
 from experiments.plan import Arm, Plan, Stage
 from experiments.results import Runs, Task
 from experiments.tables import policy_log
-from utils.plots import STYLES
+from utils.results.curves import STYLES
 from utils.results.figures import COLOURS, FAINT, INK, as_text, in_lines
 from utils.results.run_folder import RunFolder
 

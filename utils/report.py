@@ -12,10 +12,10 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from utils import plots
 from utils.results import confusion as class_plots
 from utils.results import figures
 from utils.results import templates as html
+from utils.results.curves import Runs, learning_curves, policy_health
 from utils.results.metrics import LEVEL, Outcome, bootstrap_intervals
 from utils.results.run_folder import TITLES, Evaluation, RunFolder, describe_tested, read_run_folder
 from utils.runtime.command_line import Parser, expanded_path
@@ -53,8 +53,8 @@ def page(runs: list[RunFolder]) -> bytes:
         metric_names=METRICS,
         level=f"{LEVEL:.0%}",
         resamples=RESAMPLES,
-        curves=responsive(plots.learning_curves, logs, "Learning curves"),
-        health=responsive(plots.policy_health, logs, "The policy over the epochs"),
+        curves=responsive(learning_curves, logs, "Learning curves"),
+        health=responsive(policy_health, logs, "The policy over the epochs"),
     )
 
 
@@ -205,7 +205,7 @@ def picture(figure: Figure, title: str) -> dict[str, str]:
     return {"source": html.data_uri(figures.as_svg(figure), "image/svg+xml"), "title": title}
 
 
-def responsive(draw: Callable[..., Figure], logs: plots.Runs, title: str) -> dict[str, str] | None:
+def responsive(draw: Callable[..., Figure], logs: Runs, title: str) -> dict[str, str] | None:
     """A picture of panels side by side, and the same one below the other for narrow screens; None without any."""
     try:
         wide, narrow = (picture(draw(logs, columns=columns), title) for columns in (3, 1))

@@ -15,6 +15,7 @@ from utils.data import folders
 from utils.inference import classifier as inference
 from utils.inference import model_card
 from utils.results import provenance, run_folder
+from utils.results.curves import learning_curves
 from utils.results.log import read_log
 from utils.runtime.errors import UserError
 from utils.runtime.reading import open_regular, parse_json, read_bytes, read_json
@@ -93,7 +94,7 @@ def make(path: Path, kind: str) -> None:
 def all_readers(folder: Path) -> list:
     return [
         lambda: report.page([run_folder.read_run_folder(folder)]),
-        lambda: plots.learning_curves(plots.read_runs([str(folder)])),
+        lambda: learning_curves(plots.read_runs([str(folder)])),
         lambda: run_folder.read_tested(folder, "clean"),
         lambda: model_card.read_measured(folder / "log.jsonl"),
         lambda: provenance.read_run(folder),

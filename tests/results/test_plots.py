@@ -13,9 +13,9 @@ from sklearn.metrics import confusion_matrix as sklearn_confusion
 from sklearn.metrics import recall_score
 
 from utils import plots
-from utils.plots import learning_curves, policy_health
-from utils.results import figures
+from utils.results import curves, figures
 from utils.results.confusion import confusion_matrix, count_pairs, per_class_recall
+from utils.results.curves import CURVES, _style, learning_curves, policy_health
 from utils.results.figures import as_png, as_svg, as_text, shorten
 from utils.results.run_folder import read_evaluation, read_tested
 from utils.runtime import errors
@@ -78,7 +78,7 @@ def test_several_runs_differ_in_colour_style_and_marker_and_share_panels():
     assert only.get_color() == both[1].get_color()
     (legend,) = figure.legends
     assert [text.get_text() for text in legend.get_texts()] == [" _normal", r"\$a\$"]
-    assert len({tuple(plots._style(number).values()) for number in range(140)}) == 140
+    assert len({tuple(_style(number).values()) for number in range(140)}) == 140
 
 
 def test_a_single_epoch_has_a_marker_and_gaps_are_left_out():
@@ -182,7 +182,7 @@ def run(tmp_path):
 
 def test_every_command_writes_its_picture(run, capsys, monkeypatch):
     monkeypatch.setattr(figures, "DOTS_PER_INCH", 40)
-    monkeypatch.setattr(plots, "CURVES", plots.CURVES[:1])
+    monkeypatch.setattr(curves, "CURVES", CURVES[:1])
     commands = (["curves"], ["health"], ["confusion"], ["recall"], ["confusion", "--masked"])
     names = ["curves", "health", "confusion", "recall", "confusion_masked"]
     for (picture, *flags), name in zip(commands, names, strict=True):

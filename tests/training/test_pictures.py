@@ -14,7 +14,8 @@ from tests.training.test_resume import SCRIPTS, assert_same_run
 from utils import plots
 from utils.checkpoints import checkpoint
 from utils.results import confusion as class_plots
-from utils.results import figures
+from utils.results import curves, figures
+from utils.results.curves import CURVES, HEALTH, learning_curves
 from utils.results.log import read_log, write_log
 from utils.training.evaluation import Predictions
 from utils.training.monitor import Pictures
@@ -32,8 +33,8 @@ def coarse(monkeypatch):
     """Small pictures, which take less time."""
     number_files_from_zero(monkeypatch)
     monkeypatch.setattr(figures, "DOTS_PER_INCH", 30)
-    monkeypatch.setattr(plots, "CURVES", plots.CURVES[:1])
-    monkeypatch.setattr(plots, "HEALTH", plots.HEALTH[:1])
+    monkeypatch.setattr(curves, "CURVES", CURVES[:1])
+    monkeypatch.setattr(curves, "HEALTH", HEALTH[:1])
     monkeypatch.setattr(examples, "MOST_CLASSES", 1)
 
 
@@ -127,7 +128,7 @@ def test_a_picture_that_fails_is_named_and_ends_nothing(tmp_path, monkeypatch, c
     def fail(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(plots, "learning_curves", fail)
+    monkeypatch.setattr(curves, "learning_curves", fail)
     monkeypatch.setattr(class_plots, "shorten", lambda _: 1 / 0)
     show_one_epoch(tmp_path)
     said = capsys.readouterr().out
@@ -150,7 +151,7 @@ def test_a_folder_that_cannot_be_made_ends_nothing(tmp_path, capsys):
 
 def test_no_worker_outlives_a_run_with_pictures(image_folder, tmp_path, monkeypatch):
     """What matplotlib calls leaves exceptions in cycles; they must not hold main's frame, and with it the loaders."""
-    draw = plots.learning_curves
+    draw = learning_curves
 
     def leave_frames(runs):
         try:
@@ -159,7 +160,7 @@ def test_no_worker_outlives_a_run_with_pictures(image_folder, tmp_path, monkeypa
             error.itself = error
         return draw(runs)
 
-    monkeypatch.setattr(plots, "learning_curves", leave_frames)
+    monkeypatch.setattr(curves, "learning_curves", leave_frames)
     gc.disable()  # nor does the interpreter's exit collect cycles before it waits for the workers
     try:
         run_script("_normal", image_folder, tmp_path, "--epochs", "1", "--plot-every", "1", "--workers", "1")

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from utils.results.curves import learning_curves, policy_health
 from utils.results.log import read_log
 from utils.runtime import progress
 from utils.runtime.files import remove_temporaries, write_atomically
@@ -83,11 +84,11 @@ class Pictures:
             runs = {self.output_dir.resolve().name: read_log(self.output_dir)}
             what = f"val, after epoch {epochs_done - 1}"
             found = predictions.targets.numpy(), predictions.logits.argmax(1).numpy(), self.classes, what
-            self._draw("curves.png", plots.learning_curves, runs)
+            self._draw("curves.png", learning_curves, runs)
             self._draw("confusion.png", plots.confusion_matrix, *found)
             self._draw("recall.png", plots.per_class_recall, *found)
             if self.draw_gallery is not None:
-                self._draw("health.png", plots.policy_health, runs)
+                self._draw("health.png", policy_health, runs)
                 self._draw(f"masks_{epochs_done - 1}.png", self.draw_gallery, epochs_done=epochs_done)
 
     def _draw(self, name: str, draw: Callable[..., "Figure"], *args: Any, **kwargs: Any) -> None:
