@@ -8,6 +8,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from utils.flags import shared_parser
 from utils.runtime.lifetimes import end_with_launcher
+from utils.training.update import GuardedUpdate
 
 end_with_launcher()
 
@@ -31,10 +32,10 @@ from utils.training import models, optim, run_lock
 from utils.training import start as run
 from utils.training.compiling import check_compiler
 from utils.training.evaluation import predict, report_test, validate
-from utils.training.guard import StepGuard
 from utils.training.meters import RunningMean, batch_accuracy
 from utils.training.saver import Saver
 from utils.training.state import TrainingState
+from utils.training.update import StepGuard
 
 SCRIPT = "_normal"
 
@@ -53,7 +54,7 @@ def train_one_epoch(
     loader: DataLoader,
     normalize: Normalize,
     mixing: BatchMixing,
-    update: optim.GuardedUpdate,
+    update: GuardedUpdate,
     ema: optim.MovingAverage | None,
     saver: Saver,
     bad_images: BadImages,
@@ -151,7 +152,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         optimizer = wiring.optimizer(args, model, args.lr)
         scheduler = wiring.scheduler(args, optimizer, start.epoch)
         optimizers = {"classifier": optimizer}
-        update = optim.GuardedUpdate(optimizers, device, wiring.uses_fp16(args), args.clip_grad_norm, [model])
+        update = GuardedUpdate(optimizers, device, wiring.uses_fp16(args), args.clip_grad_norm, [model])
         training = TrainingState({"model": model}, update, ema, RunningMean(device))
         if state:
             training.put_back(state, args.resume)

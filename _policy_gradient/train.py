@@ -9,6 +9,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from utils.runtime.lifetimes import end_with_launcher
+from utils.training.update import GuardedUpdate
 
 end_with_launcher()
 
@@ -45,10 +46,10 @@ from utils.training import models, optim, run_lock
 from utils.training import start as run
 from utils.training.compiling import check_compiler
 from utils.training.evaluation import Predictions, predict, report_test, validate
-from utils.training.guard import StepGuard
 from utils.training.meters import RunningMean, batch_accuracy
 from utils.training.saver import Saver
 from utils.training.state import TrainingState
+from utils.training.update import StepGuard
 
 SCRIPT = "_policy_gradient"
 
@@ -61,7 +62,7 @@ def train_one_epoch(
     loader: DataLoader,
     normalize: Normalize,
     mixing: BatchMixing,
-    update: optim.GuardedUpdate,
+    update: GuardedUpdate,
     ema: optim.MovingAverage | None,
     saver: Saver,
     bad_images: BadImages,
@@ -246,7 +247,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 optim.build_scheduler(optimizers["policy"], "cosineannealinglr", args.epochs, first_epoch=start.epoch)
             )
         networks = [classifier] if policy is None else [classifier, policy.heads]
-        update = optim.GuardedUpdate(optimizers, device, wiring.uses_fp16(args), args.clip_grad_norm, networks)
+        update = GuardedUpdate(optimizers, device, wiring.uses_fp16(args), args.clip_grad_norm, networks)
         modules = {"model": classifier, "objective": objective} | ({} if policy is None else {"policy_net": policy})
         training = TrainingState(modules, update, ema, RunningMean(device))
         if state:

@@ -21,7 +21,7 @@ from utils.data.dataset import Batch, batches
 from utils.data.samplers import TrainingSampler
 from utils.runtime.progress import Position
 from utils.training import build as wiring
-from utils.training.optim import GuardedUpdate
+from utils.training.update import GuardedUpdate
 
 
 class Built(Exception):

@@ -29,9 +29,10 @@ from utils.checkpoints.checkpoint import (
 from utils.runtime.errors import UserError
 from utils.runtime.progress import Position
 from utils.training.meters import RunningMean
-from utils.training.optim import GuardedUpdate, MovingAverage, build_optimizer, parameter_groups
+from utils.training.optim import MovingAverage, build_optimizer, parameter_groups
 from utils.training.saver import Saver
 from utils.training.state import TrainingState, restore_rng_state, rng_states
+from utils.training.update import GuardedUpdate
 
 CPU = torch.device("cpu")
 CLASSES = ["bright", "dark"]

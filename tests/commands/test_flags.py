@@ -16,7 +16,7 @@ from utils.data.transforms import Normalize
 from utils.runtime.distributed import resolve_device
 from utils.runtime.errors import UserError
 from utils.training import build as wiring
-from utils.training import optim
+from utils.training.update import GuardedUpdate
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
@@ -124,7 +124,7 @@ def check_clip_grad_norm(build, image_folder):
     model = torch.nn.Linear(1, 1, bias=False)
     args = build("--clip-grad-norm", 0.5, "--lr", 1, "--momentum", 0, "--wd", 0)
     before = model.weight.item()
-    update = optim.GuardedUpdate({"classifier": optimizer_of(args, model)}, CPU, False, args.clip_grad_norm)
+    update = GuardedUpdate({"classifier": optimizer_of(args, model)}, CPU, False, args.clip_grad_norm)
     update(model.weight.sum() * 100, torch.tensor(False))
     assert before - model.weight.item() == pytest.approx(0.5, abs=1e-5)
 

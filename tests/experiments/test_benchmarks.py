@@ -16,7 +16,7 @@ from benchmarks.setting import QUICK_POLICY, Setting
 from benchmarks.steps import published_step_of
 from benchmarks.timing import compare, interleaved
 from tests.conftest import ROOT, SMALL_POLICY, run_script
-from utils.training.guard import StepGuard
+from utils.training.update import StepGuard
 
 FIELDS = {
     *("number", "what", "ours", "theirs", "units", "ratio", "spread", "target", "met", "repeats", "note"),

@@ -21,9 +21,9 @@ from utils.runtime.errors import UserError, agreed, join_processes, run_script
 from utils.runtime.signals import StopRequest
 from utils.training import models
 from utils.training.evaluation import measure, predict
-from utils.training.guard import NonFiniteLoss, StepGuard
 from utils.training.meters import RunningMean
-from utils.training.optim import GuardedUpdate, build_optimizer
+from utils.training.optim import build_optimizer
+from utils.training.update import GuardedUpdate, NonFiniteLoss, StepGuard
 
 CPU = torch.device("cpu")
 

@@ -14,7 +14,7 @@ from tests.conftest import SMALL, SMALL_POLICY, run_script
 from tests.training.test_resume import assert_same_run
 from utils.results.log import read_log
 from utils.runtime.signals import Interrupted, StopRequest
-from utils.training.guard import LAG, StepGuard
+from utils.training.update import LAG, StepGuard
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
 SCRIPTS = {

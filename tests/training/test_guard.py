@@ -13,7 +13,7 @@ import torch
 
 from tests.conftest import ROOT
 from utils.runtime.signals import SIGNALS, StopRequest
-from utils.training.guard import NonFiniteLoss, StepGuard
+from utils.training.update import NonFiniteLoss, StepGuard
 
 CPU = torch.device("cpu")
 

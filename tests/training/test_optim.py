@@ -12,16 +12,9 @@ from torch import nn
 
 from utils.runtime.errors import UserError
 from utils.runtime.signals import StopRequest
-from utils.training.guard import StepGuard
 from utils.training.models import freeze_backbone
-from utils.training.optim import (
-    OPTIMIZERS,
-    SMALLEST_SCALE,
-    GuardedUpdate,
-    build_optimizer,
-    build_scheduler,
-    parameter_groups,
-)
+from utils.training.optim import OPTIMIZERS, build_optimizer, build_scheduler, parameter_groups
+from utils.training.update import SMALLEST_SCALE, GuardedUpdate, StepGuard
 
 CPU = torch.device("cpu")
 MOMENTUM = 0.9

@@ -1,8 +1,6 @@
 """Optimisers, schedules, the guarded update, and the moving average of the weights."""
 
-import math
 import warnings
-from collections.abc import Iterable
 
 import torch
 from timm.utils import ModelEmaV3
@@ -18,13 +16,10 @@ from torch.optim.lr_scheduler import (
     StepLR,
 )
 
-from utils.runtime.errors import UserError
-
 OPTIMIZERS = ("sgd", "sgd_nesterov", "rmsprop", "adamw")
 SCHEDULERS = ("steplr", "cosineannealinglr", "exponentiallr")
 WARMUPS = ("linear", "constant")
 EMBEDDINGS = ("cls_token", "dist_token", "reg_token", "pos_embed", "relative_position_bias_table")  # timm's names
-SMALLEST_SCALE = 2.0**-14  # of the fp16 gradient scaler: below it, every step has been overflowing
 
 
 def parameter_groups(
@@ -112,128 +107,6 @@ def build_scheduler(
         for _ in range(first_epoch):
             scheduler.step()
     return scheduler
-
-
-class GuardedUpdate:
-    """Backward pass, clipping and step of one or more optimisers; a skipped step changes nothing.
-
-    A step is skipped, for all networks together, where the caller holds it back (a loss is not finite), and, where
-    gradients are measured anyway (by the fp16 scaler or for clipping), where one of them is not finite: such steps are
-    counted (`skipped_steps`, on the device). Then the statistics that the forward passes have moved are restored too.
-    Fused optimisers read the flag on the device; for rmsprop, which has no fused form, the host waits for it.
-    """
-
-    def __init__(
-        self,
-        optimizers: dict[str, Optimizer],
-        device: torch.device,
-        fp16: bool = False,
-        clip_grad_norm: float | None = None,
-        networks: Iterable[nn.Module] = (),
-    ) -> None:
-        """optimizers: by the name of the network that each updates; networks: those whose buffers are restored."""
-        self.optimizers = optimizers
-        self.clip_grad_norm = clip_grad_norm
-        self.fp16 = fp16
-        self.scaler = torch.amp.GradScaler(device.type, enabled=fp16)
-        self.measures_gradients = fp16 or clip_grad_norm is not None
-        self.skipped_steps = torch.zeros((), dtype=torch.int64, device=device)
-        self.buffers: dict[torch.dtype, list[Tensor]] = {}
-        for buffer in (buffer for network in networks for buffer in network.buffers()):
-            self.buffers.setdefault(buffer.dtype, []).append(buffer)
-        self.buffers_before: dict[torch.dtype, Tensor] = {}
-
-    def begin_step(self) -> None:
-        """To be called before the forward passes of a step: remembers the buffers that these will move."""
-        if self.measures_gradients:
-            self.buffers_before = {dtype: _flat(buffers) for dtype, buffers in self.buffers.items()}
-
-    def __call__(self, loss: Tensor, hold_back: Tensor) -> Tensor:
-        """One update from a loss (); whether it was skipped, as a bool tensor () on the device, equal on all ranks.
-
-        hold_back: bool tensor (), equal on all ranks.
-        """
-        for optimizer in self.optimizers.values():
-            optimizer.zero_grad(set_to_none=True)
-        self.scaler.scale(loss).backward()
-        skipped = hold_back
-        if self.measures_gradients:
-            for optimizer in self.optimizers.values():
-                parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-                self.scaler.unscale_(optimizer)
-                norm = nn.utils.clip_grad_norm_(parameters, self.clip_grad_norm or math.inf)
-                skipped = skipped | ~norm.isfinite()
-            self._restore_buffers(skipped)
-        for optimizer in self.optimizers.values():
-            _step(optimizer, skipped)
-        self.skipped_steps += skipped
-        self.scaler.update()
-        return skipped
-
-    def _restore_buffers(self, skipped: Tensor) -> None:
-        """Put the buffers back to what `begin_step` found where the step was skipped."""
-        for dtype, buffers in self.buffers.items():
-            kept = torch.where(skipped, self.buffers_before[dtype], _flat(buffers))  # few kernels, not one a buffer
-            parts = kept.split([buffer.numel() for buffer in buffers])
-            torch._foreach_copy_(buffers, [part.view_as(buffer) for part, buffer in zip(parts, buffers, strict=True)])
-
-    def state(self) -> dict:
-        optimizers = {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()}
-        return {
-            "optimizers": optimizers,
-            "scaler": self.scaler.state_dict(),
-            "skipped_steps": int(self.skipped_steps),
-        }
-
-    def load_state(self, state: dict, source: str) -> None:
-        """Restore `state()`, keeping the learning rates that the rebuilt schedules have set.
-
-        Raises UserError if it is of other optimisers or of other parameters.
-        """
-        for name, optimizer in self.optimizers.items():
-            rates = [(group["lr"], group["initial_lr"]) for group in optimizer.param_groups]
-            try:
-                optimizer.load_state_dict(state["optimizers"][name])
-            except (ValueError, KeyError, TypeError) as error:
-                raise UserError(f"{source}: its {name} optimiser's state does not fit this run ({error}).") from None
-            for group, (lr, initial_lr) in zip(optimizer.param_groups, rates, strict=True):
-                group["lr"], group["initial_lr"] = lr, initial_lr
-            _lay_out_as_parameters(optimizer)
-        self.scaler.load_state_dict(state["scaler"])
-        self.skipped_steps.fill_(state["skipped_steps"])
-
-    def read_skipped(self) -> dict[str, int]:
-        """For the log: the steps skipped since the run began; empty where gradients are not measured."""
-        return {"skipped_steps": int(self.skipped_steps)} if self.measures_gradients else {}
-
-    def raise_if_collapsed(self) -> None:
-        """Raise UserError if the fp16 scale has collapsed: every step overflows, and nothing is learned any more."""
-        if self.fp16 and self.scaler.get_scale() < SMALLEST_SCALE:
-            raise UserError(
-                "the fp16 gradient scale has fallen below 2^-14: every step overflows. Lower --lr or use bf16.",
-                agreed=True,
-            )
-
-
-def _flat(tensors: list[Tensor]) -> Tensor:
-    """A copy of tensors of one dtype, one after the other, (N,)."""
-    return torch.cat([tensor.flatten() for tensor in tensors])
-
-
-def _step(optimizer: Optimizer, skipped: Tensor) -> None:
-    if optimizer.defaults.get("fused"):
-        optimizer.grad_scale, optimizer.found_inf = None, skipped.float()
-        optimizer.step()
-    elif not skipped.item():
-        optimizer.step()
-
-
-def _lay_out_as_parameters(optimizer: Optimizer) -> None:
-    """Give restored buffers the memory format of their parameters, which the fused kernels take for granted."""
-    for parameter, buffers in optimizer.state.items():
-        for name, buffer in buffers.items():
-            if isinstance(buffer, Tensor) and buffer.shape == parameter.shape:
-                buffers[name] = torch.empty_like(parameter).copy_(buffer)
 
 
 class MovingAverage:

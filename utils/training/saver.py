@@ -21,8 +21,8 @@ from utils.runtime.reading import read_json
 from utils.runtime.signals import ALONE_SECONDS, TOGETHER_SECONDS, Interrupted, StopRequest, WaitEnded
 from utils.training import run_lock
 from utils.training.evaluation import format_metrics
-from utils.training.guard import ADVICE, NonFiniteLoss, StepGuard
 from utils.training.state import TrainingState
+from utils.training.update import ADVICE, NonFiniteLoss, StepGuard
 
 STATUS = "status.json"
 BAD_BATCH = "nonfinite_batch.json"

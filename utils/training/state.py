@@ -9,7 +9,8 @@ from utils.checkpoints import verify as verification
 from utils.runtime import distributed
 from utils.training import models
 from utils.training.meters import RunningMean
-from utils.training.optim import GuardedUpdate, MovingAverage
+from utils.training.optim import MovingAverage
+from utils.training.update import GuardedUpdate
 
 
 class TrainingState(NamedTuple):

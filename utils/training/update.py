@@ -1,0 +1,215 @@
+"""One training step, checked on all ranks: non-finite losses, stop requests, and the guarded update."""
+
+import math
+from collections import deque
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from utils.runtime import distributed
+from utils.runtime.errors import UserError
+from utils.runtime.signals import StopRequest
+
+ADVICE = "Resumed, a run repeats itself: start a new one with a lower --lr, --clip-grad-norm, or --amp-dtype bf16."
+LAG = 2  # steps on CUDA between a stop's collective and the host reading it: so many stay queued on the device
+
+
+class NonFiniteLoss(UserError):
+    """A loss was not finite; `batch`: for each rank, whether its loss was finite, and the paths of its images."""
+
+    def __init__(self, message: str, batch: list[dict]) -> None:
+        super().__init__(message, agreed=True)
+        self.batch = batch
+
+
+class StepGuard:
+    """One small collective a step: is a loss not finite on any rank, and does any rank want to stop?
+
+    `check` never waits for the device. `raise_if_found` does, and is meant for print steps and for before a save.
+    """
+
+    def __init__(self, device: torch.device, path: Callable[[int], Path], stop: StopRequest) -> None:
+        """path: of an image by its index, for the report of a batch."""
+        self.path, self.stop = path, stop
+        self.lag, self._to_host = (LAG, _copy_behind) if device.type == "cuda" else (0, lambda flag: (flag, None))
+        # By step, since `raise_if_found` last found nothing: was a loss not finite on any rank, and on this one, both
+        # bool () on the device, and this rank's indices (B,).
+        self.recent: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
+        self.stops: deque[tuple[Tensor, torch.cuda.Event | None]] = deque()
+        self.wishes = {wish: torch.tensor(wish, device=device) for wish in (False, True)}
+
+    def check(self, loss: Tensor, step: int, indices: Tensor) -> Tensor:
+        """True, as a bool tensor () equal on all ranks, if the loss () of this step is not finite on some rank.
+
+        indices: (B,), of this rank's images, on the CPU.
+        """
+        loss = loss.detach()
+        own = (loss - loss) != 0  # NaN, unlike 0, where it is not finite; two kernels, where isfinite takes five
+        flags = torch.stack([own, self.wishes[self.stop.asked is not None]])
+        found, stop = (distributed.all_reduce_sum(flags.float()) > 0).unbind()
+        self.recent[step] = found, own, indices
+        self.stops.append(self._to_host(stop))
+        return found
+
+    def stop_agreed(self) -> bool:
+        """True, on all ranks after the same step, if a signal asked any of them to stop; call it once a step."""
+        if len(self.stops) <= self.lag:
+            return False
+        stop, event = self.stops.popleft()
+        if event is not None:
+            event.synchronize()
+        return bool(stop)
+
+    def raise_if_found(self, epoch: int) -> None:
+        """Raise NonFiniteLoss, on all ranks at once, if a loss was not finite."""
+        found = torch.stack([found for found, _, _ in self.recent.values()]).tolist() if self.recent else []
+        if not any(found):
+            self.recent.clear()
+            return
+        step = list(self.recent)[found.index(True)]
+        _, own, indices = self.recent[step]
+        own = {
+            "rank": distributed.rank(),
+            "loss_is_finite": not own.item(),
+            "images": [str(self.path(index)) for index in indices.tolist()],
+        }
+        raise NonFiniteLoss(
+            f"the loss was not finite at epoch {epoch}, step {step}; that update was held back, and nothing was saved "
+            f"since. {ADVICE}",
+            distributed.all_gather_object(own),
+        )
+
+
+def _copy_behind(flag: Tensor) -> tuple[Tensor, torch.cuda.Event]:
+    """A copy on the host, pinned, that is there once the event has happened; nothing waits now."""
+    copied, event = flag.to("cpu", non_blocking=True), torch.cuda.Event()
+    event.record()
+    return copied, event
+
+
+SMALLEST_SCALE = 2.0**-14  # of the fp16 gradient scaler: below it, every step has been overflowing
+
+
+class GuardedUpdate:
+    """Backward pass, clipping and step of one or more optimisers; a skipped step changes nothing.
+
+    A step is skipped, for all networks together, where the caller holds it back (a loss is not finite), and, where
+    gradients are measured anyway (by the fp16 scaler or for clipping), where one of them is not finite: such steps are
+    counted (`skipped_steps`, on the device). Then the statistics that the forward passes have moved are restored too.
+    Fused optimisers read the flag on the device; for rmsprop, which has no fused form, the host waits for it.
+    """
+
+    def __init__(
+        self,
+        optimizers: dict[str, Optimizer],
+        device: torch.device,
+        fp16: bool = False,
+        clip_grad_norm: float | None = None,
+        networks: Iterable[nn.Module] = (),
+    ) -> None:
+        """optimizers: by the name of the network that each updates; networks: those whose buffers are restored."""
+        self.optimizers = optimizers
+        self.clip_grad_norm = clip_grad_norm
+        self.fp16 = fp16
+        self.scaler = torch.amp.GradScaler(device.type, enabled=fp16)
+        self.measures_gradients = fp16 or clip_grad_norm is not None
+        self.skipped_steps = torch.zeros((), dtype=torch.int64, device=device)
+        self.buffers: dict[torch.dtype, list[Tensor]] = {}
+        for buffer in (buffer for network in networks for buffer in network.buffers()):
+            self.buffers.setdefault(buffer.dtype, []).append(buffer)
+        self.buffers_before: dict[torch.dtype, Tensor] = {}
+
+    def begin_step(self) -> None:
+        """To be called before the forward passes of a step: remembers the buffers that these will move."""
+        if self.measures_gradients:
+            self.buffers_before = {dtype: _flat(buffers) for dtype, buffers in self.buffers.items()}
+
+    def __call__(self, loss: Tensor, hold_back: Tensor) -> Tensor:
+        """One update from a loss (); whether it was skipped, as a bool tensor () on the device, equal on all ranks.
+
+        hold_back: bool tensor (), equal on all ranks.
+        """
+        for optimizer in self.optimizers.values():
+            optimizer.zero_grad(set_to_none=True)
+        self.scaler.scale(loss).backward()
+        skipped = hold_back
+        if self.measures_gradients:
+            for optimizer in self.optimizers.values():
+                parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+                self.scaler.unscale_(optimizer)
+                norm = nn.utils.clip_grad_norm_(parameters, self.clip_grad_norm or math.inf)
+                skipped = skipped | ~norm.isfinite()
+            self._restore_buffers(skipped)
+        for optimizer in self.optimizers.values():
+            _step(optimizer, skipped)
+        self.skipped_steps += skipped
+        self.scaler.update()
+        return skipped
+
+    def _restore_buffers(self, skipped: Tensor) -> None:
+        """Put the buffers back to what `begin_step` found where the step was skipped."""
+        for dtype, buffers in self.buffers.items():
+            kept = torch.where(skipped, self.buffers_before[dtype], _flat(buffers))  # few kernels, not one a buffer
+            parts = kept.split([buffer.numel() for buffer in buffers])
+            torch._foreach_copy_(buffers, [part.view_as(buffer) for part, buffer in zip(parts, buffers, strict=True)])
+
+    def state(self) -> dict:
+        optimizers = {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()}
+        return {
+            "optimizers": optimizers,
+            "scaler": self.scaler.state_dict(),
+            "skipped_steps": int(self.skipped_steps),
+        }
+
+    def load_state(self, state: dict, source: str) -> None:
+        """Restore `state()`, keeping the learning rates that the rebuilt schedules have set.
+
+        Raises UserError if it is of other optimisers or of other parameters.
+        """
+        for name, optimizer in self.optimizers.items():
+            rates = [(group["lr"], group["initial_lr"]) for group in optimizer.param_groups]
+            try:
+                optimizer.load_state_dict(state["optimizers"][name])
+            except (ValueError, KeyError, TypeError) as error:
+                raise UserError(f"{source}: its {name} optimiser's state does not fit this run ({error}).") from None
+            for group, (lr, initial_lr) in zip(optimizer.param_groups, rates, strict=True):
+                group["lr"], group["initial_lr"] = lr, initial_lr
+            _lay_out_as_parameters(optimizer)
+        self.scaler.load_state_dict(state["scaler"])
+        self.skipped_steps.fill_(state["skipped_steps"])
+
+    def read_skipped(self) -> dict[str, int]:
+        """For the log: the steps skipped since the run began; empty where gradients are not measured."""
+        return {"skipped_steps": int(self.skipped_steps)} if self.measures_gradients else {}
+
+    def raise_if_collapsed(self) -> None:
+        """Raise UserError if the fp16 scale has collapsed: every step overflows, and nothing is learned any more."""
+        if self.fp16 and self.scaler.get_scale() < SMALLEST_SCALE:
+            raise UserError(
+                "the fp16 gradient scale has fallen below 2^-14: every step overflows. Lower --lr or use bf16.",
+                agreed=True,
+            )
+
+
+def _flat(tensors: list[Tensor]) -> Tensor:
+    """A copy of tensors of one dtype, one after the other, (N,)."""
+    return torch.cat([tensor.flatten() for tensor in tensors])
+
+
+def _step(optimizer: Optimizer, skipped: Tensor) -> None:
+    if optimizer.defaults.get("fused"):
+        optimizer.grad_scale, optimizer.found_inf = None, skipped.float()
+        optimizer.step()
+    elif not skipped.item():
+        optimizer.step()
+
+
+def _lay_out_as_parameters(optimizer: Optimizer) -> None:
+    """Give restored buffers the memory format of their parameters, which the fused kernels take for granted."""
+    for parameter, buffers in optimizer.state.items():
+        for name, buffer in buffers.items():
+            if isinstance(buffer, Tensor) and buffer.shape == parameter.shape:
+                buffers[name] = torch.empty_like(parameter).copy_(buffer)
