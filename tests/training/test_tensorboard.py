@@ -11,7 +11,7 @@ from tests.helpers.events import as_scalars, number_files_from_zero, scalars
 from tests.training.test_pictures import run_script
 from utils.results.log import read_log, write_log
 from utils.runtime.errors import UserError
-from utils.training.events import Events, tag
+from utils.training.monitor import Events, tag
 
 
 @pytest.fixture(autouse=True)

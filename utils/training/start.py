@@ -19,8 +19,9 @@ from utils.runtime.files import remove_temporaries, write_atomically
 from utils.runtime.progress import Position
 from utils.runtime.reading import read_bytes
 from utils.runtime.text import printable
-from utils.training import events, run_lock
 from utils.training import fitting as loading
+from utils.training import monitor as events
+from utils.training import run_lock
 from utils.training.model_sources import OWN_WEIGHTS, is_source
 from utils.training.state import restore_rng_state
 
