@@ -19,8 +19,7 @@ from torch.utils.data import DataLoader
 
 from utils import arguments
 from utils.data import splits as wiring_data
-from utils.data.bad_images import BadImages
-from utils.data.dataset import batches
+from utils.data.dataset import BadImages, batches
 from utils.data.transforms import BatchMixing, Normalize
 from utils.results import provenance
 from utils.runtime import distributed

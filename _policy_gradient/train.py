@@ -34,8 +34,7 @@ from _policy_gradient.policy import (
 from utils import arguments
 from utils.checkpoints.checkpoint import Weights
 from utils.data import splits as wiring_data
-from utils.data.bad_images import BadImages
-from utils.data.dataset import ImageFolder, batches
+from utils.data.dataset import BadImages, ImageFolder, batches
 from utils.data.transforms import BatchMixing, Normalize
 from utils.results import provenance
 from utils.runtime import distributed

@@ -17,8 +17,7 @@ from PIL import Image
 from _normal import train as normal
 from tests.conftest import SMALL, write_image, write_image_folder
 from utils.data import folders
-from utils.data.bad_images import BadImages
-from utils.data.dataset import Batch, ImageFolder, batches, build_loader
+from utils.data.dataset import BadImages, Batch, ImageFolder, batches, build_loader
 from utils.data.folders import list_images
 from utils.data.images import read_image
 from utils.data.listing import PassedOver, find_images

@@ -8,8 +8,7 @@ import torch
 
 from tests.conftest import write_image
 from tests.data.test_cache import splits
-from utils.data.bad_images import BadImages
-from utils.data.dataset import ImageFolder, batches, build_loader
+from utils.data.dataset import BadImages, ImageFolder, batches, build_loader
 from utils.data.samplers import SampleKey, TrainingSampler
 from utils.data.transforms import training_transform
 

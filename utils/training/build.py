@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from utils.checkpoints.checkpoint import Weights
-from utils.data.bad_images import BadImages
+from utils.data.dataset import BadImages
 from utils.data.loaders import Wait, batch_seconds
 from utils.data.samplers import TrainingSampler
 from utils.data.splits import Splits, digests

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from utils.data.bad_images import BadImages
-from utils.data.dataset import batches
+from utils.data.dataset import BadImages, batches
 from utils.data.folders import ImageFiles
 from utils.data.loaders import Wait
 from utils.results.metrics import Metrics, classification_metrics, per_class_table, prediction_table, table_as_csv
