@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import safetensors
 import safetensors.torch
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from utils.checkpoints import foreign
 from utils.checkpoints import verify as verification
@@ -26,7 +26,8 @@ from utils.checkpoints.torch_files import checked_copy
 from utils.runtime.errors import UserError
 from utils.runtime.files import open_new, temporary_path, write_atomically
 from utils.runtime.reading import open_regular, parse_json, read_bytes
-from utils.training.models import StateDict
+
+StateDict = dict[str, Tensor]
 
 FORMAT_VERSION = 1
 CHECKPOINT = "checkpoint.pth"

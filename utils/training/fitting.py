@@ -12,11 +12,10 @@ from torch import nn
 
 from utils import arguments
 from utils.checkpoints import verify as verification
-from utils.checkpoints.checkpoint import Weights
+from utils.checkpoints.checkpoint import StateDict, Weights
 from utils.runtime.errors import UserError
 from utils.runtime.text import explain_forms, printable
 from utils.training import models
-from utils.training.models import StateDict
 
 Report = Callable[[str], None]
 # How a file's pixels become the classifier's input; evaluation does without the other flags.

@@ -6,13 +6,12 @@ from typing import Any
 import timm
 import torch
 from timm.layers import convert_sync_batchnorm
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from utils.checkpoints.checkpoint import StateDict
 from utils.runtime.errors import UserError
 from utils.training.model_sources import OWN_WEIGHTS, is_source, quiet_hub, read_source
-
-StateDict = dict[str, Tensor]
 
 
 def is_known(name: str) -> bool:
