@@ -191,3 +191,6 @@ def _namespace(values: dict[str, Any]) -> argparse.Namespace:
     if args.test_only and not (args.resume or getattr(args, "finetune", None)):
         raise UserError("--test-only: name the weights to evaluate with --resume FILE.")
     return args
+
+
+AUTO = "auto"

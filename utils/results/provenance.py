@@ -18,12 +18,12 @@ import timm
 import torch
 import torchvision
 
+from utils.arguments import AUTO
 from utils.data.folders import ImageFiles
 from utils.runtime import distributed
 from utils.runtime.files import write_atomically
 from utils.runtime.progress import Position, say
 from utils.runtime.reading import read_json
-from utils.training.start import AUTO
 
 RUN = "run.json"
 ROOT = Path(__file__).resolve().parents[2]

@@ -16,7 +16,6 @@ from utils.results.provenance import RUN, is_start
 from utils.runtime.errors import UserError
 from utils.runtime.reading import read_bytes, read_json
 from utils.runtime.text import from_cell
-from utils.training.saver import STATUS
 
 METRICS = "metrics.json"
 TITLES = {"clean": "without masks", "masked": "with mean masks"}
@@ -182,3 +181,7 @@ def read_table(path: Path, columns: tuple[str, ...]) -> list[dict[str, str]]:
 
 def _undone(row: dict) -> dict:
     return {key: from_cell(value) if isinstance(value, str) else value for key, value in row.items()}
+
+
+STATUS = "status.json"
+BAD_BATCH = "nonfinite_batch.json"

@@ -13,6 +13,7 @@ from utils.checkpoints import checkpoint
 from utils.data.loaders import TIMEOUT, batch_seconds
 from utils.results.log import append_log
 from utils.results.metrics import Metrics
+from utils.results.run_folder import BAD_BATCH, STATUS
 from utils.runtime import distributed, progress
 from utils.runtime.errors import UserError, agreed, lost_contact
 from utils.runtime.files import write_atomically
@@ -24,8 +25,6 @@ from utils.training.evaluation import format_metrics
 from utils.training.state import TrainingState
 from utils.training.update import ADVICE, NonFiniteLoss, StepGuard
 
-STATUS = "status.json"
-BAD_BATCH = "nonfinite_batch.json"
 Item = TypeVar("Item")
 
 

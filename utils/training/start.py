@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 
 from utils import arguments
+from utils.arguments import AUTO
 from utils.checkpoints import checkpoint
 from utils.checkpoints.checkpoint import NotDamaged, Weights
 from utils.data.samplers import derive_seed
@@ -25,7 +26,6 @@ from utils.training import run_lock
 from utils.training.model_sources import OWN_WEIGHTS, is_source
 from utils.training.state import restore_rng_state
 
-AUTO = "auto"
 PATHS = ("data_path", "exclude", "cache_dir")  # that a resumed run takes from its file unless they are given
 
 
