@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from _policy_gradient.mask import SmoothMask
-from _policy_gradient.policy import Policy, draw_masks
+from _policy_gradient.masking import draw_masks
+from _policy_gradient.policy import Policy
 from utils.data.dataset import ImageFolder
 from utils.data.samplers import SampleKey, derive_seed
 from utils.data.transforms import Normalize

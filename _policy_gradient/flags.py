@@ -12,6 +12,8 @@ from utils.runtime.errors import UserError
 from utils.runtime.progress import say
 from utils.training.model_sources import model_name
 
+SCRIPT = "_policy_gradient"
+
 IGNORED_FLAGS = {
     "prior": ("policy_model",),
     "uniform": ("policy_model", "policy_lr", "head_weight", "policy_sign", "baseline", "entropy_weight"),

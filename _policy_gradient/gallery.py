@@ -15,8 +15,10 @@ from typing import Any
 import numpy as np
 
 from _policy_gradient.examples import CPU, Examples, Stage, after, choose_examples, draw_stages, run_policy
+from _policy_gradient.flags import SCRIPT
+from _policy_gradient.masking import build_mask, build_policy
 from _policy_gradient.policy import Policy
-from _policy_gradient.train import SCRIPT, build_mask, build_parser, build_policy
+from _policy_gradient.train import build_parser
 from utils import arguments
 from utils.checkpoints import checkpoint
 from utils.data import splits as wiring_data

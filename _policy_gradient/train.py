@@ -7,6 +7,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from _policy_gradient.flags import SCRIPT
+from _policy_gradient.masking import build_mask, build_policy
+
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from utils.runtime.lifetimes import end_with_launcher
 from utils.training.update import GuardedUpdate
@@ -22,17 +25,10 @@ from torch.utils.data import DataLoader
 from _policy_gradient.examples import draw_policy
 from _policy_gradient.flags import build_parser, check_flags
 from _policy_gradient.mask import SmoothMask, fading_weight
+from _policy_gradient.masking import MaskedImages, draw_masks, policy_health, warn_of_bounds
 from _policy_gradient.objective import Objective
-from _policy_gradient.policy import (
-    MaskedImages,
-    Policy,
-    create_policy,
-    draw_masks,
-    policy_health,
-    warn_of_bounds,
-)
+from _policy_gradient.policy import Policy
 from utils import arguments
-from utils.checkpoints.checkpoint import Weights
 from utils.data import splits as wiring_data
 from utils.data.dataset import BadImages, ImageFolder, batches
 from utils.data.transforms import BatchMixing, Normalize
@@ -49,8 +45,6 @@ from utils.training.meters import RunningMean, batch_accuracy
 from utils.training.saver import Saver
 from utils.training.state import TrainingState
 from utils.training.update import StepGuard
-
-SCRIPT = "_policy_gradient"
 
 
 def train_one_epoch(
@@ -121,30 +115,6 @@ def train_one_epoch(
             progress.show(step, meters.read())
         saver.after_step(progress.position(step), guard)
     return {**meters.read(), **update.read_skipped(), "images_per_second": progress.images_per_second()}
-
-
-def build_policy(
-    args: argparse.Namespace, state: dict[str, Any] | None, weights: Weights | None, device: torch.device
-) -> Policy | None:
-    """The policy on its device, with the state of the checkpoint or file; None if there is none to train or to test."""
-    if weights is not None and weights.policy_net is None:
-        return None
-    policy = create_policy(args.mask_policy, args.policy_model, args.grid, args.train_crop_size, args.head_weight)
-    if policy is None:
-        return None
-    if args.test_only and args.mask_policy == "learned" and args.val_crop_size != args.train_crop_size:
-        models.output_width(policy.heads.backbone, args.val_crop_size, "--policy-model")
-    saved = state["policy_net"] if state else weights.policy_net if weights else None
-    if saved is not None:
-        models.load_strictly(policy, saved, f"{args.resume}, its policy")
-    if args.sync_bn:
-        policy = models.synchronize_batch_norm(policy, device)
-    return policy.to(device, memory_format=wiring.memory_format(args, device))
-
-
-def build_mask(args: argparse.Namespace, size: int, device: torch.device) -> SmoothMask:
-    """The mask of images of size x size pixels, on the device; not faded."""
-    return SmoothMask(size, args.grid, args.kernel, args.sigma, *args.mask_range).to(device)
 
 
 def build_gallery(args: argparse.Namespace, policy: Policy | None, split: ImageFolder) -> Callable[..., Any] | None:

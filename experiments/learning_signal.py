@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from _policy_gradient.examples import CPU, choose_examples
 from _policy_gradient.gallery import read_run
 from _policy_gradient.mask import SmoothMask
+from _policy_gradient.masking import build_mask, build_policy, draw_masks
 from _policy_gradient.objective import leave_one_out_baseline
-from _policy_gradient.policy import Policy, create_policy, draw_masks
-from _policy_gradient.train import build_mask, build_policy
+from _policy_gradient.policy import Policy, create_policy
 from utils import arguments
 from utils.checkpoints import checkpoint
 from utils.data import splits as wiring_data

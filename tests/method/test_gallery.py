@@ -10,6 +10,7 @@ import torch
 from _policy_gradient import examples, gallery, train
 from _policy_gradient.examples import Examples, choose_examples, draw_stages, run_policy
 from _policy_gradient.mask import SmoothMask
+from _policy_gradient.masking import build_policy
 from _policy_gradient.policy import create_policy
 from tests.conftest import SMALL_POLICY, write_image_folder
 from tests.training.test_resume import assert_same
@@ -32,7 +33,7 @@ def coarse(monkeypatch):
 @pytest.fixture(scope="module")
 def run(image_folder, tmp_path_factory):
     """An epoch of training, and the policy that it began with."""
-    began, build = [], train.build_policy
+    began, build = [], build_policy
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train, "build_policy", lambda *args: began.append(build(*args)) or copy.deepcopy(began[0]))
         folder = tmp_path_factory.mktemp("run")

@@ -10,16 +10,8 @@ import torch
 from torch.distributions import Beta
 
 from _policy_gradient.mask import SmoothMask
-from _policy_gradient.policy import (
-    MaskedImages,
-    Policy,
-    SharedConcentrations,
-    create_policy,
-    draw_masks,
-    policy_health,
-    sample_action,
-    warn_of_bounds,
-)
+from _policy_gradient.masking import MaskedImages, draw_masks, policy_health, warn_of_bounds
+from _policy_gradient.policy import Policy, SharedConcentrations, create_policy, sample_action
 from utils.runtime.errors import UserError
 
 

@@ -9,7 +9,8 @@ import torch
 from _normal import train as normal
 from _policy_gradient import train as policy_gradient
 from _policy_gradient.mask import SmoothMask
-from _policy_gradient.policy import create_policy, draw_masks
+from _policy_gradient.masking import draw_masks
+from _policy_gradient.policy import create_policy
 from tests.conftest import SMALL, SMALL_POLICY, run_script
 from tests.training.test_resume import assert_same_run
 from utils.results.log import read_log

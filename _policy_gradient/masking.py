@@ -1,0 +1,114 @@
+"""Policy, mask and objective for one batch."""
+
+import argparse
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from _policy_gradient.mask import SmoothMask
+from _policy_gradient.policy import (
+    LOG_CONCENTRATION_LIMIT,
+    Action,
+    Policy,
+    create_policy,
+    sample_action,
+)
+from utils.checkpoints.checkpoint import Weights
+from utils.runtime.progress import say
+from utils.training import build as wiring
+from utils.training import models
+
+
+class MaskedImages(NamedTuple):
+    """What becomes of a batch: log-concentrations (2, B, G*G), action, masks (B*K, 1, S, S), images (B*K, 3, S, S).
+
+    masks: as applied to the images, in the range of --mask-range and faded.
+    """
+
+    log_concentrations: Tensor
+    action: Action
+    masks: Tensor
+    images: Tensor
+
+
+def draw_masks(
+    policy: Policy,
+    mask: SmoothMask,
+    head_alpha: Tensor,
+    head_beta: Tensor,
+    images: Tensor,
+    *,
+    masks_per_image: int = 1,
+    clamped_density: bool = False,
+    mask_weight: Tensor | None = None,
+) -> MaskedImages:
+    """Sample K masks for each image (B, 3, S, S) from the heads' output (B, G*G), smooth and apply them.
+
+    clamped_density: see `sample_action`. mask_weight: () on the device, of `fading_weight`; None: no fading. Pure but
+    for the random numbers, so that it can be replayed as a CUDA graph, which reads the weight at each replay, where a
+    number would become part of the graph.
+    """
+    log_concentrations = policy.log_concentrations(head_alpha, head_beta)  # (2, B, G*G)
+    action = sample_action(*log_concentrations, masks_per_image, clamped_density=clamped_density)
+    masks = mask(action.cells)  # (B*K, 1, S, S)
+    if mask_weight is not None:
+        masks = 1 + mask_weight * (masks - 1)
+    if masks_per_image > 1:
+        images = images.repeat_interleave(masks_per_image, dim=0)
+    return MaskedImages(log_concentrations, action, masks, images * masks)
+
+
+@torch.no_grad()
+def policy_health(policy: Policy, masked: MaskedImages, advantage: Tensor) -> dict[str, Tensor]:
+    """Scalars () for the log: is the policy alive, and are its masks an image's own?
+
+    advantage: (B*K,). The README says what each quantity means.
+    """
+    log_concentrations, action, masks, _ = masked
+    means = torch.sigmoid(log_concentrations[0] - log_concentrations[1])  # (B, G*G)
+    mask_std, mask_mean = torch.std_mean(masks, correction=0)
+    return {
+        "mask_mean": mask_mean,
+        "mask_std": mask_std,
+        "mask_std_between_images": means.std(dim=0, correction=0).mean(),
+        "policy_entropy": action.entropy.mean(),
+        "policy_log_density": action.log_prob.mean(),
+        "advantage_std": advantage.double().std(correction=0),
+        "prior_drift": policy.prior_drift(),
+        "concentrations_at_bounds": (log_concentrations.abs() >= LOG_CONCENTRATION_LIMIT).double().mean(),
+    }
+
+
+def warn_of_bounds(epoch: int, share: float) -> None:
+    """Say what share of an epoch's log-concentrations were cut at their bounds, if any: there they cannot learn."""
+    if share > 0:
+        say(
+            f"warning: in epoch {epoch}, {100 * share:.3g} % of the log-concentrations were at their bounds of "
+            f"-{LOG_CONCENTRATION_LIMIT:g} and {LOG_CONCENTRATION_LIMIT:g}, where they have no gradient; a lower "
+            "--policy-lr or an --entropy-weight keeps them inside."
+        )
+
+
+def build_policy(
+    args: argparse.Namespace, state: dict[str, Any] | None, weights: Weights | None, device: torch.device
+) -> Policy | None:
+    """The policy on its device, with the state of the checkpoint or file; None if there is none to train or to test."""
+    if weights is not None and weights.policy_net is None:
+        return None
+    policy = create_policy(args.mask_policy, args.policy_model, args.grid, args.train_crop_size, args.head_weight)
+    if policy is None:
+        return None
+    if args.test_only and args.mask_policy == "learned" and args.val_crop_size != args.train_crop_size:
+        models.output_width(policy.heads.backbone, args.val_crop_size, "--policy-model")
+    saved = state["policy_net"] if state else weights.policy_net if weights else None
+    if saved is not None:
+        models.load_strictly(policy, saved, f"{args.resume}, its policy")
+    if args.sync_bn:
+        policy = models.synchronize_batch_norm(policy, device)
+    return policy.to(device, memory_format=wiring.memory_format(args, device))
+
+
+def build_mask(args: argparse.Namespace, size: int, device: torch.device) -> SmoothMask:
+    """The mask of images of size x size pixels, on the device; not faded."""
+    return SmoothMask(size, args.grid, args.kernel, args.sigma, *args.mask_range).to(device)
