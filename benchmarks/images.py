@@ -7,9 +7,9 @@ from pathlib import Path
 from PIL import Image
 
 from benchmarks.setting import Setting
-from utils import phantoms
 from utils.data.folders import find_classes, list_images
 from utils.data.listing import is_hidden
+from utils.phantoms import dataset as phantoms
 
 CLASSES = 4
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.timing import Work, interleaved, synchronizer
-from utils import phantoms
+from utils.phantoms import dataset as phantoms
 
 FULL_POLICY = {"grid": 64, "kernel": 13, "sigma": 6.0}
 QUICK_POLICY = {"grid": 8, "kernel": 5, "sigma": 2.0}

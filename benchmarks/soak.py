@@ -29,8 +29,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 
-from utils import phantoms
 from utils.checkpoints import checkpoint
+from utils.phantoms import dataset as phantoms
 from utils.results.log import LOG, read_log
 from utils.runtime import progress
 from utils.runtime.command_line import Parser, expanded_path

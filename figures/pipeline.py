@@ -15,7 +15,7 @@ from torch import Tensor
 from _policy_gradient.mask import SmoothMask
 from _policy_gradient.policy import sample_action
 from utils.data.transforms import Normalize
-from utils.phantoms import render
+from utils.phantoms.dataset import render
 
 SIZE, GRID, KERNEL, SIGMA = 224, 16, 13, 6.0  # cells of the default grid, 64, would be too small to be seen
 WIDTH, HEIGHT = 9.375, 4.26  # inches, as are all coordinates; on a page 900 CSS pixels, where 8 pt are 8 pt

@@ -12,7 +12,9 @@ import pytest
 from PIL import Image
 from sklearn.ensemble import RandomForestClassifier
 
-from utils import phantom_images, phantoms
+from utils.phantoms import __main__ as phantoms_command
+from utils.phantoms import anatomy as phantom_images
+from utils.phantoms import dataset as phantoms
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 NAMES = [name for name, _ in phantoms.CLASSES]
@@ -355,7 +357,7 @@ def test_ensure_default_does_not_take_a_file_for_a_set(monkeypatch, tmp_path):
 
 
 def test_command_line_prints_the_counts_of_each_split(tmp_path, capsys):
-    phantoms.main([str(tmp_path / "set"), "--size", str(SIZE), "--scale", "0.02"])
+    phantoms_command.main([str(tmp_path / "set"), "--size", str(SIZE), "--scale", "0.02"])
     lines = capsys.readouterr().out.splitlines()
     assert [line.split(" images")[0] for line in lines] == [
         f"{tmp_path / 'set' / split}: {sum(classes.values())}" for split, classes in phantoms.image_counts(0.02).items()
@@ -379,7 +381,7 @@ def test_command_line_prints_the_counts_of_each_split(tmp_path, capsys):
 def test_bad_command_lines_end_with_one_line_and_code_2(tmp_path, capsys, arguments, message):
     (tmp_path / "file").write_bytes(b"")
     with pytest.raises(SystemExit) as ended:
-        phantoms.main([argument.format(tmp=tmp_path) for argument in arguments])
+        phantoms_command.main([argument.format(tmp=tmp_path) for argument in arguments])
     printed = capsys.readouterr()
     assert ended.value.code == 2
     assert printed.out == ""

@@ -17,7 +17,7 @@ import torch
 from _normal import train as normal
 from _policy_gradient import train as policy_gradient
 from tests.conftest import ROOT, SMALL, SMALL_POLICY, run_script
-from utils import phantoms
+from utils.phantoms import dataset as phantoms
 from utils.results.log import read_log
 
 README, RECIPES = ((ROOT / name).read_text() for name in ("README.md", "RECIPES.md"))

@@ -12,9 +12,10 @@ from benchmarks import curves, profiles, soak
 from benchmarks import run as benchmarks_run
 from experiments import analyse, build_mini_rin, learning_signal
 from experiments import run as experiments_run
-from utils import arguments, export, phantoms, plots, predict, report, weight_averaging
+from utils import arguments, export, plots, predict, report, weight_averaging
 from utils import flags as flag_types
 from utils.audit import __main__ as audit
+from utils.phantoms import __main__ as phantoms_command
 from utils.radimagenet import __main__ as radimagenet
 from utils.runtime.command_line import Parser, absolute, expanded, expanded_path
 from utils.runtime.errors import UserError
@@ -28,7 +29,7 @@ COMMANDS = {
     "audit": audit.main,
     "report": report.main,
     "plots": plots.main,
-    "phantoms": phantoms.main,
+    "phantoms": phantoms_command.main,
     "radimagenet": radimagenet.main,
     "weight_averaging": weight_averaging.main,
     "experiments/run.py": experiments_run.main,

@@ -13,12 +13,13 @@ from _policy_gradient import gallery
 from _policy_gradient import train as policy_gradient
 from tests.commands.test_report import write_run
 from tests.conftest import SMALL, write_image
-from utils import arguments, export, phantoms, plots, predict, report, weight_averaging
+from utils import arguments, export, plots, predict, report, weight_averaging
 from utils.audit import __main__ as audit
 from utils.checkpoints import checkpoint
 from utils.data.cache_build import CacheBuild
 from utils.data.folders import ImageFiles
 from utils.inference import classifier as inference
+from utils.phantoms import __main__ as phantoms_command
 from utils.radimagenet import images
 from utils.results.metrics import table_as_csv
 from utils.results.run_folder import read_table
@@ -324,7 +325,7 @@ def test_phantoms_of_bad_names_are_a_sentence(tmp_path):
     path = str(tmp_path / "p")
     for typed in ([LONG], ["a\0b"], [path, "--size", str(10**9)], [path, "--scale", "1e300"]):
         with pytest.raises(SystemExit) as caught:
-            phantoms.main(typed)
+            phantoms_command.main(typed)
         assert caught.value.code == 2
 
 

@@ -10,7 +10,6 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
-from utils import phantoms
 from utils.data.cache_build import BATCH, CacheBuild, build_together
 from utils.data.dataset import ImageFolder, build_loader
 from utils.data.device_crops import FILTERS, DeviceImages
@@ -25,6 +24,7 @@ from utils.data.folders import (
 )
 from utils.data.samplers import EvaluationSampler, TrainingSampler
 from utils.data.transforms import DrawCrop, evaluation_transform, resize_transform, training_transform
+from utils.phantoms import dataset as phantoms
 from utils.runtime import distributed, progress
 from utils.runtime.errors import UserError, agreed
 from utils.runtime.node_limits import shared_memory_problem

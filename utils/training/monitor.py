@@ -6,24 +6,17 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from utils.results.curves import learning_curves, policy_health
-from utils.results.log import read_log
-from utils.runtime import progress
-from utils.runtime.files import remove_temporaries, write_atomically
-from utils.training.evaluation import Predictions
-
-if TYPE_CHECKING:  # matplotlib is imported where it is used: it costs a process's start a second
-    from matplotlib.figure import Figure
-
-from typing import TYPE_CHECKING
-
 import numpy as np
 from PIL import Image
 
-from utils.runtime import distributed
+from utils.results.log import read_log
+from utils.runtime import distributed, progress
 from utils.runtime.errors import UserError
+from utils.runtime.files import remove_temporaries, write_atomically
+from utils.training.evaluation import Predictions
 
-if TYPE_CHECKING:  # imported where it is used: it costs a process's start seconds
+if TYPE_CHECKING:  # both are imported where they are used: they cost a process's start seconds
+    from matplotlib.figure import Figure
     from torch.utils.tensorboard import SummaryWriter
 
 
@@ -89,16 +82,16 @@ class Pictures:
 
     def _draw_all(self, predictions: Predictions, epochs_done: int) -> None:
         with warning_of(PLOTS):
-            from utils import plots
+            from utils.results import confusion, curves
 
             runs = {self.output_dir.resolve().name: read_log(self.output_dir)}
             what = f"val, after epoch {epochs_done - 1}"
             found = predictions.targets.numpy(), predictions.logits.argmax(1).numpy(), self.classes, what
-            self._draw("curves.png", learning_curves, runs)
-            self._draw("confusion.png", plots.confusion_matrix, *found)
-            self._draw("recall.png", plots.per_class_recall, *found)
+            self._draw("curves.png", curves.learning_curves, runs)
+            self._draw("confusion.png", confusion.confusion_matrix, *found)
+            self._draw("recall.png", confusion.per_class_recall, *found)
             if self.draw_gallery is not None:
-                self._draw("health.png", policy_health, runs)
+                self._draw("health.png", curves.policy_health, runs)
                 self._draw(f"masks_{epochs_done - 1}.png", self.draw_gallery, epochs_done=epochs_done)
 
     def _draw(self, name: str, draw: Callable[..., "Figure"], *args: Any, **kwargs: Any) -> None:

@@ -1,0 +1,1 @@
+"""A small synthetic radiology data set: CT, MR and ultrasound phantoms."""
