@@ -24,7 +24,8 @@ from utils.data.transforms import BatchMixing, Normalize
 from utils.results import provenance
 from utils.runtime import distributed
 from utils.runtime.command_line import expanded
-from utils.runtime.errors import agreed, join_processes, run_script
+from utils.runtime.errors import agreed
+from utils.runtime.processes import join_processes, run_script
 from utils.runtime.progress import Position, Progress
 from utils.training import build as wiring
 from utils.training import models, optim, run_lock

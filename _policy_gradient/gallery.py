@@ -26,7 +26,8 @@ from utils.data.transforms import Normalize
 from utils.flags import positive_int
 from utils.results.figures import output_path, write_figure
 from utils.runtime.command_line import Parser, expanded, expanded_path
-from utils.runtime.errors import UserError, run_script
+from utils.runtime.errors import UserError
+from utils.runtime.processes import run_script
 from utils.runtime.text import print_line
 from utils.training import build as wiring
 from utils.training import start as run

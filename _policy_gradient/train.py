@@ -34,7 +34,8 @@ from utils.data.dataset import BadImages, ImageFolder, batches
 from utils.data.transforms import BatchMixing, Normalize
 from utils.results import provenance
 from utils.runtime import distributed
-from utils.runtime.errors import agreed, join_processes, run_script
+from utils.runtime.errors import agreed
+from utils.runtime.processes import join_processes, run_script
 from utils.runtime.progress import Position, Progress, say
 from utils.training import build as wiring
 from utils.training import models, optim, run_lock

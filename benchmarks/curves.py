@@ -22,7 +22,7 @@ from benchmarks.ours import build
 from benchmarks.report import describe, environment, show_progress
 from benchmarks.setting import Setting
 from utils.runtime.command_line import Parser, expanded_path
-from utils.runtime.errors import run_script
+from utils.runtime.processes import run_script
 from utils.training.update import StepGuard
 
 Curves = list[list[float]]  # for each seed the mean loss of each window

@@ -17,7 +17,7 @@ from benchmarks.ours import FixedLoader, Loop, build
 from benchmarks.report import describe, environment
 from benchmarks.setting import Setting
 from utils.runtime.command_line import Parser, expanded_path
-from utils.runtime.errors import run_script
+from utils.runtime.processes import run_script
 
 OPERATORS = 12  # that are named
 

@@ -22,7 +22,7 @@ from benchmarks.report import (
 )
 from benchmarks.setting import Setting
 from utils.runtime.command_line import Parser, expanded_path
-from utils.runtime.errors import run_script
+from utils.runtime.processes import run_script
 
 ROWS: dict[int, Callable[[Setting], Iterable[Measurement]]] = {
     1: steps.smooth_mask,

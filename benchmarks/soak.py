@@ -34,7 +34,8 @@ from utils.phantoms import dataset as phantoms
 from utils.results.log import LOG, read_log
 from utils.runtime import progress
 from utils.runtime.command_line import Parser, expanded_path
-from utils.runtime.errors import UserError, run_script
+from utils.runtime.errors import UserError
+from utils.runtime.processes import run_script
 
 SCRIPT = "_policy_gradient"
 FLAGS = [

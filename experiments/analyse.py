@@ -18,8 +18,9 @@ from utils.arguments import check_limits
 from utils.results.figures import write_figure
 from utils.results.run_folder import RunFolder
 from utils.runtime.command_line import Parser, expanded_path
-from utils.runtime.errors import UserError, run_script
+from utils.runtime.errors import UserError
 from utils.runtime.files import write_atomically
+from utils.runtime.processes import run_script
 from utils.runtime.reading import read_bytes
 from utils.runtime.text import printable
 

@@ -27,8 +27,9 @@ from utils.data.images import read_image
 from utils.data.listing import PassedOver, find_images
 from utils.radimagenet.images import find_there
 from utils.runtime.command_line import Parser, expanded_path
-from utils.runtime.errors import UserError, run_script
+from utils.runtime.errors import UserError
 from utils.runtime.files import write_atomically
+from utils.runtime.processes import run_script
 from utils.runtime.text import print_line
 
 MANIFEST = Path(__file__).with_name("mini_rin.csv")

@@ -29,7 +29,8 @@ from utils.data import splits as wiring_data
 from utils.data.transforms import Normalize
 from utils.flags import positive_float, positive_int
 from utils.runtime.command_line import Parser, expanded, expanded_path
-from utils.runtime.errors import UserError, run_script
+from utils.runtime.errors import UserError
+from utils.runtime.processes import run_script
 from utils.training import build as wiring
 
 SHUFFLES = 20

@@ -26,8 +26,9 @@ from experiments.subsets import link_subset
 from utils.arguments import check_limits
 from utils.data.folders import LAYOUT
 from utils.runtime.command_line import Parser, expanded_path
-from utils.runtime.errors import UserError, run_script
+from utils.runtime.errors import UserError
 from utils.runtime.files import not_followed, write_atomically
+from utils.runtime.processes import run_script
 from utils.runtime.reading import read_json
 from utils.runtime.signals import EXIT_CODE as INTERRUPTED
 from utils.runtime.signals import stopping_signals

@@ -27,8 +27,9 @@ from utils.inference import onnx as onnx_file
 from utils.inference.classifier import Classifier, add_mask_flags, add_weights_flags, is_heated, open_classifier
 from utils.inference.model_card import model_card, read_measured, recipe_flags
 from utils.runtime.command_line import expanded
-from utils.runtime.errors import UserError, run_script
+from utils.runtime.errors import UserError
 from utils.runtime.files import write_atomically
+from utils.runtime.processes import run_script
 from utils.runtime.text import print_line
 from utils.training.model_sources import plain_name
 

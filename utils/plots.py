@@ -14,7 +14,8 @@ from utils.results.figures import output_path, write_figure
 from utils.results.log import LOG, read_log
 from utils.results.run_folder import read_tested
 from utils.runtime.command_line import Parser, expanded
-from utils.runtime.errors import UserError, run_script
+from utils.runtime.errors import UserError
+from utils.runtime.processes import run_script
 from utils.runtime.text import print_line
 
 

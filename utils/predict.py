@@ -28,9 +28,10 @@ from utils.flags import natural, positive_int
 from utils.inference.classifier import Classifier, add_weights_flags, is_heated, open_classifier
 from utils.runtime.command_line import expanded
 from utils.runtime.distributed import resolve_device
-from utils.runtime.errors import UserError, run_script
+from utils.runtime.errors import UserError
 from utils.runtime.files import opened_atomically
 from utils.runtime.node_limits import shared_memory_problem
+from utils.runtime.processes import run_script
 from utils.runtime.text import as_cell, as_line, csv_line, printable
 from utils.training import build as wiring
 

@@ -19,8 +19,9 @@ from utils.results.curves import Runs, learning_curves, policy_health
 from utils.results.metrics import LEVEL, Outcome, bootstrap_intervals
 from utils.results.run_folder import TITLES, Evaluation, RunFolder, describe_tested, read_run_folder
 from utils.runtime.command_line import Parser, expanded_path
-from utils.runtime.errors import UserError, run_script
+from utils.runtime.errors import UserError
 from utils.runtime.files import write_atomically
+from utils.runtime.processes import run_script
 from utils.runtime.reading import open_regular, read_bytes
 from utils.runtime.text import print_line
 from utils.training import run_lock

@@ -13,7 +13,8 @@ from utils.checkpoints import verify as verification
 from utils.checkpoints.checkpoint import FORMAT_VERSION, StateDict, Weights, read_weights, save
 from utils.flags import Switch
 from utils.runtime.command_line import Parser, expanded
-from utils.runtime.errors import UserError, run_script
+from utils.runtime.errors import UserError
+from utils.runtime.processes import run_script
 from utils.runtime.text import print_line, printable
 
 LAST = 3  # epochs that the published recipe averages

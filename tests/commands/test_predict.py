@@ -18,7 +18,8 @@ from utils import predict as command
 from utils.checkpoints import checkpoint
 from utils.data import splits as wiring_data
 from utils.inference.classifier import open_classifier
-from utils.runtime.errors import UserError, run_script
+from utils.runtime.errors import UserError
+from utils.runtime.processes import run_script
 from utils.training import build as wiring
 from utils.training import evaluation
 

@@ -23,8 +23,9 @@ from utils.data.images import read_image
 from utils.data.listing import PassedOver, find_images
 from utils.data.samplers import EvaluationSampler, SampleKey, TrainingSampler
 from utils.data.transforms import Normalize, evaluation_transform, training_transform
-from utils.runtime import distributed, errors
+from utils.runtime import distributed
 from utils.runtime.errors import UserError
+from utils.runtime.processes import run_script
 from utils.training.evaluation import measure, predict
 from utils.training.models import create_classifier
 
@@ -240,9 +241,9 @@ def test_class_names_that_are_no_text_are_printed_and_written(tmp_path, monkeypa
     output = io.TextIOWrapper(io.BytesIO(), "utf-8")  # strict, as a terminal's stream is
     monkeypatch.setattr(sys, "stdout", output)
     flags = [*SMALL, "--data-path", str(root), "--output-dir", str(tmp_path / "run")]
-    errors.run_script(lambda: normal.main([*flags, "--epochs", "1"]))
+    run_script(lambda: normal.main([*flags, "--epochs", "1"]))
     flags += ["--test-only", "--resume", str(tmp_path / "run" / "checkpoint.pth")]
-    errors.run_script(lambda: normal.main(flags))
+    run_script(lambda: normal.main(flags))
     output.flush()
     assert "\\udcff dark" in output.buffer.getvalue().decode()
     assert "\\udcff dark,5," in (tmp_path / "run" / "per_class.csv").read_text()

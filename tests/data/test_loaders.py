@@ -22,9 +22,10 @@ from utils.data.cache_build import CacheBuild
 from utils.data.folders import ImageFiles
 from utils.data.loaders import in_shared_memory, loaded
 from utils.data.samplers import TrainingSampler
-from utils.runtime import errors, node_limits
+from utils.runtime import node_limits
 from utils.runtime.errors import UserError
 from utils.runtime.node_limits import explain, shared_memory_problem
+from utils.runtime.processes import EXIT_CODE, run_script
 from utils.runtime.signals import EXIT_CODE as INTERRUPTED
 from utils.runtime.signals import ride_out_signals, wait_for
 
@@ -176,7 +177,7 @@ def test_the_workers_that_fit_shared_memory(free, batches, workers, processes, f
 def run_to_its_end(arguments, capfd):
     """Run the script in this process; returns its exit code and its sentence on stderr, if there is one."""
     with pytest.raises(SystemExit) as exit_:
-        errors.run_script(lambda: normal.main(list(map(str, arguments))))
+        run_script(lambda: normal.main(list(map(str, arguments))))
     lines = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error: ")]
     return exit_.value.code, *lines
 
@@ -189,7 +190,7 @@ def test_too_little_shared_memory_is_refused_at_the_start(image_folder, tmp_path
     cache = (*cache, tmp_path / "cache") if cache else ()
     flags = (*SMALL, "--workers", 2, "--data-path", image_folder, "--output-dir", folder, "--epochs", 1, *cache)
     code, said = run_to_its_end(flags, capfd)
-    assert code == errors.EXIT_CODE
+    assert code == EXIT_CODE
     assert "/dev/shm has 0 MB free" in said
     assert not list(tmp_path.glob("run/*.pth"))
     assert ("to be built" in said) == bool(cache)
@@ -213,7 +214,7 @@ def test_a_run_names_the_worker_that_was_killed(image_folder, tmp_path, capfd, m
     monkeypatch.setattr(data, "read_image", in_worker(partial(send_oneself, signal.SIGKILL)))
     flags = (*SMALL, "--workers", 1, "--data-path", image_folder, "--output-dir", tmp_path, "--epochs", 1)
     code, said = run_to_its_end(flags, capfd)
-    assert code == errors.EXIT_CODE
+    assert code == EXIT_CODE
     assert "error: DataLoader worker " in said
     assert daemons() == []
 

@@ -14,7 +14,7 @@ from unittest.mock import patch
 from _normal import train as normal  # noqa: F401 (what is imported here is there when a rank starts)
 from _policy_gradient import train as policy_gradient  # noqa: F401
 from tests.conftest import ROOT
-from utils.runtime import errors
+from utils.runtime.processes import run_script
 
 PATIENCE = 120  # seconds; no test asserts a time, but none hangs for ever either
 
@@ -47,7 +47,7 @@ def _run_rank(script: str, environment: dict[str, str], arguments: list[str], st
         os.dup2(os.open(path, os.O_WRONLY | os.O_APPEND), number)
     sys.argv = [script, *arguments]
     module = importlib.import_module(script.removesuffix(".py").replace("/", "."))
-    errors.run_script(module.main)
+    run_script(module.main)
 
 
 def run_ranks(script: str, *arguments: object, processes: int, check: bool = True) -> subprocess.CompletedProcess[str]:

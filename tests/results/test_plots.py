@@ -18,8 +18,8 @@ from utils.results.confusion import confusion_matrix, count_pairs, per_class_rec
 from utils.results.curves import CURVES, _style, learning_curves, policy_health
 from utils.results.figures import as_png, as_svg, as_text, shorten
 from utils.results.run_folder import read_evaluation, read_tested
-from utils.runtime import errors
 from utils.runtime.errors import UserError
+from utils.runtime.processes import run_script
 
 NORMAL = [
     {"epoch": 0, "lr_classifier": 0.1, "train_loss": 1.5, "train_top1": 0.25, "val_loss": 1.25, "val_top1": 0.5,
@@ -251,7 +251,7 @@ def test_what_cannot_be_drawn_is_one_sentence(run, change, command, message):
 def test_bad_input_ends_with_exit_code_2(run, capsys):
     for output, message in (("a.jpg", "expected a name that ends in"), ("none/a.png", "is no folder")):
         with pytest.raises(SystemExit) as end:
-            errors.run_script(lambda path=run / output: plots.main(["curves", str(run), "-o", str(path)]))
+            run_script(lambda path=run / output: plots.main(["curves", str(run), "-o", str(path)]))
         assert end.value.code == 2
         said = capsys.readouterr().err
         assert said.startswith("error: --output ") and message in said and said.count("\n") == 1

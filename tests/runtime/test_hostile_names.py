@@ -23,8 +23,9 @@ from utils.phantoms import __main__ as phantoms_command
 from utils.radimagenet import images
 from utils.results.metrics import table_as_csv
 from utils.results.run_folder import read_table
-from utils.runtime.errors import UserError, run_script
+from utils.runtime.errors import UserError
 from utils.runtime.files import not_followed, opened_atomically, prove_writable, temporary_path, write_atomically
+from utils.runtime.processes import run_script
 from utils.runtime.progress import Progress, say
 from utils.runtime.text import FORMULA, as_cell, from_cell, print_line
 

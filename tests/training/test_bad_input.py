@@ -17,6 +17,7 @@ from tests.helpers.ranks import run_ranks
 from utils.checkpoints import checkpoint
 from utils.runtime import errors
 from utils.runtime.errors import UserError
+from utils.runtime.processes import EXIT_CODE, run_script
 
 
 def refuse(script, *flags, match):
@@ -233,7 +234,7 @@ def test_too_few_file_handles_are_one_sentence(monkeypatch, capsys):
         finally:
             raise RuntimeError("DataLoader worker (pid 1) is killed by signal: Alarm clock.")
 
-    monkeypatch.setattr(errors, "_leave_at_once", lambda: sys.exit(errors.EXIT_CODE))
+    monkeypatch.setattr(errors, "_leave_at_once", lambda: sys.exit(EXIT_CODE))
     with pytest.raises(SystemExit, match="2"):
-        errors.run_script(fail)
+        run_script(fail)
     assert capsys.readouterr().err.startswith("error: too many open files for this process: raise the limit")

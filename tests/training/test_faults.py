@@ -30,9 +30,9 @@ from utils.checkpoints import checkpoint
 from utils.checkpoints.checkpoint import CHECKPOINT, PREVIOUS, read, save_checkpoint
 from utils.data.samplers import SampleKey, TrainingSampler
 from utils.results.log import append_log, read_log, write_log
-from utils.runtime import errors
 from utils.runtime.errors import UserError
 from utils.runtime.files import remove_temporaries
+from utils.runtime.processes import EXIT_CODE, run_script
 
 STEPS, EPOCHS, CHECKPOINT_STEPS = 9, 2, 3  # steps of an epoch: 36 images, 2 in each of two processes
 FLAGS = ("--batch-size", 2, "--epochs", EPOCHS)
@@ -184,7 +184,7 @@ def test_no_rank_waits_for_ever_for_another(whole, tmp_path, fault):
         assert watch(life, folder, Aim(steps=CHECKPOINT_STEPS + 1)), life.output.read_text()
         os.kill(life.ranks[1].pid, fault)
         life.ranks[0].join(PATIENCE)
-        assert life.ranks[0].exitcode == errors.EXIT_CODE
+        assert life.ranks[0].exitcode == EXIT_CODE
     finally:
         life.kill()
     said = life.output.read_text()
@@ -213,8 +213,8 @@ def full_disk(room: int) -> Iterator[None]:
 def run_to_its_error(arguments: list[str], capsys: pytest.CaptureFixture) -> str:
     """Run the script in this process; returns its one sentence on stderr."""
     with pytest.raises(SystemExit) as exit_:
-        errors.run_script(lambda: policy_gradient.main(arguments))
-    assert exit_.value.code == errors.EXIT_CODE
+        run_script(lambda: policy_gradient.main(arguments))
+    assert exit_.value.code == EXIT_CODE
     lines = [line for line in capsys.readouterr().err.splitlines() if "arning" not in line]
     assert len(lines) == 1, lines
     return lines[0]

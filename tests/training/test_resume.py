@@ -14,7 +14,8 @@ from tests.conftest import SMALL, SMALL_POLICY
 from tests.helpers.ranks import run_ranks
 from utils.checkpoints import checkpoint
 from utils.results.log import read_log
-from utils.runtime.errors import UserError, run_script
+from utils.runtime.errors import UserError
+from utils.runtime.processes import run_script
 from utils.runtime.signals import Interrupted
 from utils.training.saver import Saver
 

@@ -20,8 +20,9 @@ from utils.audit.rule import Census, take_census
 from utils.data.folders import LAYOUT, SPLITS, ImageFiles, find_classes
 from utils.flags import natural, non_negative_float
 from utils.runtime.command_line import Parser, expanded
-from utils.runtime.errors import UserError, run_script
+from utils.runtime.errors import UserError
 from utils.runtime.files import write_atomically
+from utils.runtime.processes import run_script
 from utils.runtime.text import print_line
 
 BITS = 242  # of an image's two difference hashes

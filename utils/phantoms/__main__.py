@@ -4,7 +4,8 @@ from collections.abc import Sequence
 
 from utils.phantoms.dataset import generate, image_counts
 from utils.runtime.command_line import Parser, expanded_path
-from utils.runtime.errors import UserError, run_script
+from utils.runtime.errors import UserError
+from utils.runtime.processes import run_script
 from utils.runtime.text import print_line
 
 

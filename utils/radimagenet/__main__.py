@@ -11,8 +11,9 @@ from utils.radimagenet.archive import Member, is_archive, read_archive
 from utils.radimagenet.lists import ROOT, SPLITS, ImageLists, list_name
 from utils.radimagenet.routes import KINDS, Masks, Tree, place_archive, place_folder
 from utils.runtime.command_line import Parser, expanded_path
-from utils.runtime.errors import UserError, run_script
+from utils.runtime.errors import UserError
 from utils.runtime.files import write_atomically
+from utils.runtime.processes import run_script
 from utils.runtime.reading import open_regular
 from utils.runtime.text import as_cell, csv_line, list_names, print_line
 

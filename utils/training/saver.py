@@ -15,8 +15,9 @@ from utils.results.log import append_log
 from utils.results.metrics import Metrics
 from utils.results.run_folder import BAD_BATCH, STATUS
 from utils.runtime import distributed, progress
-from utils.runtime.errors import UserError, agreed, lost_contact
+from utils.runtime.errors import UserError, agreed
 from utils.runtime.files import write_atomically
+from utils.runtime.processes import lost_contact
 from utils.runtime.progress import Position
 from utils.runtime.reading import read_json
 from utils.runtime.signals import ALONE_SECONDS, TOGETHER_SECONDS, Interrupted, StopRequest, WaitEnded

@@ -28,7 +28,8 @@ from utils.data.folders import ImageFiles, check_same_classes, find_classes
 from utils.radimagenet import images as radimagenet_images
 from utils.radimagenet.__main__ import main, prepare
 from utils.radimagenet.lists import ImageLists
-from utils.runtime.errors import UserError, run_script
+from utils.runtime.errors import UserError
+from utils.runtime.processes import run_script
 
 # The tree
 
