@@ -2,7 +2,6 @@
 
 import argparse
 import fcntl
-import json
 import os
 import shlex
 import shutil
@@ -27,7 +26,7 @@ from utils.arguments import check_limits
 from utils.data.folders import LAYOUT
 from utils.runtime.command_line import Parser, expanded_path
 from utils.runtime.errors import UserError
-from utils.runtime.files import not_followed, write_atomically
+from utils.runtime.files import not_followed, write_json
 from utils.runtime.processes import run_script
 from utils.runtime.reading import read_json
 from utils.runtime.signals import EXIT_CODE as INTERRUPTED
@@ -130,7 +129,7 @@ def read_progress(arm: Arm, run: Path) -> tuple[int, float]:
 
 
 def _read_json(path: Path, names: Sequence[str]) -> dict[str, Any] | None:
-    """What `_write_json` wrote, None if there is none; raises UserError where anything else is there."""
+    """What `write_json` wrote, None if there is none; raises UserError where anything else is there."""
     try:
         found = read_json(path)
         seconds, done = found.get("seconds", 0), found.get("done", 0)
@@ -179,7 +178,7 @@ def _run_locked(arm: Arm, seed: int, options: argparse.Namespace, machine: Machi
                 return "interrupted; it goes on when the plan is run again"
             if code != 0:
                 return f"failed in {stage.name} with exit code {code}: {last_line(run / OUTPUT)} ({run / OUTPUT})"
-    _write_json(run / FINISHED, {"stages": as_written(arm), "seconds": round(seconds, 1)})
+    write_json(run / FINISHED, {"stages": as_written(arm), "seconds": round(seconds, 1)})
     tidy(run, arm.stages)
     return f"finished in {seconds:.0f} s"
 
@@ -199,11 +198,7 @@ def _lock(file: BinaryIO) -> bool:
 
 
 def _write_progress(arm: Arm, run: Path, done: int, seconds: float) -> None:
-    _write_json(run / PROGRESS, {"stages": as_written(arm), "done": done, "seconds": round(seconds, 1)})
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    write_atomically(path, (json.dumps(content, indent=2) + "\n").encode())
+    write_json(run / PROGRESS, {"stages": as_written(arm), "done": done, "seconds": round(seconds, 1)})
 
 
 def last_line(path: Path) -> str:

@@ -8,7 +8,6 @@ or uniform in the place of gradientp for these controls), <model>_finetuned_<dat
 
 import argparse
 import hashlib
-import json
 import math
 import os
 import re
@@ -28,7 +27,7 @@ from utils.inference.classifier import Classifier, add_mask_flags, add_weights_f
 from utils.inference.model_card import model_card, read_measured, recipe_flags
 from utils.runtime.command_line import expanded
 from utils.runtime.errors import UserError
-from utils.runtime.files import write_atomically
+from utils.runtime.files import write_atomically, write_json
 from utils.runtime.processes import run_script
 from utils.runtime.text import print_line
 from utils.training.model_sources import plain_name
@@ -152,7 +151,7 @@ def check_target(target: Path, overwrite: bool) -> None:
     if not os.path.lexists(target):
         return
     if not overwrite:
-        raise UserError(f"{target}: is there already; give another --output, or --overwrite.")
+        raise UserError(f"{target}: already exists; give another --output, or --overwrite.")
     ours = {f"{target.name}.safetensors", f"{target.name}.onnx", "config.json", "README.md", "SHA256SUMS"}
     others = sorted({path.name for path in target.iterdir()} - ours) if target.is_dir() else [target.name]
     if others:
@@ -168,7 +167,7 @@ def write_folder(target: Path, classifier: Classifier, data_name: str, license_n
         weights_file = draft / f"{name}.safetensors"
         write_atomically(weights_file, safetensors_bytes(model, classes, passed_on(classifier)))
         config = timm_config(model, args, classes, weights_file.name)
-        write_atomically(draft / "config.json", (json.dumps(config, indent=2) + "\n").encode())
+        write_json(draft / "config.json", config)
         if with_onnx:
             print_line(onnx_file.export(model, args.val_crop_size, draft / f"{name}.onnx"))
         card = model_card(

@@ -173,7 +173,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     options: dict[str, Any] = arguments.defaults(parser) | given
     output = None if options["output"] is None else Path(options["output"])
     if output is not None and os.path.lexists(output) and not options["overwrite"]:
-        raise UserError(f"{output}: is there already; give another --output, or --overwrite.")
+        raise UserError(f"{output}: already exists; give another --output, or --overwrite.")
     if output is None and sys.stdout is None:
         raise UserError("stdout is closed: open it, or give --output FILE.")
     try:

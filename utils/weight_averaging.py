@@ -140,7 +140,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = parser.parse_args(argv)
     output = Path(options.output)
     if output.exists() and not options.overwrite:
-        raise UserError(f"{output}: is there already; give another --output, or --overwrite.")
+        raise UserError(f"{output}: already exists; give another --output, or --overwrite.")
     if not output.parent.is_dir():
         raise UserError(f"{output.parent}: no such folder.")
     _check_different(options.files)

@@ -538,7 +538,7 @@ def test_bad_input_is_one_sentence(planted, tmp_path):
     refuse(planted, "-o", planted, match="lies within the images' folder")
     refuse(planted, "-o", out, "--exclude-list", tmp_path / "no" / "list", match="no: no such folder")
     (tmp_path / "list").write_text("mine")
-    refuse(planted, "-o", out, "--exclude-list", tmp_path / "list", match="list: is there already; give another --excl")
+    refuse(planted, "-o", out, "--exclude-list", tmp_path / "list", match="list: already exists; give another --excl")
     refuse(planted / "train" / "..", "-o", tmp_path / "list", match="list: cannot be made")
     (tmp_path / "other").symlink_to(planted / "train")
     refuse(tmp_path / "other", "-o", out, "--exclude-list", tmp_path / "new", match="has no folder train, val, test")
@@ -548,7 +548,7 @@ def test_bad_input_is_one_sentence(planted, tmp_path):
 
 def test_what_is_there_is_written_over_only_when_told_to(planted, tmp_path):
     (tmp_path / "report.txt").write_text("mine")
-    refuse(planted / "train", "-o", tmp_path, match="is there already; give another --output, or --overwrite")
+    refuse(planted / "train", "-o", tmp_path, match="already exists; give another --output, or --overwrite")
     assert (tmp_path / "report.txt").read_text() == "mine"
     audit.main([str(planted / "train"), "-o", str(tmp_path), "--overwrite", "-j", "0"])
     assert (tmp_path / "report.txt").read_text().startswith(f"{planted}/train: 18 images in 2 classes\n")

@@ -150,7 +150,7 @@ def test_a_bad_image_harms_no_other(run, tmp_path, image_folder, capsys):
 def test_an_output_that_is_there_is_replaced_only_when_asked(run, tmp_path, image_folder):
     output, image = tmp_path / "out.csv", image_folder / "test" / "dark" / "0.png"
     output.write_text("precious")
-    with pytest.raises(UserError, match=r"out.csv: is there already; give another --output, or --overwrite"):
+    with pytest.raises(UserError, match=r"out.csv: already exists; give another --output, or --overwrite"):
         run(image, "-o", output)
     assert output.read_text() == "precious"
     assert run(image, "-o", output, "--overwrite") == ""

@@ -192,7 +192,7 @@ def test_an_export_is_replaced_only_when_asked(tmp_path):
     source = write_checkpoint(tmp_path / "model_0.pth")
     folder = run_export(source, tmp_path / "out")
     before = contents(folder)
-    with pytest.raises(UserError, match="test_resnet_conventional_RIN: is there already; give another --output, or"):
+    with pytest.raises(UserError, match="test_resnet_conventional_RIN: already exists; give another --output, or"):
         run_export(source, tmp_path / "out")
     (folder / "notes.txt").write_text("precious")
     with pytest.raises(UserError, match=r"holds notes.txt, which no export has written; move it away"):

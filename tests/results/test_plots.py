@@ -193,7 +193,7 @@ def test_every_command_writes_its_picture(run, capsys, monkeypatch):
     plots.main(["curves", str(run)])  # the folder's own pictures are drawn anew
     two = ["curves", str(run), f"{run}/.", "-o", str(run / "two.svg")]
     plots.main(two)
-    with pytest.raises(UserError, match=r"two.svg: is there already; give another --output, or --overwrite"):
+    with pytest.raises(UserError, match=r"two.svg: already exists; give another --output, or --overwrite"):
         plots.main(two)
     plots.main([*two, "--overwrite"])
     assert (run / "two.svg").read_bytes().startswith(b"<?xml")

@@ -12,7 +12,7 @@ COUNT = """
 import resource, sys
 sys.path.insert(0, {root!r})
 import torch
-from utils.allocator import keep_freed_memory
+from utils.runtime.processes import keep_freed_memory
 keep_freed_memory(sys.argv[1] == "keep")
 def step():  # several blocks at once, as the activations of a network
     blocks = [torch.empty(50_000_000, dtype=torch.uint8).fill_(1) for _ in range(4)]

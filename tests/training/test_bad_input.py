@@ -15,9 +15,9 @@ from _policy_gradient import train as policy_gradient
 from tests.conftest import SMALL, SMALL_POLICY, run_script, write_image_folder
 from tests.helpers.ranks import run_ranks
 from utils.checkpoints import checkpoint
-from utils.runtime import errors
+from utils.runtime import processes
 from utils.runtime.errors import UserError
-from utils.runtime.processes import EXIT_CODE, run_script
+from utils.runtime.processes import EXIT_CODE
 
 
 def refuse(script, *flags, match):
@@ -234,7 +234,7 @@ def test_too_few_file_handles_are_one_sentence(monkeypatch, capsys):
         finally:
             raise RuntimeError("DataLoader worker (pid 1) is killed by signal: Alarm clock.")
 
-    monkeypatch.setattr(errors, "_leave_at_once", lambda: sys.exit(EXIT_CODE))
+    monkeypatch.setattr(processes, "_leave_at_once", lambda: sys.exit(EXIT_CODE))
     with pytest.raises(SystemExit, match="2"):
-        run_script(fail)
+        processes.run_script(fail)
     assert capsys.readouterr().err.startswith("error: too many open files for this process: raise the limit")

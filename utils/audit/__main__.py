@@ -112,12 +112,12 @@ def _check_output(root: Path, output: Path, excluded: Path | None, files: list[I
     if output.resolve().is_relative_to(root.resolve()):
         raise UserError(f"{output}: lies within the images' folder {root}; give another --output.")
     if output.is_dir() and any(output.iterdir()) and not overwrite:
-        raise UserError(f"{output}: is there already; give another --output, or --overwrite.")
+        raise UserError(f"{output}: already exists; give another --output, or --overwrite.")
     if excluded is not None:
         if files[0].root == root and root.name not in SPLITS:
             raise UserError(f"--exclude-list: {root} has no folder {', '.join(SPLITS)}, which the training would read.")
         if excluded.is_dir() or (excluded.exists() and not overwrite):
-            raise UserError(f"{excluded}: is there already; give another --exclude-list, or --overwrite.")
+            raise UserError(f"{excluded}: already exists; give another --exclude-list, or --overwrite.")
         if not excluded.parent.is_dir() and excluded.parent != output:
             raise UserError(f"{excluded.parent}: no such folder.")
     try:

@@ -3,7 +3,6 @@
 import fcntl
 import io
 import itertools
-import json
 import os
 import shutil
 import socket
@@ -27,7 +26,7 @@ from utils.data.loaders import TIMEOUT, batch_seconds, in_shared_memory, loaded
 from utils.data.samplers import derive_seed
 from utils.runtime import distributed
 from utils.runtime.errors import UserError, agreed
-from utils.runtime.files import not_followed, write_atomically
+from utils.runtime.files import not_followed, write_atomically, write_json
 from utils.runtime.node_limits import PREFETCH
 from utils.runtime.progress import say
 from utils.runtime.signals import ride_out_signals, wait_for
@@ -254,7 +253,7 @@ class CacheBuild:
         index = np.column_stack([_offsets(sizes, self.channels), sizes]).astype(np.int64)
         buffer = io.BytesIO()
         np.save(buffer, index)
-        write_atomically(self.folder / "cache.json", (json.dumps(self.description, indent=2) + "\n").encode())
+        write_json(self.folder / "cache.json", self.description)
         write_atomically(self.folder / INDEX, buffer.getbuffer())
         (self.folder / SIZES).unlink()
 

@@ -15,7 +15,7 @@ from utils.runtime.errors import UserError
 from utils.runtime.files import write_atomically
 from utils.runtime.processes import run_script
 from utils.runtime.reading import open_regular
-from utils.runtime.text import as_cell, csv_line, list_names, print_line
+from utils.runtime.text import csv_table, list_names, print_line
 
 DESCRIPTION = """\
 Make OUTPUT/{train,val,test}/<class>/<image> of RadImageNet as it is handed out: radiology_ai/{CT,MR}/<anatomy>/<label>
@@ -199,7 +199,7 @@ def _report_missing(
 
 def _write_table(path: Path, rows: Iterable[Sequence[object]]) -> None:
     """Write one of TABLES whole or not at all; file names that are no text keep their bytes."""
-    text = "".join(csv_line(map(as_cell, row)) for row in [TABLES[path.name], *rows])
+    text = csv_table([TABLES[path.name], *rows])
     write_atomically(path, text.encode("utf-8", "surrogateescape"))
 
 

@@ -74,7 +74,7 @@ def output_path(given: str | None, default: Path, overwrite: bool) -> Path:
     if given is not None and not path.parent.is_dir():
         raise UserError(f"--output {path}: {path.parent} is no folder; make it first.")
     if given is not None and path.exists() and not overwrite:
-        raise UserError(f"{path}: is there already; give another --output, or --overwrite.")
+        raise UserError(f"{path}: already exists; give another --output, or --overwrite.")
     return path
 
 

@@ -1,6 +1,5 @@
 """Where numbers come from: run.json, which tells of each start of a run by what it was started, on what, and when."""
 
-import json
 import os
 import platform
 import shlex
@@ -21,7 +20,7 @@ import torchvision
 from utils.arguments import AUTO
 from utils.data.folders import ImageFiles
 from utils.runtime import distributed
-from utils.runtime.files import write_atomically
+from utils.runtime.files import write_json
 from utils.runtime.progress import Position, say
 from utils.runtime.reading import read_json
 
@@ -92,8 +91,7 @@ def write_run(
         "starts": [*before, start],
         "data": {name: {"root": str(files.root), "images": image_counts(files)} for name, files in splits.items()},
     }
-    text = json.dumps(content, indent=2)  # ASCII, whatever the names hold
-    write_atomically(output_dir / RUN, f"{text}\n".encode())
+    write_json(output_dir / RUN, content)
 
 
 def is_start(start: Any) -> bool:

@@ -1,13 +1,14 @@
 """Files that appear whole or not at all."""
 
 import errno
+import json
 import os
 import re
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 from utils.runtime.errors import UserError
 
@@ -35,6 +36,17 @@ def write_atomically(path: Path, data: bytes | memoryview) -> None:
         _sync_folder(path.parent)
     except OSError as error:
         raise UserError(f"{path}: is written, but may not outlive a power failure ({error.strerror}).") from None
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write a value as indented JSON in ASCII, atomically; raises UserError as `write_atomically` does."""
+    write_atomically(path, (json.dumps(content, indent=2) + "\n").encode())
+
+
+def check_absent(path: Path, overwrite: bool, flag: str = "--output") -> None:
+    """The rule of --overwrite: raise UserError if there is already something at `path`, unless it may be replaced."""
+    if os.path.lexists(path) and not overwrite:
+        raise UserError(f"{path}: already exists; give another {flag}, or --overwrite.")
 
 
 @contextmanager

@@ -50,6 +50,11 @@ def csv_line(values: Iterable[Any]) -> str:
     return text.getvalue().removesuffix("\r\n") + "\n"
 
 
+def csv_table(rows: Iterable[Iterable[Any]]) -> str:
+    """A CSV table, a line per row; texts that a spreadsheet may take for a formula get an apostrophe."""
+    return "".join(csv_line(map(as_cell, row)) for row in rows)
+
+
 def from_cell(text: str) -> str:
     """The text that `as_cell` was given."""
     return text.removeprefix("'")

@@ -1,6 +1,5 @@
 """Evaluation: every image exactly once, whatever the number of processes, and the files that --test-only leaves."""
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -15,7 +14,7 @@ from utils.data.loaders import Wait
 from utils.results.metrics import Metrics, classification_metrics, per_class_table, prediction_table, table_as_csv
 from utils.runtime import distributed
 from utils.runtime.errors import UserError
-from utils.runtime.files import write_atomically
+from utils.runtime.files import write_atomically, write_json
 from utils.runtime.progress import Progress, say
 from utils.runtime.text import list_names, printable
 
@@ -154,7 +153,7 @@ def report_test(
         "metrics": metrics,
         "origin": origin,
     }
-    write_atomically(output_dir / "metrics.json", (json.dumps(summary, indent=2) + "\n").encode())
+    write_json(output_dir / "metrics.json", summary)
     return metrics
 
 

@@ -1,7 +1,6 @@
 """What a run leaves behind: full states within and after each epoch, weights, log.jsonl and status.json."""
 
 import copy
-import json
 from collections.abc import Callable
 from contextlib import suppress
 from datetime import datetime
@@ -16,7 +15,7 @@ from utils.results.metrics import Metrics
 from utils.results.run_folder import BAD_BATCH, STATUS
 from utils.runtime import distributed, progress
 from utils.runtime.errors import UserError, agreed
-from utils.runtime.files import write_atomically
+from utils.runtime.files import write_json
 from utils.runtime.processes import lost_contact
 from utils.runtime.progress import Position
 from utils.runtime.reading import read_json
@@ -81,7 +80,7 @@ class Saver:
         elif not isinstance(error, Interrupted) and _speaks(error):  # an interruption was noted with its checkpoint
             with suppress(UserError):  # on a full disk, say; what matters is the first error
                 if isinstance(error, NonFiniteLoss):
-                    write_atomically(self.output_dir / BAD_BATCH, (json.dumps(error.batch, indent=2) + "\n").encode())
+                    write_json(self.output_dir / BAD_BATCH, error.batch)
                     progress.say(f"{self.output_dir / BAD_BATCH}: the images of that batch.")
                 if not distributed.is_lost_contact(error):
                     self._write_status("failed", str(error) or type(error).__name__)
@@ -218,7 +217,7 @@ class Saver:
     def _write_status(self, status: str, message: str) -> None:
         content = {"status": status, "epoch": self.saved.epoch, "step": self.saved.step, "message": message}
         content["time"] = datetime.now().astimezone().isoformat(timespec="seconds")
-        write_atomically(self.output_dir / STATUS, (json.dumps(content, indent=2) + "\n").encode())
+        write_json(self.output_dir / STATUS, content)
 
 
 def _speaks(error: BaseException) -> bool:
