@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from tests.conftest import MakesAFolder
+from tests.helpers.states import CLASSES, assert_equal_states, network
 from utils.checkpoints.checkpoint import (
     CHECKPOINT,
     PREVIOUS,
@@ -35,7 +36,6 @@ from utils.training.state import TrainingState, restore_rng_state, rng_states
 from utils.training.update import GuardedUpdate
 
 CPU = torch.device("cpu")
-CLASSES = ["bright", "dark"]
 
 
 def small_state() -> dict:
@@ -46,21 +46,6 @@ def as_bytes(state: object, **settings) -> bytes:
     buffer = io.BytesIO()
     torch.save(state, buffer, **settings)
     return buffer.getvalue()
-
-
-def network(seed: int = 0) -> nn.Sequential:
-    """A model with an integer buffer; the step makes the buffers other than fresh ones."""
-    torch.manual_seed(seed)
-    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))
-    model(torch.randn(5, 3))
-    return model
-
-
-def assert_equal_states(found: dict, expected: dict) -> None:
-    assert list(found) == list(expected)
-    for key, value in expected.items():
-        assert found[key].dtype == value.dtype, key
-        assert torch.equal(found[key], value), key
 
 
 # Writing

@@ -1,6 +1,6 @@
 """A full state with any plain entry changed is refused with one sentence, or resumes as if it had not been changed."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -10,6 +10,7 @@ import torch
 from _normal import train as normal
 from _policy_gradient import train as policy_gradient
 from tests.conftest import SMALL, SMALL_POLICY
+from tests.helpers.hostile_values import changed, put
 from utils import arguments
 from utils.checkpoints import checkpoint
 from utils.runtime.errors import UserError
@@ -73,21 +74,6 @@ def places(value: Any, place: tuple = ()) -> Iterator[tuple]:
         option = place[-2:-1] == ("param_groups",) and key != "params"
         if not option and (place[-1:] not in (("state",), ("params",)) or key == 1):
             yield from places(held, (*place, key))
-
-
-def changed(state: Any, place: tuple, change: Callable[[Any, Any], None]) -> Any:
-    """A copy in which `change` was applied to the container of this place."""
-    key, *rest = place
-    state = state.copy()
-    if rest:
-        state[key] = changed(state[key], tuple(rest), change)
-    else:
-        change(state, key)
-    return state
-
-
-def put(held: dict | list, key: Any, value: Any) -> None:
-    held[key] = value
 
 
 def mutants(state: dict) -> Iterator[tuple[str, dict]]:

@@ -19,8 +19,8 @@ import torch
 
 from _normal import train as normal
 from _policy_gradient import train as policy_gradient
-from tests.commands.test_arguments import PARSERS, parse
 from tests.conftest import SMALL, SMALL_POLICY, MakesAFolder
+from tests.helpers.parsing import PARSERS, parse
 from utils import arguments, weight_averaging
 from utils.checkpoints import checkpoint
 from utils.checkpoints import verify as verification

@@ -1,25 +1,12 @@
 """Where each value of the command line comes from: given, the file, or the default."""
 
-import argparse
 import os
 
 import pytest
 
-from _normal import train as normal
-from _policy_gradient import train as policy_gradient
+from tests.helpers.parsing import PARSERS, given, parse
 from utils import arguments
 from utils.runtime.errors import UserError
-
-PARSERS = {"_normal": normal.build_parser(), "_policy_gradient": policy_gradient.build_parser()}
-
-
-def parse(script: str, *command_line: object) -> argparse.Namespace:
-    parser = PARSERS[script]
-    return arguments.for_fresh_start(parser, arguments.parse_given(parser, [str(word) for word in command_line]))
-
-
-def given(script: str, *words: object) -> dict:
-    return arguments.parse_given(PARSERS[script], [str(word) for word in words])
 
 
 def test_defaults_are_the_published_recipe():

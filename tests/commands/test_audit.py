@@ -13,29 +13,18 @@ from PIL import Image, ImageEnhance
 
 from _normal import train as normal
 from tests.conftest import SMALL
+from tests.helpers.audits import CONTRADICTS, LEAK, REPEATS, census_of, left_out, picture, put, run
 from utils import arguments
 from utils.audit import __main__ as audit
 from utils.audit import outputs
 from utils.audit.duplicates import find_groups, near_pairs
 from utils.audit.images import RECORD, difference_hash, measure, measure_all
 from utils.audit.report import Section, as_text, normalisation, sections
-from utils.audit.rule import REASONS, Census, take_census
 from utils.data import splits as wiring_data
 from utils.data.folders import ImageFiles, read_excluded
 from utils.data.images import read_image
 from utils.runtime.errors import UserError
 from utils.runtime.text import printable
-
-
-def picture(seed: int, width: int = 48, height: int = 40) -> Image.Image:
-    """A grey image of its own: smooth spots."""
-    spots = np.random.default_rng(seed).integers(30, 220, (7, 7), dtype=np.uint8)
-    return Image.fromarray(spots).resize((width, height), Image.Resampling.BICUBIC)
-
-
-def put(path: Path, image: Image.Image, **options: object) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    image.save(path, **options)
 
 
 def one_pixel_changed(image: Image.Image) -> Image.Image:
@@ -86,12 +75,6 @@ def audited(planted, tmp_path_factory) -> Path:
     output = tmp_path_factory.mktemp("audits") / "audit"
     audit.main([str(planted), "-o", str(output), "--exclude-list", str(output / "exclude.txt"), "-j", "2"])
     return output
-
-
-def run(data: Path, folder: Path, *flags: str) -> None:
-    """An audit of data, without workers: its reports in folder/out, its list in folder/list."""
-    outputs = ["-o", str(folder / "out"), "--exclude-list", str(folder / "list")]
-    audit.main([str(data), *outputs, "-j", "0", *flags])
 
 
 def table(path: Path) -> list[dict[str, str]]:
@@ -197,31 +180,6 @@ def test_a_hundred_thousand_alike_are_one_group_at_once():
     hashes[7] = 2**64 - 1
     (group,) = find_groups(hashes, 3)
     assert np.array_equal(group, np.delete(np.arange(100_000), 7))
-
-
-# --- What the list leaves out
-
-LEAK, CONTRADICTS, REPEATS = REASONS[3:]
-
-
-def census_of(root: Path, images: dict[str, tuple[int, int]], distance: int | None = 3) -> Census:
-    """Of images by <split>/<class>/<image>, of such pixels and such a number of bits set in their hashes."""
-    for name in images:
-        (root / name).parent.mkdir(parents=True, exist_ok=True)
-        (root / name).touch()
-    files = [ImageFiles.find(root / split) for split in ("train", "val", "test") if (root / split).is_dir()]
-    names = [f"{split.root.name}/{split.path_as_text(index)}" for split in files for index in range(len(split))]
-    records = np.zeros(len(names), RECORD)
-    records["width"] = records["height"] = 10
-    records["square"] = 100
-    records["pixels"][:, 0] = [images[name][0] for name in names]
-    hashes = np.arange(256) < np.array([images[name][1] for name in names])[:, None]
-    records["likeness"] = np.packbits(hashes, axis=1).view(np.uint64)
-    return take_census(files, records, {}, 2.0, distance)
-
-
-def left_out(census: Census) -> dict[str, str]:
-    return {census.name(index): REASONS[census.reason[index]] for index in np.flatnonzero(census.reason)}
 
 
 def test_neighbouring_slices_of_one_split_stay_whatever_their_labels(tmp_path):

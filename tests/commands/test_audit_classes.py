@@ -4,8 +4,8 @@ import unicodedata
 
 import numpy as np
 
-from tests.commands.test_audit import LEAK, census_of, left_out, picture, put, run
 from tests.conftest import write_image
+from tests.helpers.audits import LEAK, census_of, left_out, picture, put, run
 from utils.audit import __main__ as audit
 from utils.audit import outputs
 from utils.audit.report import sections

@@ -16,10 +16,10 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from _normal import train as normal
-from tests.checkpoints.test_checkpoint import assert_equal_states
-from tests.commands.test_arguments import parse
 from tests.conftest import SMALL
 from tests.helpers.exports import CLASSES, MASKS, logits_of, random_model, run_export, safetensors_of, write_checkpoint
+from tests.helpers.parsing import parse
+from tests.helpers.states import assert_equal_states
 from utils import export
 from utils.checkpoints import checkpoint
 from utils.checkpoints.checkpoint import read_weights

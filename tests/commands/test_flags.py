@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.commands.test_arguments import PARSERS, parse
 from tests.conftest import SMALL
+from tests.helpers.parsing import declared, parse
 from utils.data import splits as wiring_data
 from utils.data.samplers import SampleKey
 from utils.data.transforms import Normalize
@@ -438,10 +438,6 @@ EFFECTS = {
     "seed": check_seed,
     "use_deterministic_algorithms": check_deterministic,
 }
-
-
-def declared() -> set[str]:
-    return {action.dest for parser in PARSERS.values() for action in parser._actions if action.dest != "help"}
 
 
 def test_every_declared_flag_is_shown_to_work():

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 import torch
 
-from tests.commands.test_arguments import parse
 from tests.conftest import write_image
 from tests.helpers.exports import CLASSES, random_model, write_checkpoint
+from tests.helpers.parsing import parse
 from utils import predict as command
 from utils.checkpoints import checkpoint
 from utils.data import splits as wiring_data

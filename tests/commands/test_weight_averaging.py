@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.checkpoints.test_checkpoint import CLASSES, assert_equal_states, network
+from tests.helpers.states import CLASSES, assert_equal_states, network
 from utils import weight_averaging
 from utils.checkpoints import checkpoint
 from utils.checkpoints.checkpoint import (

@@ -21,16 +21,16 @@ from torchvision.transforms.v2 import functional as F
 
 from _normal import train as normal
 from _policy_gradient import train as policy_gradient
-from tests.conftest import ROOT, SMALL, SMALL_POLICY, write_image
+from tests.conftest import ROOT, SMALL, SMALL_POLICY
+from tests.helpers.caches import CPU, build_of, splits
 from tests.helpers.events import scalars
 from tests.helpers.ranks import run_ranks
-from tests.training.test_resume import assert_same, state_of
+from tests.helpers.runs import assert_same, state_of
 from utils import arguments
 from utils.data import cache_build
 from utils.data import splits as wiring_data
 from utils.data.cache import INDEX, PIXELS, ImageCache
 from utils.data.cache_build import SIZES as NOTED
-from utils.data.cache_build import CacheBuild
 from utils.data.dataset import batches, build_loader
 from utils.data.device_crops import DeviceImages, _to_device
 from utils.data.folders import ImageFiles
@@ -38,46 +38,6 @@ from utils.data.samplers import SampleKey
 from utils.data.transforms import evaluation_transform, resize_transform, training_transform
 from utils.results.log import read_log
 from utils.runtime.errors import UserError
-
-CPU = torch.device("cpu")
-SIZES = [(40, 36), (36, 40), (20, 50), (90, 31), (36, 36)]  # pixels: height, width
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
-    """DATA/{train,val}/{a,b}: colour images of several shapes."""
-    root = tmp_path_factory.mktemp("colours")
-    for split in ("train", "val"):
-        for number, (height, width) in enumerate(SIZES * 2):
-            rows, columns = np.mgrid[:height, :width]
-            waves = [np.sin(rows / (3 + number + channel)) + np.cos(columns / (4 + channel)) for channel in range(3)]
-            pixels = 127 + 60 * np.stack(waves, axis=2)  # (H, W, 3)
-            write_image(root / split / "ab"[number % 2] / f"{number}.png", pixels)
-    return root
-
-
-def splits(folder, cache_dir, *flags):
-    """The splits of `_normal/train.py` with these flags, read from the cache if they say so."""
-    parser = normal.build_parser()
-    flags = [*SMALL, "--data-path", folder, "--cache-dir", cache_dir, *flags]
-    args = arguments.for_fresh_start(parser, arguments.parse_given(parser, list(map(str, flags))))
-    opened = wiring_data.open_splits(args)
-    wiring_data.use_cache(args, opened, CPU)
-    return opened
-
-
-def build_of(folder, cache_dir, *, workers=0, max_bad_images=None, gray=False, size=36):
-    files = ImageFiles.find(folder / "train")
-    resize = resize_transform(size)
-    return CacheBuild(
-        cache_dir,
-        files,
-        resize,
-        gray=gray,
-        parameters={"size": size},
-        max_bad_images=max_bad_images,
-        workers=workers,
-    )
 
 
 def contents(build):

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from tests.conftest import write_image
-from tests.data.test_cache import build_of, splits
+from tests.helpers.caches import build_of, splits
 from utils.data.cache import PIXELS
 from utils.data.cache_build import CHECKED
 from utils.data.fingerprint import CONTENT, fingerprint

@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 
 from tests.conftest import write_image
-from tests.data.test_cache import splits
+from tests.helpers.caches import splits
 from utils.data.samplers import SampleKey
 from utils.data.transforms import AUTO_AUGMENTS, BACKENDS, Normalize, evaluation_transform, training_transform
 

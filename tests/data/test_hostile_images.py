@@ -3,10 +3,8 @@
 import io
 import os
 import re
-import struct
 import sys
 import warnings
-import zlib
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +14,7 @@ from PIL import Image
 
 from _normal import train as normal
 from tests.conftest import SMALL, write_image, write_image_folder
+from tests.helpers.image_files import png, saved
 from utils.data import folders
 from utils.data.dataset import BadImages, Batch, ImageFolder, batches, build_loader
 from utils.data.folders import list_images
@@ -32,18 +31,6 @@ from utils.training.models import create_classifier
 CPU = torch.device("cpu")
 
 
-def chunk(kind: bytes, content: bytes) -> bytes:
-    return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
-
-
-def png(width: int, height: int, bits: int, kind: int, row: bytes, **chunks: bytes) -> bytes:
-    """A PNG written by hand: one row of pixels; kind: 0 grey, 2 RGB, 3 palette, 4 grey and alpha, 6 RGBA."""
-    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, bits, kind, 0, 0, 0))
-    more = b"".join(chunk(name.encode(), content) for name, content in chunks.items())
-    pixels = chunk(b"IDAT", zlib.compress(b"\0" + row))
-    return b"\x89PNG\r\n\x1a\n" + header + more + pixels + chunk(b"IEND", b"")
-
-
 def read(path: Path, content: bytes) -> list:
     path.write_bytes(content)
     with warnings.catch_warnings():
@@ -51,12 +38,6 @@ def read(path: Path, content: bytes) -> list:
         image = read_image(path)
     assert image.mode == "RGB"
     return np.asarray(image).tolist()
-
-
-def saved(image: Image.Image, kind: str, **settings) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, kind, **settings)
-    return buffer.getvalue()
 
 
 def refused(path: Path, match: str) -> None:

@@ -9,8 +9,8 @@ from PIL import Image, TiffImagePlugin
 
 from _normal import train as normal
 from tests.conftest import SMALL
-from tests.data.test_hostile_images import png, saved
 from tests.helpers.exports import write_checkpoint
+from tests.helpers.image_files import png, saved
 from utils import arguments
 from utils.audit import __main__ as audit_command
 from utils.audit.images import measure

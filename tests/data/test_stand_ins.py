@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from tests.conftest import write_image
-from tests.data.test_cache import splits
+from tests.helpers.caches import splits
 from utils.data.dataset import BadImages, ImageFolder, batches, build_loader
 from utils.data.samplers import SampleKey, TrainingSampler
 from utils.data.transforms import training_transform

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import torch
 
-from tests.commands.test_arguments import parse
 from tests.conftest import SMALL
+from tests.helpers.parsing import parse
 from utils import export
 from utils.checkpoints import checkpoint
 from utils.checkpoints.checkpoint import read_weights

@@ -13,7 +13,7 @@ from _policy_gradient.mask import SmoothMask
 from _policy_gradient.masking import build_policy
 from _policy_gradient.policy import create_policy
 from tests.conftest import SMALL_POLICY, write_image_folder
-from tests.training.test_resume import assert_same
+from tests.helpers.runs import assert_same
 from utils.checkpoints import checkpoint
 from utils.data.dataset import ImageFolder
 from utils.data.transforms import Normalize, evaluation_transform

@@ -6,8 +6,8 @@ import torch
 from _policy_gradient import gallery
 from _policy_gradient import train as policy_gradient
 from _policy_gradient.flags import check_flags
-from tests.commands.test_arguments import PARSERS, given, parse
 from tests.conftest import SMALL_POLICY
+from tests.helpers.parsing import PARSERS, given, parse
 from utils import arguments
 from utils.checkpoints import checkpoint
 from utils.results.log import read_log

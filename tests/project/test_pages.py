@@ -8,10 +8,9 @@ import sys
 
 import pytest
 
-from tests.commands.test_arguments import PARSERS
-from tests.commands.test_flags import declared
 from tests.conftest import ROOT
 from tests.helpers.markdown import anchors, blocks_and_text, faults
+from tests.helpers.parsing import PARSERS, declared
 from utils import arguments
 
 README = (ROOT / "README.md").read_text()

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from experiments import run as run_plan
-from tests.checkpoints.test_full_state import changed, put
-from tests.commands.test_report import write_run
+from tests.helpers.finished_runs import write_run
+from tests.helpers.hostile_values import changed, put
 from utils import plots, report
 from utils.data import folders
 from utils.inference import classifier as inference

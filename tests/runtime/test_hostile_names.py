@@ -11,8 +11,8 @@ import torch
 from _normal import train as normal
 from _policy_gradient import gallery
 from _policy_gradient import train as policy_gradient
-from tests.commands.test_report import write_run
 from tests.conftest import SMALL, write_image
+from tests.helpers.finished_runs import write_run
 from utils import arguments, export, plots, predict, report, weight_averaging
 from utils.audit import __main__ as audit
 from utils.checkpoints import checkpoint

@@ -12,8 +12,8 @@ import pytest
 from _normal import train as normal
 from benchmarks.soak import Tally
 from tests.conftest import ROOT, SMALL
+from tests.helpers.disks import full_disk
 from tests.helpers.ranks import PATIENCE
-from tests.training.test_faults import full_disk
 from utils import predict
 from utils.runtime import output
 from utils.runtime.errors import UserError

@@ -12,7 +12,7 @@ from _policy_gradient.mask import SmoothMask
 from _policy_gradient.masking import draw_masks
 from _policy_gradient.policy import create_policy
 from tests.conftest import SMALL, SMALL_POLICY, run_script
-from tests.training.test_resume import assert_same_run
+from tests.helpers.runs import assert_same_run
 from utils.results.log import read_log
 from utils.runtime.signals import Interrupted, StopRequest
 from utils.training.update import LAG, StepGuard

@@ -8,11 +8,10 @@ import itertools
 import json
 import os
 import random
-import resource
 import shutil
 import signal
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,6 +24,7 @@ from _policy_gradient import train as policy_gradient
 from benchmarks import soak
 from benchmarks.soak import Aim, Life, Tally, positions, survive, temporary_files, watch
 from tests.conftest import ROOT, SMALL_POLICY, write_image_folder
+from tests.helpers.disks import full_disk
 from tests.helpers.ranks import PATIENCE, start_ranks
 from utils.checkpoints import checkpoint
 from utils.checkpoints.checkpoint import CHECKPOINT, PREVIOUS, read, save_checkpoint
@@ -194,20 +194,6 @@ def test_no_rank_waits_for_ever_for_another(whole, tmp_path, fault):
     found, damaged = positions(folder)
     assert max(found) >= (0, CHECKPOINT_STEPS)
     assert damaged == 0
-
-
-# A full disk
-
-
-@contextmanager
-def full_disk(room: int) -> Iterator[None]:
-    """No file may grow beyond so many bytes."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (room, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def run_to_its_error(arguments: list[str], capsys: pytest.CaptureFixture) -> str:

@@ -10,7 +10,7 @@ from PIL import Image
 
 from _policy_gradient import examples
 from tests.helpers.events import as_scalars, images, number_files_from_zero, scalars
-from tests.training.test_resume import SCRIPTS, assert_same_run
+from tests.helpers.runs import SCRIPTS, assert_same_run, run_script
 from utils import plots
 from utils.checkpoints import checkpoint
 from utils.results import confusion as class_plots
@@ -36,11 +36,6 @@ def coarse(monkeypatch):
     monkeypatch.setattr(curves, "CURVES", CURVES[:1])
     monkeypatch.setattr(curves, "HEALTH", HEALTH[:1])
     monkeypatch.setattr(examples, "MOST_CLASSES", 1)
-
-
-def run_script(name, data, folder, *flags):
-    script, small = SCRIPTS[name]
-    script.main([*small, "--data-path", str(data), "--output-dir", str(folder), "--lr", "0.01", *flags])
 
 
 def pictures(folder, first_epoch=0, epochs=1, tensorboard=True):

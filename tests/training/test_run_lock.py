@@ -15,8 +15,8 @@ import pytest
 
 from _normal import train as normal
 from _policy_gradient import train as policy_gradient
-from tests.commands.test_report import write_run
 from tests.conftest import SMALL, SMALL_POLICY
+from tests.helpers.finished_runs import write_run
 from tests.helpers.ranks import run_ranks
 from utils import report
 from utils.results.run_folder import read_run_folder

@@ -12,7 +12,7 @@ from _normal import train as normal
 from _policy_gradient import train as policy_gradient
 from tests.conftest import SMALL, SMALL_POLICY
 from tests.helpers.ranks import run_ranks
-from tests.training.test_resume import RICH, assert_same_run
+from tests.helpers.runs import RICH, assert_same_run
 from utils.data.dataset import ImageFolder
 from utils.data.samplers import TrainingSampler
 from utils.runtime import progress

@@ -8,7 +8,7 @@ import pytest
 from tests.conftest import SMALL
 from tests.conftest import run_script as run_process
 from tests.helpers.events import as_scalars, number_files_from_zero, scalars
-from tests.training.test_pictures import run_script
+from tests.helpers.runs import run_script
 from utils.results.log import read_log, write_log
 from utils.runtime.errors import UserError
 from utils.training.monitor import Events, tag

@@ -1,0 +1,53 @@
+"""Planted data sets for the audit."""
+
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from utils.audit import __main__ as audit
+from utils.audit.images import RECORD
+from utils.audit.rule import REASONS, Census, take_census
+from utils.data.folders import ImageFiles
+
+
+def picture(seed: int, width: int = 48, height: int = 40) -> Image.Image:
+    """A grey image of its own: smooth spots."""
+    spots = np.random.default_rng(seed).integers(30, 220, (7, 7), dtype=np.uint8)
+    return Image.fromarray(spots).resize((width, height), Image.Resampling.BICUBIC)
+
+
+def put(path: Path, image: Image.Image, **options: object) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image.save(path, **options)
+
+
+def run(data: Path, folder: Path, *flags: str) -> None:
+    """An audit of data, without workers: its reports in folder/out, its list in folder/list."""
+    outputs = ["-o", str(folder / "out"), "--exclude-list", str(folder / "list")]
+    audit.main([str(data), *outputs, "-j", "0", *flags])
+
+
+# --- What the list leaves out
+
+LEAK, CONTRADICTS, REPEATS = REASONS[3:]
+
+
+def census_of(root: Path, images: dict[str, tuple[int, int]], distance: int | None = 3) -> Census:
+    """Of images by <split>/<class>/<image>, of such pixels and such a number of bits set in their hashes."""
+    for name in images:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).touch()
+    files = [ImageFiles.find(root / split) for split in ("train", "val", "test") if (root / split).is_dir()]
+    names = [f"{split.root.name}/{split.path_as_text(index)}" for split in files for index in range(len(split))]
+    records = np.zeros(len(names), RECORD)
+    records["width"] = records["height"] = 10
+    records["square"] = 100
+    records["pixels"][:, 0] = [images[name][0] for name in names]
+    hashes = np.arange(256) < np.array([images[name][1] for name in names])[:, None]
+    records["likeness"] = np.packbits(hashes, axis=1).view(np.uint64)
+    return take_census(files, records, {}, 2.0, distance)
+
+
+def left_out(census: Census) -> dict[str, str]:
+    return {census.name(index): REASONS[census.reason[index]] for index in np.flatnonzero(census.reason)}
