@@ -7,6 +7,7 @@ from _policy_gradient.mask import check_mask_range, check_mask_size
 from _policy_gradient.objective import BASELINES, OBJECTIVES, POLICY_SIGNS
 from _policy_gradient.policy import HEAD_WEIGHT, MASK_POLICIES
 from utils import arguments
+from utils.checkpoints.checkpoint import Weights
 from utils.flags import natural, non_negative_float, positive_float, positive_fraction, positive_int, shared_parser
 from utils.runtime.errors import UserError
 from utils.runtime.progress import say
@@ -48,11 +49,12 @@ def build_parser() -> arguments.Parser:
     return parser
 
 
-def check_flags(args: argparse.Namespace, given: dict[str, Any], masks: bool) -> None:
-    """Say which flags the chosen --mask-policy ignores; raise UserError for masks that do not fit.
+def check_flags(args: argparse.Namespace, given: dict[str, Any], weights: Weights | None) -> None:
+    """Print which flags the chosen --mask-policy ignores; raise UserError for masks that do not fit the images.
 
-    masks: whether any are made, for the images of a training, or with --test-only of an evaluation.
+    given: the values typed; weights: what --test-only evaluates. Without a policy in them, no masks are drawn.
     """
+    masks = args.mask_policy != "none" and (weights is None or weights.policy_net is not None)
     ignored = [arguments.flag(name) for name in IGNORED_FLAGS.get(args.mask_policy, ()) if name in given]
     if ignored:
         say(f"--mask-policy {args.mask_policy}: {' '.join(ignored)} without effect.")
@@ -62,5 +64,6 @@ def check_flags(args: argparse.Namespace, given: dict[str, Any], masks: bool) ->
         check_mask_range(*args.mask_range)
         if args.mask_fade_epochs > args.epochs:
             raise UserError(
-                f"--mask-fade-epochs {args.mask_fade_epochs}: the run has --epochs {args.epochs}; give at most so many."
+                f"--mask-fade-epochs {args.mask_fade_epochs}: more than --epochs {args.epochs}; give at most "
+                f"{args.epochs}."
             )

@@ -17,8 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from _policy_gradient.examples import CPU, choose_examples
-from _policy_gradient.gallery import read_run
+from _policy_gradient.gallery import CPU, choose_examples, read_run
 from _policy_gradient.mask import SmoothMask
 from _policy_gradient.masking import build_mask, build_policy, draw_masks
 from _policy_gradient.objective import leave_one_out_baseline

@@ -210,6 +210,17 @@ def evaluation_loader(args: argparse.Namespace, dataset: ImageFolder, device: to
     return build_loader(dataset, sampler, args.workers, pin_memory=device.type == "cuda")
 
 
+def one_batch_loaders(args: argparse.Namespace, splits: Splits) -> tuple[DataLoader, DataLoader]:
+    """Loaders of one training and one evaluation batch per rank, read without workers; for the rehearsal."""
+    rank, world_size, batch_size = distributed.rank(), distributed.world_size(), args.batch_size
+    training = TrainingSampler(batch_size * world_size, batch_size, rank, world_size, args.seed)
+    evaluation = EvaluationSampler(len(splits.evaluation), batch_size, rank, world_size, spread=True)
+    return (
+        build_loader(splits.training, training, workers=0, pin_memory=False),
+        build_loader(splits.evaluation, evaluation, workers=0, pin_memory=False),
+    )
+
+
 def _check_shared_memory(args: argparse.Namespace, size: int, batches: int) -> None:
     batch_bytes = args.batch_size * _channels(args) * size**2
     problem = shared_memory_problem(batch_bytes, batches, args.workers, distributed.local_world_size())

@@ -1,7 +1,6 @@
 """Evaluation: every image exactly once, whatever the number of processes, and the files that --test-only leaves."""
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -9,14 +8,11 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from utils.data.dataset import BadImages, batches
-from utils.data.folders import ImageFiles
 from utils.data.loaders import Wait
-from utils.results.metrics import Metrics, classification_metrics, per_class_table, prediction_table, table_as_csv
+from utils.results.metrics import Metrics, classification_metrics
 from utils.runtime import distributed
 from utils.runtime.errors import UserError
-from utils.runtime.files import write_atomically, write_json
-from utils.runtime.progress import Progress, say
-from utils.runtime.text import list_names, printable
+from utils.runtime.progress import Progress
 
 STOP_STEPS = 10  # between two looks at whether a signal came
 
@@ -99,73 +95,3 @@ def validate(
         predictions = evaluate(network, label="evaluate" if name == "val" else f"evaluate {name}")
         metrics[name] = measure(predictions, auroc)
     return predictions, metrics
-
-
-def report_test(
-    output_dir: Path,
-    results: dict[str, Predictions],
-    files: ImageFiles,
-    *,
-    split: str,
-    weights: str,
-    averaged: bool | None = None,
-    origin: dict,
-) -> dict[str, Metrics]:
-    """Print and write what --test-only found, on rank 0: metrics.json and two tables for each result.
-
-    results: predictions by name, "clean" first; its tables are per_class.csv and predictions.csv, those of another name
-    per_class_<name>.csv and predictions_<name>.csv. files: the split's. averaged: whether the weights are the moving
-    average of a file that holds one; None: it holds none. origin: goes into metrics.json as it is.
-    """
-    metrics = {name: measure(predictions, auroc=True) for name, predictions in results.items()}
-    if not distributed.is_main_process():
-        return metrics
-    images = len(results["clean"].targets)
-    _remove_tables(output_dir, {"masked"} - results.keys())
-    for name, predictions in results.items():
-        suffix = "" if name == "clean" else f"_{name}"
-        rows = per_class_table(predictions.logits, predictions.targets, files.classes)
-        write_atomically(output_dir / f"per_class{suffix}.csv", table_as_csv(rows))
-        names = [files.path_as_text(index) for index in predictions.indices.tolist()]
-        table = prediction_table(predictions.logits, predictions.targets, files.classes, names)
-        write_atomically(output_dir / f"predictions{suffix}.csv", table_as_csv(table))
-        say(f"{split}, {images} images, {name}: {format_metrics(metrics[name])}")
-        width = max(len(printable(row["class"])) for row in rows)
-        absent = [row["class"] for row in rows if not row["images"]]
-        for row in rows:
-            if row["class"] in absent:
-                continue
-            scores = "  ".join(f"{key} {row[key]:.4f}" for key in ("precision", "recall", "f1"))
-            say(f"  {printable(row['class']):<{width}}  {row['images']:>6} images  {scores}")
-    if absent:
-        present = len(files.classes) - len(absent)
-        say(
-            f"{split}: macro metrics are over the {present} of {len(files.classes)} classes that have images here; "
-            f"without: {list_names(absent)}."
-        )
-    summary = {
-        "split": split,
-        "images": images,
-        "weights": weights,
-        "averaged": averaged,
-        "classes": len(files.classes),
-        "absent_classes": absent,
-        "metrics": metrics,
-        "origin": origin,
-    }
-    write_json(output_dir / "metrics.json", summary)
-    return metrics
-
-
-def _remove_tables(output_dir: Path, names: set[str]) -> None:
-    """Remove what an earlier evaluation left of results that this one has not: nothing would tell them apart."""
-    for path in (output_dir / f"{table}_{name}.csv" for table in ("per_class", "predictions") for name in names):
-        try:
-            path.unlink(missing_ok=True)
-        except OSError as error:
-            raise UserError(f"{path}: of an earlier evaluation, cannot be removed ({error.strerror}).") from None
-
-
-def format_metrics(metrics: Metrics) -> str:
-    """One line: `loss 0.1234  top1 0.9876 ...`; a metric that is undefined is called so."""
-    return "  ".join(f"{name} {'undefined' if value is None else f'{value:.4f}'}" for name, value in metrics.items())

@@ -20,7 +20,7 @@ if TYPE_CHECKING:  # both are imported where they are used: they cost a process'
     from torch.utils.tensorboard import SummaryWriter
 
 
-class Pictures:
+class Monitor:
     """Pictures of the run in OUTPUT/plots, and its events in OUTPUT/tensorboard. Rank 0 alone calls the methods."""
 
     def __init__(

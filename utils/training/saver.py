@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 from utils.checkpoints import checkpoint
 from utils.data.loaders import TIMEOUT, batch_seconds
 from utils.results.log import append_log
-from utils.results.metrics import Metrics
+from utils.results.metrics import Metrics, format_metrics
 from utils.results.run_folder import BAD_BATCH, STATUS
 from utils.runtime import distributed, progress
 from utils.runtime.errors import UserError, agreed
@@ -21,7 +21,6 @@ from utils.runtime.progress import Position
 from utils.runtime.reading import read_json
 from utils.runtime.signals import ALONE_SECONDS, TOGETHER_SECONDS, Interrupted, StopRequest, WaitEnded
 from utils.training import run_lock
-from utils.training.evaluation import format_metrics
 from utils.training.state import TrainingState
 from utils.training.update import ADVICE, NonFiniteLoss, StepGuard
 

@@ -6,7 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from utils.checkpoints import verify as verification
-from utils.runtime import distributed
+from utils.data.samplers import derive_seed
+from utils.runtime import distributed, progress
+from utils.runtime.progress import Position
 from utils.training import models
 from utils.training.meters import RunningMean
 from utils.training.optim import MovingAverage
@@ -21,8 +23,11 @@ class TrainingState(NamedTuple):
 
     modules: dict[str, nn.Module]
     update: GuardedUpdate
-    ema: MovingAverage | None
     meters: RunningMean
+
+    @property
+    def ema(self) -> MovingAverage | None:
+        return self.update.ema
 
     def take(self) -> dict[str, Any]:
         """Plain values, and references to the tensors that training goes on to change; every rank must call it."""
@@ -79,3 +84,20 @@ def restore_rng_state(states: list[dict[str, Tensor]]) -> None:
     torch.set_rng_state(state["cpu"])
     if "cuda" in state and torch.cuda.is_initialized():
         torch.cuda.set_rng_state(state["cuda"])
+
+
+def restore_generators(state: dict[str, Any] | None, seed: int) -> None:
+    """Give each rank its own random numbers: as the checkpoint left them, or a fresh stream of (seed, rank)."""
+    kind = "GPUs" if torch.cuda.is_initialized() else "CPU processes"
+    if state is not None:
+        saved_kind = "GPUs" if all("cuda" in of_rank for of_rank in state["rng"]) else "CPU processes"
+        if (len(state["rng"]), saved_kind) == (distributed.world_size(), kind):
+            restore_rng_state(state["rng"])
+            return
+        progress.say(
+            f"The checkpoint is of {len(state['rng'])} {saved_kind}, and now there are {distributed.world_size()} "
+            f"{kind}: the run goes on from the same weights and the same place in the data, but with other global "
+            "batches and masks, so not bit for bit."
+        )
+    start = Position.of(state)
+    torch.manual_seed(derive_seed("process", seed, distributed.rank(), start.epoch, start.step))

@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 from utils.runtime import distributed
 from utils.runtime.errors import UserError
 from utils.runtime.signals import StopRequest
+from utils.training.optim import MovingAverage
 
 ADVICE = "Resumed, a run repeats itself: start a new one with a lower --lr, --clip-grad-norm, or --amp-dtype bf16."
 LAG = 2  # steps on CUDA between a stop's collective and the host reading it: so many stay queued on the device
@@ -109,9 +110,13 @@ class GuardedUpdate:
         fp16: bool = False,
         clip_grad_norm: float | None = None,
         networks: Iterable[nn.Module] = (),
+        ema: MovingAverage | None = None,
     ) -> None:
-        """optimizers: by the name of the network that each updates; networks: those whose buffers are restored."""
-        self.optimizers = optimizers
+        """optimizers: by the name of the network that each updates; networks: those whose buffers are restored.
+
+        ema: updated after each step that is not skipped.
+        """
+        self.optimizers, self.ema = optimizers, ema
         self.clip_grad_norm = clip_grad_norm
         self.fp16 = fp16
         self.scaler = torch.amp.GradScaler(device.type, enabled=fp16)
@@ -127,10 +132,10 @@ class GuardedUpdate:
         if self.measures_gradients:
             self.buffers_before = {dtype: _flat(buffers) for dtype, buffers in self.buffers.items()}
 
-    def __call__(self, loss: Tensor, hold_back: Tensor) -> Tensor:
-        """One update from a loss (); whether it was skipped, as a bool tensor () on the device, equal on all ranks.
+    def __call__(self, loss: Tensor, hold_back: Tensor, epoch: int = 0, step: int = 0) -> Tensor:
+        """One update from a loss (); returns whether it was skipped: bool tensor () on the device, equal on all ranks.
 
-        hold_back: bool tensor (), equal on all ranks.
+        hold_back: bool tensor (), equal on all ranks; epoch, step: for the moving average.
         """
         for optimizer in self.optimizers.values():
             optimizer.zero_grad(set_to_none=True)
@@ -147,6 +152,8 @@ class GuardedUpdate:
             _step(optimizer, skipped)
         self.skipped_steps += skipped
         self.scaler.update()
+        if self.ema is not None:
+            self.ema.update(epoch, step, skipped)
         return skipped
 
     def _restore_buffers(self, skipped: Tensor) -> None:
