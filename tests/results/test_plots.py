@@ -1,4 +1,4 @@
-"""Pictures of logs and predictions: what their lines, images, bars and labels hold; and the commands."""
+"""Monitor of logs and predictions: what their lines, images, bars and labels hold; and the commands."""
 
 import csv
 import io

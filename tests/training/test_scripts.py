@@ -172,10 +172,11 @@ def test_masked_evaluation_uses_the_mean_mask_of_the_images_own_policy(
     from utils.data.splits import open_splits
     from utils.data.transforms import Normalize
     from utils.training.models import create_classifier
+    from utils.training.start import choose_start
 
     forms = ("--head-weight", head_weight, "--mask-range", low, high, "--mask-fade-epochs", fade_epochs)
     folder = train(policy_gradient, "--epochs", 1, *forms)
-    start = policy_gradient.run.choose_start(
+    start = choose_start(
         policy_gradient.build_parser(), {"resume": str(folder / "checkpoint.pth"), "test_only": True,
                                          "data_path": str(image_folder)}, "_policy_gradient")  # fmt: skip
     evaluation = open_splits(start.args).evaluation
