@@ -49,9 +49,9 @@ def draw_masks(
 ) -> MaskedImages:
     """Sample K masks for each image (B, 3, S, S) from the heads' output (B, G*G), smooth and apply them.
 
-    clamped_density: see `sample_action`. mask_weight: () on the device, of `fading_weight`; None: no fading. Pure but
-    for the random numbers, so that it can be replayed as a CUDA graph, which reads the weight at each replay, where a
-    number would become part of the graph.
+    clamped_density: see `sample_action`. mask_weight: from `fading_weight`, () on the device; None: no fading. It is a
+    tensor because a CUDA graph reads it at each replay, while a number would become part of the graph. The function has
+    no side effects besides random numbers, so that it can be replayed as a CUDA graph.
     """
     log_concentrations = policy.log_concentrations(head_alpha, head_beta)  # (2, B, G*G)
     action = sample_action(*log_concentrations, masks_per_image, clamped_density=clamped_density)
@@ -65,9 +65,9 @@ def draw_masks(
 
 @torch.no_grad()
 def policy_health(policy: Policy, masked: MaskedImages, advantage: Tensor) -> dict[str, Tensor]:
-    """Scalars () for the log: is the policy alive, and are its masks an image's own?
+    """Scalars () for the log: is the policy learning, and are its masks image-specific?
 
-    advantage: (B*K,). The README says what each quantity means.
+    advantage: (B*K,). The README explains each quantity.
     """
     log_concentrations, action, masks, _ = masked
     means = torch.sigmoid(log_concentrations[0] - log_concentrations[1])  # (B, G*G)
@@ -85,7 +85,7 @@ def policy_health(policy: Policy, masked: MaskedImages, advantage: Tensor) -> di
 
 
 def warn_of_bounds(epoch: int, share: float) -> None:
-    """Say what share of an epoch's log-concentrations were cut at their bounds, if any: there they cannot learn."""
+    """Print a warning if log-concentrations were clamped at their bounds, where they have no gradient."""
     if share > 0:
         say(
             f"warning: in epoch {epoch}, {100 * share:.3g} % of the log-concentrations were at their bounds of "

@@ -122,7 +122,7 @@ def test_files_older_than_the_flags_count_as_published():
     ]
     assert [(args.mask_range, args.mask_fade_epochs, args.head_weight) for args in found] == [([0, 1], 0, 0.1)] * 2
     for flags in (("--mask-range", "0", "2"), ("--mask-fade-epochs", "1"), ("--head-weight", "0.5")):
-        with pytest.raises(UserError, match=f"{flags[0]} .*f was trained with {flags[0]} .* must go on as it began"):
+        with pytest.raises(UserError, match=f"{flags[0]} .*f was trained with {flags[0]} .* cannot change this"):
             arguments.for_resume(PARSER, given("_policy_gradient", *flags), saved, "f")
 
 

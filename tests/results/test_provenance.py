@@ -60,7 +60,7 @@ def test_a_run_goes_on_with_the_very_images_it_began_with(image_folder, tmp_path
     assert json.loads((run / "run.json").read_text())["data"]["val"]["images"]["dark"] == 6
     for line, split in (("train/dark/3.png\nval/dark/2.png", "train"), ("train/dark/1.png\nval/bright/2.png", "val")):
         listed.write_text(line)
-        with pytest.raises(UserError, match=f"the run began with other images in {split} than the data has now"):
+        with pytest.raises(UserError, match=f"the run started with other images in {split} than the data has now"):
             normal.main([*command, "2", "--resume", "auto"])
     moved = tmp_path / "moved.txt"
     moved.write_text("# the same\nval/dark/2.png\ntrain/dark/1.png\n")

@@ -129,7 +129,7 @@ def test_a_log_that_is_damaged_is_named(image_folder, tmp_path):
         log.write("garbage\n")
     with pytest.raises(UserError, match=r"log.jsonl: holds a line that is no epoch's JSON"):
         normal.main(["--resume", str(tmp_path / "checkpoint.pth"), "--epochs", "2", "--device", "cpu"])
-    with pytest.raises(UserError, match=r"--epochs 1: .*later.pth has 2 epochs and 0 steps behind it already"):
+    with pytest.raises(UserError, match=r"--epochs 1: .*later.pth has already trained 2 epochs and 0 steps"):
         state = torch.load(tmp_path / "checkpoint.pth", weights_only=True)
         checkpoint.save(tmp_path / "later.pth", {**state, "epoch": 2})
         normal.main(["--resume", str(tmp_path / "later.pth"), "--epochs", "1", "--device", "cpu"])

@@ -128,10 +128,10 @@ def test_a_picture_that_fails_is_named_and_ends_nothing(tmp_path, monkeypatch, c
     show_one_epoch(tmp_path)
     said = capsys.readouterr().out
     assert (
-        "warning: plots/curves.png could not be written ([Errno 28] No space left on device); the training goes on."
+        "warning: plots/curves.png could not be written ([Errno 28] No space left on device); the training continues."
         in said
     )
-    assert "warning: plots/recall.png could not be written (division by zero); the training goes on." in said
+    assert "warning: plots/recall.png could not be written (division by zero); the training continues." in said
     assert said.count("warning:") == 3
 
 

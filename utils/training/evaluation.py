@@ -1,4 +1,4 @@
-"""Evaluation: every image exactly once, whatever the number of processes, and the files that --test-only leaves."""
+"""Evaluation: every image exactly once, for any number of processes."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -14,13 +14,13 @@ from utils.runtime import distributed
 from utils.runtime.errors import UserError
 from utils.runtime.progress import Progress
 
-STOP_STEPS = 10  # between two looks at whether a signal came
+STOP_STEPS = 10  # steps between two checks for a stop signal
 
 
 class Predictions(NamedTuple):
-    """Logits (N, C) float32, targets and indices in the split (N,) int64, on the CPU, in the order of the images.
+    """Logits (N, C) float32, targets and indices in the split (N,) int64, on the CPU, in the order of the split.
 
-    All images of the split, but for those that could not be read.
+    Unreadable images are left out.
     """
 
     logits: Tensor
@@ -42,11 +42,11 @@ def predict(
     wait: Wait | None = None,
     bad_images: BadImages | None = None,
 ) -> Predictions:
-    """Predictions of all ranks together, the same on every rank. Rank 0's buffers are broadcast first.
+    """Predictions of all ranks together, equal on every rank. Rank 0's buffers are broadcast first.
 
-    model: the unwrapped classifier; prepare: uint8 images (B, C, S, S) on the device to the classifier's input;
-    stop_if_asked: a collective, called now and then, that raises where the run is to stop; wait: see `loaded`;
-    bad_images: takes note of the images that are left out. Raises UserError if they are too many, or all.
+    model: the unwrapped classifier. prepare: turns uint8 images (B, C, S, S) on the device into the classifier's input.
+    stop_if_asked: a collective, called every few steps, that raises if the run should stop. wait: see `loaded`.
+    bad_images: collects unreadable images. Raises UserError if there are too many of them, or no readable image.
     """
     distributed.broadcast_buffers(model)
     model.eval()
@@ -56,7 +56,7 @@ def predict(
     for step, batch in progress.track(batches(loader, device, bad_images, wait)):
         with torch.autocast(device.type, dtype=autocast_dtype, enabled=autocast_dtype is not None):
             output = model(prepare(batch.images))
-        logits.append(output.to(torch.float32, copy=True))  # a CUDA graph's own output is overwritten by the next
+        logits.append(output.to(torch.float32, copy=True))  # the next replay of a CUDA graph overwrites its output
         targets.append(batch.targets)
         indices.append(batch.indices)
         if progress.is_due(step):
@@ -65,11 +65,11 @@ def predict(
             stop_if_asked()
     if bad_images is not None:
         bad_images.share()
-    mine = [torch.cat(parts).cpu() for parts in (logits, targets, indices)] if logits else None
-    shares = [share for share in distributed.all_gather_object(mine) if share is not None]
+    own = [torch.cat(parts).cpu() for parts in (logits, targets, indices)] if logits else None
+    shares = [share for share in distributed.all_gather_object(own) if share is not None]
     all_logits, all_targets, all_indices = (torch.cat(parts) for parts in zip(*shares, strict=True))
     order = all_indices.argsort()
-    order = order[all_indices[order] >= 0]  # without the stand-ins of images that cannot be read
+    order = order[all_indices[order] >= 0]  # without the stand-ins for unreadable images
     if not len(order):
         raise UserError(
             f"{loader.dataset.root}: none of the {len(all_indices)} images evaluated can be read; replace them.",
@@ -79,7 +79,7 @@ def predict(
 
 
 def measure(predictions: Predictions, auroc: bool = False) -> Metrics:
-    """The metrics, computed on rank 0 and told to all ranks."""
+    """The metrics, computed on rank 0 and broadcast."""
     metrics = None
     if distributed.is_main_process():
         metrics = classification_metrics(predictions.logits, predictions.targets, auroc)
@@ -89,7 +89,7 @@ def measure(predictions: Predictions, auroc: bool = False) -> Metrics:
 def validate(
     evaluate: Callable[..., Predictions], networks: dict[str, nn.Module], auroc: bool
 ) -> tuple[Predictions, dict[str, Metrics]]:
-    """The metrics of each network by its name (`val`, and `val_ema` of the average); the last one's predictions."""
+    """The metrics of each network by name (`val`, and `val_ema` for the average), and the predictions of the last."""
     metrics = {}
     for name, network in networks.items():
         predictions = evaluate(network, label="evaluate" if name == "val" else f"evaluate {name}")

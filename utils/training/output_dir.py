@@ -16,9 +16,10 @@ from utils.training import run_lock
 
 
 def lock_output_dir(given: dict[str, Any]) -> None:
-    """Lock the folder that the run will write to, on rank 0, before anything in it is read; not with --test-only.
+    """Lock the output folder on rank 0, before anything in it is read; not with --test-only.
 
-    `begin_run` makes and locks one that does not exist yet. Raises UserError, on all ranks, if another run holds it.
+    `begin_run` creates and locks a folder that does not exist yet. Raises UserError, on all ranks, if another run holds
+    the lock.
     """
     resume = given.get("resume", AUTO)
     folder = Path(given.get("output_dir", "." if resume == AUTO else os.path.dirname(resume)))
@@ -29,30 +30,30 @@ def lock_output_dir(given: dict[str, Any]) -> None:
 
 
 def make_output_dir(output_dir: Path) -> None:
-    """Make the folder, on rank 0; raises UserError if it cannot be made or written to."""
+    """Create the folder on rank 0; raises UserError if it cannot be created or written to."""
     if not distributed.is_main_process():
         return
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"--output-dir {output_dir}: cannot be made ({error.strerror}).") from None
+        raise UserError(f"--output-dir {output_dir}: cannot be created ({error.strerror}).") from None
     if not os.access(output_dir, os.W_OK):
         raise UserError(f"--output-dir {output_dir}: no permission to write there.")
 
 
 def begin_run(output_dir: Path, script: str, resume: str | None, start: Position, epochs: int) -> None:
-    """Claim and lock the folder for this run, on rank 0, when nothing else can fail: its log up to the start's epoch.
+    """Take over and lock the output folder on rank 0, once all other checks have passed; cut its log to `start`.
 
-    A run resumed into another folder takes its log, its best model and its checkpoint along. Raises UserError, before
-    anything is written, where another run is there or fewer epochs are asked for than are begun.
+    A run resumed into another folder takes its log, best model and checkpoint along. Raises UserError, before anything
+    is written, if the folder holds another run, or if --epochs is less than what has already been trained.
     """
-    afresh = resume in (None, AUTO)
+    from_scratch = resume in (None, AUTO)
     if start.epoch + (start.step > 0) > epochs:
         done = f"{start.epoch} epochs and {start.step} steps"
-        raise UserError(f"--epochs {epochs}: {resume} has {done} behind it already.")
+        raise UserError(f"--epochs {epochs}: {resume} has already trained {done}.")
     if not distributed.is_main_process():
         return
-    source = None if afresh else Path(resume).parent
+    source = None if from_scratch else Path(resume).parent
     moves = source is None or not output_dir.exists() or not source.samefile(output_dir)
     if source and moves:
         _refuse_live_source(source)
@@ -72,7 +73,7 @@ def begin_run(output_dir: Path, script: str, resume: str | None, start: Position
 
 
 def _refuse_live_source(source: Path) -> None:
-    """Raise UserError if the run to take over still writes: checkpoint, log and best model would not fit together."""
+    """Raise UserError if the source run is still writing: checkpoint, log and best model would not match."""
     lock = run_lock.look_at(source)
     if lock.held:
         raise UserError(
@@ -82,9 +83,9 @@ def _refuse_live_source(source: Path) -> None:
 
 
 def _refuse_another_run(output_dir: Path, resume: str | None) -> None:
-    """Raise UserError if a run is there, but for what a start leaves that is killed before its first checkpoint."""
+    """Raise UserError if the folder holds another run; leftovers of a start without a checkpoint do not count."""
     leftovers = {None: set(), AUTO: {"model_0.pth", checkpoint.BEST}}.get(resume, {checkpoint.BEST})
     names = (checkpoint.CHECKPOINT, checkpoint.PREVIOUS)
     for path in (*(output_dir / name for name in names), *output_dir.glob("model_*.pth")):
         if path.exists() and path.name not in leftovers:
-            raise UserError(f"{path}: another run is there; go on with it by --resume, or give another --output-dir.")
+            raise UserError(f"{path}: another run is there; continue it with --resume, or give another --output-dir.")

@@ -15,11 +15,11 @@ from utils.runtime.text import printable
 from utils.training import fitting, monitor
 from utils.training.model_sources import OWN_WEIGHTS, is_source
 
-PATHS = ("data_path", "exclude", "cache_dir")  # that a resumed run takes from its file unless they are given
+PATHS = ("data_path", "exclude", "cache_dir")  # taken from the checkpoint on resume, unless given
 
 
 class Start(NamedTuple):
-    """The final arguments, and what the run starts from: a full state, weights only, or neither."""
+    """The final arguments, and what the run starts from: a full state, only weights, or neither."""
 
     args: argparse.Namespace
     state: dict[str, Any] | None
@@ -27,10 +27,10 @@ class Start(NamedTuple):
 
 
 def find_checkpoint(given: dict[str, Any], script: str) -> dict[str, Any]:
-    """The given values with `--resume auto` replaced by the newest checkpoint of --output-dir, if there is one.
+    """The given values, with `--resume auto` replaced by the newest valid checkpoint of --output-dir, if it has one.
 
-    Rank 0 looks, so that all ranks start from the same. --finetune or --weights beside it are for the first start
-    only: `auto` stays where there is no checkpoint. Raises UserError if checkpoints are there, but no valid one.
+    Rank 0 chooses, so that all ranks start from the same file. --finetune and --weights then count for the first start
+    only. Without a checkpoint, `auto` stays. Raises UserError if all checkpoints are damaged.
     """
     if given.get("resume") != AUTO:
         return given
@@ -64,7 +64,7 @@ def _newest_valid(output_dir: Path, script: str) -> str | None:
 
 
 def choose_start(parser: arguments.Parser, given: dict[str, Any], script: str) -> Start:
-    """Scratch, --resume, --finetune or --test-only; raises UserError for a contradiction or an unfit file."""
+    """Start from scratch, --resume, --finetune or --test-only; raises UserError for contradictions and unfit files."""
     resume, finetune = given.get("resume"), given.get("finetune")
     if resume == AUTO:
         if given.get("test_only"):
