@@ -45,6 +45,11 @@ def classification_metrics(logits: Tensor, targets: Tensor, auroc: bool = False)
     return metrics
 
 
+def format_metrics(metrics: Metrics) -> str:
+    """One line: `loss 0.1234  top1 0.9876 ...`, with `undefined` in place of a missing value."""
+    return "  ".join(f"{name} {'undefined' if value is None else f'{value:.4f}'}" for name, value in metrics.items())
+
+
 def _finite(value: float) -> float | None:
     return value if np.isfinite(value) else None
 

@@ -1,4 +1,7 @@
-"""What a run left in its folder, as far as it got: the log, its origin, its status, and what --test-only found."""
+"""The files of a run's --output-dir: writes the results of --test-only; reads them, the log, run.json and status.json.
+
+A run that was interrupted is read as far as it got.
+"""
 
 import csv
 import io
@@ -8,15 +11,21 @@ from pathlib import Path, PurePath
 from typing import Any, NamedTuple
 
 import numpy as np
+from torch import Tensor
 
 from utils.checkpoints.checkpoint import BEST
+from utils.data.folders import ImageFiles
 from utils.results.log import LOG, read_log
-from utils.results.metrics import Outcome
+from utils.results.metrics import Metrics, Outcome, format_metrics, per_class_table, prediction_table, table_as_csv
 from utils.results.provenance import RUN, is_start
 from utils.runtime.errors import UserError
+from utils.runtime.files import write_atomically, write_json
+from utils.runtime.progress import say
 from utils.runtime.reading import read_bytes, read_json
-from utils.runtime.text import from_cell
+from utils.runtime.text import from_cell, list_names, printable
 
+STATUS = "status.json"
+BAD_BATCH = "nonfinite_batch.json"
 METRICS = "metrics.json"
 TITLES = {"clean": "without masks", "masked": "with mean masks"}
 
@@ -45,6 +54,68 @@ class RunFolder(NamedTuple):
     tested: dict[str, Any]
     evaluations: dict[str, Evaluation]
     notes: list[str]
+
+
+def write_test_results(
+    output_dir: Path,
+    results: dict[str, tuple[tuple[Tensor, Tensor, Tensor], Metrics]],
+    files: ImageFiles,
+    *,
+    split: str,
+    weights: str,
+    averaged: bool | None = None,
+    origin: dict[str, Any],
+) -> None:
+    """Print the results of --test-only, and write metrics.json and two tables for each result. Only on rank 0.
+
+    results: (predictions, metrics) by name, "clean" first. Predictions are logits (N, C) float32, targets (N,) and
+    indices in the split (N,), int64, on the CPU. The tables are per_class.csv and predictions.csv, for another name
+    per_class_<name>.csv and predictions_<name>.csv. files: the images of the split. averaged: whether the weights are
+    the moving average of a file that holds one; None: it holds none. origin: from `provenance.describe`.
+    Raises UserError if a file cannot be written, or a table of an earlier evaluation cannot be removed.
+    """
+    if "masked" not in results:
+        _remove_tables(output_dir, "masked")
+    for name, ((logits, targets, indices), metrics) in results.items():
+        suffix = "" if name == "clean" else f"_{name}"
+        rows = per_class_table(logits, targets, files.classes)
+        write_atomically(output_dir / f"per_class{suffix}.csv", table_as_csv(rows))
+        names = [files.path_as_text(index) for index in indices.tolist()]
+        table = prediction_table(logits, targets, files.classes, names)
+        write_atomically(output_dir / f"predictions{suffix}.csv", table_as_csv(table))
+        say(f"{split}, {len(targets)} images, {name}: {format_metrics(metrics)}")
+        width = max(len(printable(row["class"])) for row in rows)
+        for row in rows:
+            if row["images"]:
+                scores = "  ".join(f"{key} {row[key]:.4f}" for key in ("precision", "recall", "f1"))
+                say(f"  {printable(row['class']):<{width}}  {row['images']:>6} images  {scores}")
+    absent = [row["class"] for row in rows if not row["images"]]  # the same in each result
+    if absent:
+        present = len(files.classes) - len(absent)
+        say(
+            f"{split}: macro metrics are over the {present} of {len(files.classes)} classes that have images here; "
+            f"without: {list_names(absent)}."
+        )
+    summary = {
+        "split": split,
+        "images": len(targets),
+        "weights": weights,
+        "averaged": averaged,
+        "classes": len(files.classes),
+        "absent_classes": absent,
+        "metrics": {name: metrics for name, (_, metrics) in results.items()},
+        "origin": origin,
+    }
+    write_json(output_dir / METRICS, summary)
+
+
+def _remove_tables(output_dir: Path, name: str) -> None:
+    """Remove the tables of an earlier evaluation; next to the new ones they would look like part of them."""
+    for path in (output_dir / f"per_class_{name}.csv", output_dir / f"predictions_{name}.csv"):
+        try:
+            path.unlink(missing_ok=True)
+        except OSError as error:
+            raise UserError(f"{path}: left by an earlier evaluation, cannot be removed ({error.strerror}).") from None
 
 
 def read_run_folder(folder: Path) -> RunFolder:
@@ -181,7 +252,3 @@ def read_table(path: Path, columns: tuple[str, ...]) -> list[dict[str, str]]:
 
 def _undone(row: dict) -> dict:
     return {key: from_cell(value) if isinstance(value, str) else value for key, value in row.items()}
-
-
-STATUS = "status.json"
-BAD_BATCH = "nonfinite_batch.json"
