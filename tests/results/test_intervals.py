@@ -51,12 +51,12 @@ def test_metrics_of_several_runs_are_those_of_each_run():
 
 def test_metrics_among_some_classes_count_all_predictions():
     counts = count_classes(np.array([0, 0, 0, 1, 1, 2]), np.array([0, 0, 1, 1, 2, 2]), None, 4)
-    metrics = macro_metrics(counts, np.array([True, True, False, True]))  # class 3 has no images
+    metrics = macro_metrics(*counts, np.array([True, True, False, True]))  # class 3 has no images
     recall, f1 = (2 / 3 + 1 / 2) / 2, (4 / 5 + 1 / 2) / 2
     assert metrics == pytest.approx(
         {"top1": 3 / 5, "precision": (1 + 1 / 2) / 2, "recall": recall, "f1": f1, "balanced_accuracy": recall}
     )
-    assert np.isnan(list(macro_metrics(counts, np.arange(4) == 3).values())).all()
+    assert np.isnan(list(macro_metrics(*counts, np.arange(4) == 3).values())).all()
 
 
 @pytest.fixture(scope="module")

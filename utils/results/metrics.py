@@ -41,14 +41,6 @@ class Outcome(NamedTuple):
     num_classes: int
 
 
-class ClassCounts(NamedTuple):
-    """Numbers of images by class, float64: of the class (C,), recognised (..., C), and predicted as it (..., C)."""
-
-    images: np.ndarray
-    right: np.ndarray
-    predicted: np.ndarray
-
-
 # Metrics of logits
 
 
@@ -187,10 +179,11 @@ def table_as_csv(rows: list[dict[str, str | int | float | None]]) -> bytes:
 
 def count_classes(
     targets: np.ndarray, predictions: np.ndarray, weights: np.ndarray | None, classes: int
-) -> ClassCounts:
-    """Counts of one run or several on the same images, when image n counts weights[n] times.
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Images of each class (C,), recognised (..., C), and predicted (..., C), float64, for one run or several.
 
-    targets: (N,), predictions: (..., N), numbers below `classes`; weights: (N,) integers, or None for once each.
+    targets: (N,), predictions: (..., N), numbers below `classes`; weights: (N,) integers, how often each image counts;
+    None: once.
     """
     weights = np.ones(len(targets)) if weights is None else weights.astype(float)
     predictions = np.asarray(predictions)
@@ -201,16 +194,17 @@ def count_classes(
     counts = np.bincount(cells.ravel(), counted, minlength=2 * classes * len(runs))
     counts = counts.reshape(*predictions.shape[:-1], 2, classes)
     images = np.bincount(targets, weights, minlength=classes)
-    return ClassCounts(images, counts[..., 1, :], counts.sum(-2))
+    return images, counts[..., 1, :], counts.sum(-2)
 
 
-def macro_metrics(counts: ClassCounts, among: np.ndarray | None = None) -> dict[str, np.ndarray]:
+def macro_metrics(
+    images: np.ndarray, right: np.ndarray, predicted: np.ndarray, among: np.ndarray | None = None
+) -> dict[str, np.ndarray]:
     """top1, macro precision, recall and f1, and balanced_accuracy, each (...), as in `classification_metrics`.
 
-    among: (C,) bool, the classes to average over; their images make up top1. None: all. Classes without images count
-    in no average. NaN if none of the classes has images.
+    images, right, predicted: from `count_classes`. among: (C,) bool, the classes to average over, and those of the
+    images of top1; None: all. Classes without images count in no average; NaN if none has images.
     """
-    images, right, predicted = counts
     present = images > 0 if among is None else among & (images > 0)
     with np.errstate(invalid="ignore"):
         top1 = right[..., present].sum(-1) / images[present].sum()
@@ -224,7 +218,7 @@ def metrics_of(
     targets: np.ndarray, predictions: np.ndarray, weights: np.ndarray | None, classes: int
 ) -> dict[str, np.ndarray]:
     """`macro_metrics` of the predictions (..., N), each (...). Arguments as for `count_classes`."""
-    return macro_metrics(count_classes(targets, predictions, weights, classes))
+    return macro_metrics(*count_classes(targets, predictions, weights, classes))
 
 
 def outcome_metrics(outcome: Outcome, weights: np.ndarray | None = None) -> dict[str, float]:
