@@ -34,6 +34,7 @@ from utils.runtime.node_limits import shared_memory_problem
 from utils.runtime.processes import run_script
 from utils.runtime.text import as_cell, as_line, csv_line, printable
 from utils.training import build as wiring
+from utils.training.evaluation import logits_of_batches
 
 TABLE_TOP = 3
 Row = tuple[str, list[str], list[float]]  # an image's path, the classes from likely to unlikely, their probabilities
@@ -108,7 +109,6 @@ def build_image_loader(
     return build_loader(dataset, sampler, workers, pin_memory=device.type == "cuda")
 
 
-@torch.no_grad()
 def predict(
     classifier: Classifier, loader: DataLoader, device: torch.device, report: Callable[[str], None]
 ) -> Iterator[tuple[Tensor, Tensor]]:
@@ -117,12 +117,11 @@ def predict(
     report: is told of each image that cannot be read. Raises UserError at the first where the loader skips none.
     """
     normalize = wiring.normalize(classifier.args, device)
-    for batch in batches(loader, device):
+    for batch, logits in logits_of_batches(classifier.model, batches(loader, device), normalize, device):
         for message in batch.bad:
             report(message)
-        logits = classifier.model(normalize(batch.images)).float().cpu()
         readable = batch.indices >= 0
-        yield batch.indices[readable], logits[readable]
+        yield batch.indices[readable], logits.cpu()[readable]
 
 
 def ranked(path: str, logits: Tensor, classes: list[str], top: int) -> Row:

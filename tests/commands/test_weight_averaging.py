@@ -109,7 +109,7 @@ def test_an_average_is_not_written_over_a_file(tmp_path, monkeypatch):
     output.write_text("precious")
     with pytest.raises(UserError) as caught:
         average_files(monkeypatch, source, "-o", output)
-    assert str(caught.value).startswith(f"{output}: is there already")
+    assert str(caught.value).startswith(f"{output}: already exists; give another --output, or --overwrite.")
     assert output.read_text() == "precious"
     average_files(monkeypatch, source, "-o", output, "--overwrite")
     assert torch.equal(read_weights(output).model["weight"], torch.ones(2))
