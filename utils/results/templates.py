@@ -7,6 +7,8 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from utils.runtime.text import printable
+
 TEMPLATES = Path(__file__).parent / "templates"
 
 
@@ -19,6 +21,20 @@ def render(template: str, **values: Any) -> bytes:
     return _environment().get_template(template).render(values).encode(errors="backslashreplace")
 
 
+def render_markdown(template: str, **values: Any) -> bytes:
+    """A Markdown page from `utils/results/templates/<template>`, as UTF-8.
+
+    Values are not escaped: put foreign text through the filter `code`, which makes it a code span. Raises as `render`.
+    """
+    return _markdown_environment().get_template(template).render(values).encode(errors="backslashreplace")
+
+
+def code_span(text: str) -> str:
+    """Any text as a Markdown code span of one line; nothing in the text can end it."""
+    shown = printable(text)
+    return f"`` {shown.replace('``', '` `')} ``" if "`" in shown else f"`{shown}`"
+
+
 @cache
 def _environment() -> Environment:
     return Environment(
@@ -28,6 +44,19 @@ def _environment() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
+
+
+@cache
+def _markdown_environment() -> Environment:
+    environment = Environment(
+        loader=FileSystemLoader(TEMPLATES),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters["code"] = code_span
+    return environment
 
 
 def data_uri(content: bytes, media_type: str = "image/png") -> str:
