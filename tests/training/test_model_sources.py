@@ -68,19 +68,18 @@ def body(model: nn.Module, head: str = "fc") -> dict[str, torch.Tensor]:
 # timm's pretrained tags
 
 
-@pytest.mark.parametrize("name", ["test_resnet", "test_resnet.r160_in1k"])
-def test_a_pretrained_tag_gives_its_weights(hub_cache, name):
-    pretrained = put_in_cache(hub_cache, "timm/test_resnet.r160_in1k", classes=1000)
-    model = create_classifier(name, 1000, 32, weights="r160_in1k")
-    assert_equal_states(model.state_dict(), pretrained.state_dict())
-
-
-@pytest.mark.parametrize(("name", "head"), [("test_resnet", "fc"), ("test_convnext", "head.fc")])
-def test_a_pretrained_body_gets_a_head_for_other_classes(hub_cache, name, head):
-    pretrained = put_in_cache(hub_cache, f"timm/{name}.r160_in1k", name=name, classes=1000)
-    model = create_classifier(name, 3, 32, weights="r160_in1k")
+@pytest.mark.parametrize(
+    ("name", "head", "classes"),
+    [("test_resnet", "fc", 1000), ("test_resnet.r160_in1k", "fc", 3), ("test_convnext", "head.fc", 3)],
+)
+def test_a_pretrained_tag_gives_its_weights_and_a_fitting_head(hub_cache, name, head, classes):
+    architecture = name.split(".")[0]
+    pretrained = put_in_cache(hub_cache, f"timm/{architecture}.r160_in1k", name=architecture, classes=1000)
+    model = create_classifier(name, classes, 32, weights="r160_in1k")
     assert_equal_states(body(model, head), body(pretrained, head))
-    assert model.get_submodule(head).weight.shape[0] == 3
+    weight = model.get_submodule(head).weight
+    assert weight.shape[0] == classes
+    assert torch.equal(weight, pretrained.get_submodule(head).weight) == (classes == 1000)
 
 
 def test_the_error_for_an_unknown_tag_lists_the_known_ones():

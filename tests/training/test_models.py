@@ -89,32 +89,21 @@ def test_heads_by_name_and_size(name):
         assert model.eval()(torch.rand(2, 3, 32, 32)).shape == (2, 5)
     assert head_names(model) == HEADS[name]
     heads, _ = split_by_head(model.state_dict(), HEADS[name])
-    assert head_size(model, {key: torch.cat([value, value[:2]]) for key, value in heads.items()}) == 7
+    for key in (f"{head}.weight" for head in HEADS[name]):  # a file may hold any of the heads
+        assert head_size(model, {key: torch.cat([heads[key], heads[key][:2]])}) == 7
     assert head_size(model, {"other.weight": torch.zeros(7, 2)}) is None
-
-
-def test_the_head_size_is_that_of_the_first_head_in_the_file():
-    model = classifier("deit_tiny_distilled_patch16_224")
-    assert head_size(model, {"head_dist.weight": torch.zeros(6, 192)}) == 6
 
 
 # Loading
 
 
-def test_loaded_weights_are_equal_bit_for_bit():
-    source, model = classifier(seed=1), classifier(seed=2)
-    load_classifier(model, state_of(source), "source.pth")
-    assert_equal_states(model.state_dict(), source.state_dict())
-
-
-def test_integer_buffers_that_became_floats_are_cast_back():
+@pytest.mark.parametrize("as_floats", [False, True])
+def test_loaded_weights_are_equal_bit_for_bit_even_from_floats(as_floats):
     source, model = classifier(seed=1), classifier(seed=2)
     source(torch.rand(2, 3, 32, 32))
-    floats = {key: value.float() for key, value in source.state_dict().items()}
-    load_classifier(model, floats, "averaged.pth")
-    assert_equal_states(model.state_dict(), source.state_dict())
-    assert model.bn1.num_batches_tracked.dtype == torch.int64
-    assert model.bn1.num_batches_tracked.item() == 1
+    state = {key: value.float() if as_floats else value for key, value in source.state_dict().items()}
+    load_classifier(model, state, "source.pth")
+    assert_equal_states(model.state_dict(), source.state_dict())  # integer buffers are integers again
 
 
 def test_the_error_for_weights_that_do_not_fit_lists_the_keys():
@@ -134,15 +123,9 @@ def test_the_error_for_weights_that_do_not_fit_lists_the_keys():
         f"fc.weight is (4, 5), expected (3, {width})",
     ):
         assert part in str(caught.value)
-    assert "more" not in str(caught.value)
     assert_equal_states(model.state_dict(), before)
-
-
-def test_only_six_keys_that_do_not_fit_are_listed():
-    model = classifier()
-    with pytest.raises(UserError, match=rf"and {len(model.state_dict()) - 6} more\.") as caught:
+    with pytest.raises(UserError, match=rf"(missing [^;]+; ){{6}}and {len(before) - 6} more\."):
         load_classifier(model, {}, "empty.pth")
-    assert str(caught.value).count("missing ") == 6
 
 
 @pytest.mark.parametrize("name", HEADS)
@@ -155,17 +138,12 @@ def test_a_reinitialised_head_is_new_and_the_body_equals_the_file(name):
     assert_equal_states(body, split_by_head(source.state_dict(), HEADS[name])[1])
 
 
-def test_a_file_without_a_head_loads_if_the_head_is_reinitialised():
-    source, model = classifier(seed=1), classifier(seed=2)
-    _, body = split_by_head(state_of(source), ["fc"])
-    load_classifier(model, body, "body.pth", reinitialise_head=True)
-    assert torch.equal(model.conv1[0].weight, source.conv1[0].weight)
+def test_only_the_head_may_be_missing_or_differ_if_reinitialised():
+    state = state_of(classifier(num_classes=7, seed=1))
+    _, body = split_by_head(state, ["fc"])
+    load_classifier(classifier(), body, "body.pth", reinitialise_head=True)
     with pytest.raises(UserError, match=r"missing fc\.bias; missing fc\.weight\."):
-        load_classifier(model, body, "body.pth")
-
-
-def test_a_reinitialised_head_does_not_excuse_other_keys():
-    state = state_of(classifier(num_classes=7))
+        load_classifier(classifier(), body, "body.pth")
     del state["bn1.bias"]
     state["fc2.weight"] = torch.zeros(1)  # starts like the head's name
     with pytest.raises(UserError, match=r"missing bn1\.bias; unexpected fc2\.weight\."):

@@ -1,4 +1,4 @@
-"""Self-contained HTML pages: styles, script and pictures are inside, and nothing is asked of a network."""
+"""HTML pages and Markdown files from utils/results/templates. Pages are self-contained: styles, script and pictures."""
 
 import base64
 from functools import cache
@@ -13,52 +13,41 @@ TEMPLATES = Path(__file__).parent / "templates"
 
 
 def render(template: str, **values: Any) -> bytes:
-    """A page from `utils/results/templates/<template>`; values are escaped where they are put in, whatever they hold.
+    """An HTML page in UTF-8 from a template; all values are escaped. File names that are not text get backslashes.
 
-    Names of files that are no text are written with backslashes. Raises jinja2's UndefinedError for a value that the
-    template names and was not given.
+    Raises jinja2's UndefinedError for a value that the template uses and was not given.
     """
-    return _environment().get_template(template).render(values).encode(errors="backslashreplace")
+    return _environment(html=True).get_template(template).render(values).encode(errors="backslashreplace")
 
 
 def render_markdown(template: str, **values: Any) -> bytes:
-    """A Markdown page from `utils/results/templates/<template>`, as UTF-8.
+    """A Markdown file in UTF-8 from a template; the template passes foreign text through the filter `code`.
 
-    Values are not escaped: put foreign text through the filter `code`, which makes it a code span. Raises as `render`.
+    Raises as `render`.
     """
-    return _markdown_environment().get_template(template).render(values).encode(errors="backslashreplace")
-
-
-def code_span(text: str) -> str:
-    """Any text as a Markdown code span of one line; nothing in the text can end it."""
-    shown = printable(text)
-    return f"`` {shown.replace('``', '` `')} ``" if "`" in shown else f"`{shown}`"
+    return _environment(html=False).get_template(template).render(values).encode(errors="backslashreplace")
 
 
 @cache
-def _environment() -> Environment:
-    return Environment(
-        loader=FileSystemLoader(TEMPLATES),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-
-
-@cache
-def _markdown_environment() -> Environment:
+def _environment(html: bool) -> Environment:
     environment = Environment(
         loader=FileSystemLoader(TEMPLATES),
+        autoescape=html,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
-        keep_trailing_newline=True,
+        keep_trailing_newline=not html,
     )
     environment.filters["code"] = code_span
     return environment
 
 
+def code_span(text: str) -> str:
+    """Any text as a Markdown code span on one line, which nothing in the text can end."""
+    shown = printable(text)
+    return f"`` {shown.replace('``', '` `')} ``" if "`" in shown else f"`{shown}`"
+
+
 def data_uri(content: bytes, media_type: str = "image/png") -> str:
-    """Bytes of a picture as the `src` of an <img>."""
+    """The bytes of a picture as the `src` of an <img>."""
     return f"data:{media_type};base64,{base64.b64encode(content).decode()}"
