@@ -280,7 +280,7 @@ def check_model(build, image_folder):
 
 
 def check_weights(build, image_folder):
-    with pytest.raises(UserError, match=r"--weights no_such_tag: timm has for test_resnet the tags r160_in1k"):
+    with pytest.raises(UserError, match=r"--weights no_such_tag: timm's tags for test_resnet are r160_in1k"):
         wiring.classifier(build("--weights", "no_such_tag"), ["a"], None, None, CPU)
 
 

@@ -1,13 +1,13 @@
 """Evaluation: every image exactly once, for any number of processes."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from utils.data.dataset import BadImages, batches
+from utils.data.dataset import BadImages, Batch, batches
 from utils.data.loaders import Wait
 from utils.results.metrics import Metrics, classification_metrics
 from utils.runtime import distributed
@@ -26,6 +26,24 @@ class Predictions(NamedTuple):
     logits: Tensor
     targets: Tensor
     indices: Tensor
+
+
+@torch.no_grad()
+def logits_of_batches(
+    model: nn.Module,
+    loaded: Iterable[Batch],
+    prepare: Callable[[Tensor], Tensor],
+    device: torch.device,
+    autocast_dtype: torch.dtype | None = None,
+) -> Iterator[tuple[Batch, Tensor]]:
+    """Each batch with its logits (B, C) float32 on the device.
+
+    model: in evaluation mode; prepare: uint8 images (B, C, S, S) on the device to the model's input.
+    """
+    for batch in loaded:
+        with torch.autocast(device.type, dtype=autocast_dtype, enabled=autocast_dtype is not None):
+            logits = model(prepare(batch.images))
+        yield batch, logits.to(torch.float32, copy=True)  # the next batch overwrites the output of a CUDA graph
 
 
 @torch.no_grad()
@@ -53,10 +71,9 @@ def predict(
     logits, targets, indices = [], [], []
     global_batch = loader.batch_sampler.batch_size * distributed.world_size()
     progress = Progress(label, len(loader), print_freq, global_batch)
-    for step, batch in progress.track(batches(loader, device, bad_images, wait)):
-        with torch.autocast(device.type, dtype=autocast_dtype, enabled=autocast_dtype is not None):
-            output = model(prepare(batch.images))
-        logits.append(output.to(torch.float32, copy=True))  # the next replay of a CUDA graph overwrites its output
+    loaded = batches(loader, device, bad_images, wait)
+    for step, (batch, output) in progress.track(logits_of_batches(model, loaded, prepare, device, autocast_dtype)):
+        logits.append(output)
         targets.append(batch.targets)
         indices.append(batch.indices)
         if progress.is_due(step):
