@@ -18,8 +18,8 @@ from utils.checkpoints.checkpoint import METADATA, read, read_weights
 
 REFUSE = """
 import resource, sys
-from utils import checkpoint
-from utils.errors import UserError
+from utils.checkpoints import checkpoint
+from utils.runtime.errors import UserError
 used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (used + 100_000_000, -1))
 for path in sys.argv[1:]:
