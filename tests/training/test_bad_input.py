@@ -166,7 +166,7 @@ def test_code_in_a_file_is_refused_unread(image_folder, tmp_path):
     (tmp_path / "bad.pth").write_bytes(pickle.dumps({"model": Payload()}))
     data = ("--data-path", image_folder)
     for flags in (("--finetune", tmp_path / "bad.pth"), ("--resume", tmp_path / "bad.pth")):
-        refuse(normal, *data, *flags, match=r"bad.pth: (holds pickled objects|is no checkpoint)")
+        refuse(normal, *data, *flags, match=r"bad.pth: (holds pickled objects|not a checkpoint)")
     assert not (tmp_path / "ran").exists()
 
 

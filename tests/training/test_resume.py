@@ -193,7 +193,7 @@ def test_auto_takes_the_newest_valid_checkpoint(image_folder, tmp_path, capsys):
 
     newest.write_bytes(newest.read_bytes()[:1000])  # damaged: the one before is taken, and is not lost by the next save
     normal.main([*command, "2"])
-    assert f"{newest}: is no checkpoint, or is damaged" in (said := capsys.readouterr().out)
+    assert f"{newest}: not a checkpoint, or damaged" in (said := capsys.readouterr().out)
     assert f"Trying {previous}." in said
     assert_same(state_of(tmp_path), expected)
     assert torch.load(previous, weights_only=True)["epoch"] == 1
@@ -213,7 +213,7 @@ def test_auto_takes_the_newest_valid_checkpoint(image_folder, tmp_path, capsys):
     newest.write_bytes(b"damaged")
     previous.write_bytes(b"damaged too")
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-    with pytest.raises(UserError, match=r"checkpoint_prev\.pth: is no checkpoint"):
+    with pytest.raises(UserError, match=r"checkpoint_prev\.pth: not a checkpoint"):
         normal.main([*command, "2"])
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
