@@ -100,7 +100,7 @@ def default_root(seed: int = 0) -> Path:
 
 
 def ensure_default(seed: int = 0) -> Path:
-    """Folder of the default set of a seed, generated if absent; processes may race for it. Raises as `generate` does."""
+    """Folder of the default set of a seed, generated if absent; processes may race. Raises as `generate` does."""
     root = default_root(seed)
     if not root.is_dir():
         try:
