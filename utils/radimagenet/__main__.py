@@ -220,9 +220,9 @@ def main(argv: Sequence[str] | None = None) -> None:
                         "read in one pass")  # fmt: skip
     add("--csv-dir", type=expanded_path, metavar="FOLDER", help="folder of the three lists (default: --source or its "
         "radiology_ai; next to --archive, or in it before the images)")  # fmt: skip
-    add("--link", choices=list(KINDS), help="how to put the images of --source in OUTPUT: relative links (default) need "
-        "the source to stay in place, relative to OUTPUT; hard links need one file system. Images of --archive are "
-        "always written")  # fmt: skip
+    add("--link", choices=list(KINDS), help="how to put the images of --source in OUTPUT: relative links (default), "
+        "for which the source must stay in place, relative to OUTPUT; hard links, on one file system; or copies. "
+        "Images of --archive are always written")  # fmt: skip
     add("--correction-masks", type=expanded_path, metavar="PATH", help="the published ultrasound corrections, "
         "<image>.npy in a folder or (with --source) in a .tar.gz: added to the images at 224 x 224 pixels, which are "
         "written instead of linked; an image without a mask counts as missing")  # fmt: skip
