@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from experiments.plan import run_folder
+from experiments.plan import FINISHED, folder_of_run
 from utils.results.metrics import classification_metrics, per_class_table, prediction_table, table_as_csv
 
 START = {
@@ -45,7 +45,7 @@ def write_test(
 def finish(results: Path, arm: str, seed: int, seconds: float = 1800.0) -> None:
     """Say that the run is done."""
     content = {"commands": [], "seconds": seconds}
-    (run_folder(results, arm, seed) / "finished.json").write_text(json.dumps(content))
+    (folder_of_run(results, arm, seed) / FINISHED).write_text(json.dumps(content))
 
 
 CLASSES = ["ct-head-normal", "mr-<b>brain</b>", "us-breast-cyst"]
