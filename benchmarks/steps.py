@@ -1,4 +1,4 @@
-"""Rows 1 to 4: masks and training steps, each against the least that it could take."""
+"""Rows 1 to 4: masks and training steps, each against the published or the minimum work."""
 
 from collections.abc import Callable
 from functools import partial
@@ -23,7 +23,7 @@ from utils.training.models import create_classifier
 
 
 def smooth_mask(setting: Setting) -> list[Measurement]:
-    """Row 1: masks from cells, by our two matrix products and by interpolate + gaussian_blur at full size."""
+    """Row 1: masks from cells, our two matrix products against interpolate + gaussian_blur at full size."""
     size, batch_size, policy = setting.size, setting.batch_size, setting.policy
     ours = SmoothMask(size, **policy).to(setting.device)
     theirs = partial(published_mask, size=size, **policy)
@@ -50,8 +50,8 @@ def repeat(times: int, function: nn.Module, *inputs: Tensor) -> None:
 def bare_steps(
     steps: int, network: nn.Module, optimizer: Optimizer, images: Tensor, targets: Tensor, loop: Loop
 ) -> None:
-    """The least that trains a network on one batch: forward, cross-entropy, backward, the optimiser's step."""
-    optimizer.grad_scale = optimizer.found_inf = None  # left by our guarded update
+    """The minimum work of training a network on one batch: forward, cross-entropy, backward, optimiser step."""
+    optimizer.grad_scale = optimizer.found_inf = None  # set by our guarded update
     network.train()
     for _ in range(steps):
         optimizer.zero_grad(set_to_none=True)
@@ -62,7 +62,7 @@ def bare_steps(
 
 
 def bare_policy(steps: int, policy: nn.Module, images: Tensor, loop: Loop) -> None:
-    """The policy network's own arithmetic: both heads forward, and backward from a trivial scalar."""
+    """The policy network's arithmetic: forward through both heads, and backward from a trivial scalar."""
     for _ in range(steps):
         policy.zero_grad(set_to_none=True)
         with loop.training.settings.autocast():
@@ -71,18 +71,18 @@ def bare_policy(steps: int, policy: nn.Module, images: Tensor, loop: Loop) -> No
 
 
 def optimizer_steps(steps: int, optimizer: Optimizer) -> None:
-    """Updates from the gradients that are there."""
+    """Updates from the current gradients."""
     optimizer.grad_scale = optimizer.found_inf = None
     for _ in range(steps):
         optimizer.step()
 
 
 def policy_price(setting: Setting) -> list[Measurement]:
-    """Row 2: our joint step over its parts, which are timed alone.
+    """Row 2: our joint step over its parts, each timed alone.
 
-    The parts are the classifier's whole training step and the policy network's forward and backward pass, as the issue
-    has it: the policy's optimiser step is in ours only. It is timed apart, and the note says what the ratio is when it
-    counts as a part too. Both sides run the same networks, of the same format, precision and compilation.
+    The parts are the classifier's whole training step and the policy network's forward and backward pass. The policy's
+    optimiser step is only in ours; it is timed separately, and the note gives the ratio with it as a third part. Both
+    sides run the same networks in the same memory format, precision and compilation.
     """
     cases = [("resnet10t", [])]
     if setting.on_gpu:
@@ -115,12 +115,14 @@ def _policy_price(setting: Setting, model: str, flags: list[str]) -> Measurement
 
 
 def against_published(setting: Setting) -> list[Measurement]:
-    """Row 3: our joint step against the published one, with the same networks and first weights."""
+    """Row 3: our joint step against the published one, with the same networks and initial weights."""
     target = Target(True, 3.0 if setting.on_gpu else 1.2)
     faster = ["--amp"] if setting.on_gpu else ["--channels-last"]
-    variants = [[], faster, [*faster, "--compile"]] + ([] if setting.on_gpu else [["--compile"]])
-    if setting.quick:  # compiling takes longer than all else
-        variants = variants[:2]
+    variants = [[], faster]
+    if not setting.quick:  # compiling takes longer than everything else
+        variants.append([*faster, "--compile"])
+        if not setting.on_gpu:
+            variants.append(["--compile"])
     return (_against_published(setting, flags, target) for flags in variants)
 
 
@@ -138,12 +140,12 @@ def _against_published(setting: Setting, flags: list[str], target: Target) -> Me
     seconds = setting.time(sides)
     comparison = compare(*(rates(seconds[name], loader.images) for name in ("ours", "theirs")))
     what = f"_policy_gradient step against the published one, {setting.model('resnet10t')} {describe(flags)}"
-    note = "theirs: float32, NCHW, nothing compiled, glibc's allocator as it is"
+    note = "theirs: float32, NCHW, nothing compiled, glibc's default allocator settings"
     return measured(3, f"{what}, B={setting.batch_size}", "images/s", comparison, target, note)
 
 
 def with_default_allocator(work: Callable[[], object]) -> None:
-    """As a plain script runs; ours keeps freed memory on the CPU."""
+    """Run with glibc's default settings; ours keeps freed memory on the CPU."""
     keep_freed_memory(False)
     try:
         work()
@@ -152,7 +154,7 @@ def with_default_allocator(work: Callable[[], object]) -> None:
 
 
 def published_step_of(setting: Setting, loop: Loop) -> PublishedStep:
-    """The published step on copies of a loop's networks, NCHW."""
+    """The published step on NCHW copies of a loop's networks."""
     policy = distributed.unwrap(loop.masking.policy)
     classes = loop.classifier.get_classifier().out_features
     classifier = create_classifier(setting.model("resnet10t"), classes, setting.size)
@@ -166,7 +168,7 @@ def published_step_of(setting: Setting, loop: Loop) -> PublishedStep:
 
 
 def plain_step(setting: Setting) -> list[Measurement]:
-    """Row 4: our `_normal` step against a bare loop of the same network, optimiser and precision."""
+    """Row 4: our `_normal` step against a bare loop with the same network, optimiser and precision."""
     if setting.on_gpu:
         cases = [(model, size, ["--amp"]) for size in (64, 256) for model in ("resnet50", "resnet18")]
         cases.insert(1, ("resnet18", 64, ["--amp", "--compile"]))
@@ -196,5 +198,5 @@ def _plain_step(setting: Setting, model: str, batch_size: int | None, flags: lis
 
 
 def describe(flags: list[object]) -> str:
-    """The flags that set a variant apart."""
+    """The name of a variant: its flags, or float32."""
     return " ".join(map(str, flags)) or "float32"

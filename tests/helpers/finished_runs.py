@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from experiments.plan import run_folder
+from experiments.plan import FINISHED, folder_of_run
 from utils import report
 from utils.results.metrics import classification_metrics, per_class_table, prediction_table, table_as_csv
 
@@ -50,7 +50,7 @@ def write_test(
 def finish(results: Path, arm: str, seed: int, seconds: float = 1800.0) -> None:
     """Mark the run of a plan as finished."""
     content = {"commands": [], "seconds": seconds}
-    (run_folder(results, arm, seed) / "finished.json").write_text(json.dumps(content))
+    (folder_of_run(results, arm, seed) / FINISHED).write_text(json.dumps(content))
 
 
 def write_run(folder: Path, epochs: int = 3, tested: bool = True, policy: bool = True) -> Path:
