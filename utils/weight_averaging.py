@@ -55,20 +55,24 @@ def _check_fit(files: list[Weights]) -> None:
             raise UserError(f"{weights.path}: was trained on other classes than {first.path}; average one run only.")
 
 
-def _check_one_run(files: list[Weights]) -> None:
-    """Raise UserError for full states among weights, for equal weights in two files, and for flags that differ."""
+def _check_epochs(files: list[Weights]) -> None:
+    """Raise UserError for full states among weights, and for equal weights in two files; lists the usable files."""
     full_states = [weights.path for weights in files if weights.full_state]
     if len(full_states) == len(files):  # they may be averaged with each other
         full_states = []
     epochs = [weights for weights in files if weights.path not in full_states]
     repeated = _repeated(epochs)
-    if full_states or repeated:
-        problems = [f"{path} is the full state of a run, not the weights of an epoch" for path in full_states]
-        problems += [f"{path} holds the same weights as {kept}" for path, kept in repeated.items()]
+    problems = [f"{path} is the full state of a run, not the weights of an epoch" for path in full_states]
+    problems += [f"{path} holds the same weights as {kept}" for path, kept in repeated.items()]
+    if problems:
         usable = [weights.path for weights in epochs if weights.path not in repeated]
         usable.sort(key=lambda path: (len(path), path))  # model_9.pth before model_10.pth
         message = f"{'; '.join(problems)}. Give the weights of the last epochs only: {' '.join(usable[-LAST:])}"
         raise UserError(printable(message))
+
+
+def _check_one_run(files: list[Weights]) -> None:
+    """Raise UserError for files that were trained with different flags of the model."""
     first = files[0]
     for weights in files[1:]:
         if _is_heated(first) != _is_heated(weights):
@@ -137,6 +141,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         for note in weights.notes:
             print_line(note)
     _check_fit(files)
+    _check_epochs(files)
     _check_one_run(files)
     last = files[-1]
     state = {"model": average(files), "args": last.args}

@@ -97,10 +97,12 @@ def _class_names(weights: Weights, given: str | None) -> list[str]:
             f"{weights.path}: names no classes. Give --classes FILE (one name per line) or --classes FOLDER (of class "
             "folders), in the order used in training."
         )
-    if weights.classes is not None and named not in (None, weights.classes):
+    if weights.classes is None:
+        return named
+    if named not in (None, weights.classes):
         forms = explain_forms(named, weights.classes)
         raise UserError(f"--classes {given}: {weights.path} names other classes; leave the flag out.{forms}")
-    return named or weights.classes
+    return weights.classes
 
 
 def read_class_names(path: Path) -> list[str]:
