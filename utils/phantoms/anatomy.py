@@ -137,6 +137,7 @@ def ct_abdomen(finding: str, rng: Generator, size: int) -> Array:
     paint(hounsfield, ellipse(x, y, (0, 0), (a, b)), -100)  # fat
     paint(hounsfield, ellipse(x, y, (0, 0), (a - fat, b - fat)), 55)  # muscle
     paint(hounsfield, cavity, -90)
+    paint(hounsfield, cavity * np.clip(3 * smooth_field(rng, size, 6), 0, 1), rng.uniform(20, 70))  # bowel
     liver, enhanced = cavity * ellipse(x, y, (-0.44, -0.12), (0.44, 0.38), 0.5), rng.uniform(95, 120)
     vessels = np.clip(1 - 9 * np.abs(smooth_field(rng, size, 5)), 0, 1)
     paint(hounsfield, liver, enhanced + 35 * vessels)
@@ -144,7 +145,6 @@ def ct_abdomen(finding: str, rng: Generator, size: int) -> Array:
     for value, centre, axes, angle in (
         (170, (0.36, 0.25 + low), (0.15, 0.1), -0.7),  # kidneys
         (170, (-0.36, 0.25 - low), (0.15, 0.1), 0.7),
-        (rng.uniform(20, 70), (0.25, -0.1), (rng.uniform(0.2, 0.3), 0.2), rng.uniform(0, 3)),  # bowel
         (rng.uniform(100, 130), (0.62, 0.05), (0.11, 0.24), 0),  # spleen
         (190, (0.06, 0.1), (0.055, 0.055), 0),  # aorta
         (420, (0, 0.27), (0.14, 0.11), 0),  # vertebra
