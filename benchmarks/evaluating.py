@@ -38,13 +38,13 @@ def evaluation(setting: Setting) -> list[Measurement]:
     data = image_folder(setting, "evaluation", train=batch_size or setting.batch_size, val=count)
     command = [*setting.flags("resnet50", batch_size, workers), *flags]
     loop = build(normal, data, setting.new_folder("run"), *command)
-    loader = loop.evaluation["loader"]
-    images = loop.evaluation["prepare"](first_batch(loader, setting.device).images)  # (B, 3, S, S)
+    loader = loop.predict.keywords["loader"]
+    images = loop.run.normalize(first_batch(loader, setting.device).images)  # (B, 3, S, S)
     skip = 1 if len(loader) < 50 else 10
     watched = Watched(loader, skip, synchronizer(setting.device))
     sides = {
         "ours": lambda: watched.seconds_of(lambda: loop.evaluate(watched)),
-        "theirs": lambda: forward_passes(loop.evaluation["model"], images, len(loader), loop.autocast),
+        "theirs": lambda: forward_passes(loop.classifier, images, len(loader), loop.training.settings.autocast),
     }
     seconds = setting.time(sides)
     comparison = compare(

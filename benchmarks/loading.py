@@ -41,9 +41,8 @@ def drain(loader: Iterable) -> None:
 
 def epoch_of(loop: Loop) -> None:
     """Load one epoch with a script's own loader, up to batches on the device, without training."""
-    loader = loop.training["loader"]
-    loader.batch_sampler.set_position(0)
-    drain(batches(loader, loop.device, loop.training["bad_images"]))
+    loop.loader.batch_sampler.set_position(0)
+    drain(batches(loop.loader, loop.device, loop.run.bad_images))
 
 
 @contextmanager
@@ -119,9 +118,13 @@ def _cached_training(setting: Setting, model: str, batch_size: int, precision: l
     data = image_folder(setting, f"training-{count}", train=count, val=batch_size)
     command = [*setting.flags(model, batch_size, workers), *precision, *cache_flags(setting, kind)]
     loop = build(normal, data, setting.new_folder("run"), *command)
-    loader = loop.training["loader"]
-    fixed, watched = FixedLoader(loop, max(2, len(loader) // 4)), Watched(loader, skip, synchronizer(setting.device))
-    sides = {"ours": lambda: watched.seconds_of(lambda: loop.run(watched)), "theirs": lambda: loop.run(fixed)}
+    loader = loop.loader
+    fixed = FixedLoader(loop, max(2, len(loader) // 4))
+    watched = Watched(loader, skip, synchronizer(setting.device))
+    sides = {
+        "ours": lambda: watched.seconds_of(lambda: loop.train_epoch(watched)),
+        "theirs": lambda: loop.train_epoch(fixed),
+    }
     seconds = setting.time(sides, warmups=1, repeats=min(setting.repeats, 4))
     counted = (len(loader) - skip) * batch_size
     comparison = compare(rates(seconds["ours"], counted), rates(seconds["theirs"], fixed.images))

@@ -55,7 +55,7 @@ def bare_steps(
     network.train()
     for _ in range(steps):
         optimizer.zero_grad(set_to_none=True)
-        with loop.autocast():
+        with loop.training.settings.autocast():
             logits = network(images)  # (B, C)
         F.cross_entropy(logits.float(), targets).backward()
         optimizer.step()
@@ -65,7 +65,7 @@ def bare_policy(steps: int, policy: nn.Module, images: Tensor, loop: Loop) -> No
     """The policy network's arithmetic: forward through both heads, and backward from a trivial scalar."""
     for _ in range(steps):
         policy.zero_grad(set_to_none=True)
-        with loop.autocast():
+        with loop.training.settings.autocast():
             head_alpha, head_beta = policy(images)  # (B, G*G) each
         (head_alpha.mean() + head_beta.mean()).backward()
 
@@ -98,9 +98,9 @@ def _policy_price(setting: Setting, model: str, flags: list[str]) -> Measurement
     steps = setting.steps(on_cpu=1, on_gpu=30)
     loader = FixedLoader(loop, steps)
     images, targets = network_input(loop, loader)
-    policy, optimizers = distributed.unwrap(loop.training["policy"]), loop.update.optimizers
+    policy, optimizers = distributed.unwrap(loop.masking.policy), loop.training.update.optimizers
     sides = {
-        "ours": lambda: loop.run(loader),
+        "ours": lambda: loop.train_epoch(loader),
         "classifier": lambda: bare_steps(steps, loop.classifier, optimizers["classifier"], images, targets, loop),
         "policy": lambda: bare_policy(steps, policy, images, loop),
         "optimizer": lambda: optimizer_steps(steps, optimizers["policy"]),
@@ -134,7 +134,7 @@ def _against_published(setting: Setting, flags: list[str], target: Target) -> Me
     theirs = published_step_of(setting, loop)
     images, targets = (tensor.contiguous() for tensor in network_input(loop, loader))
     sides = {
-        "ours": lambda: loop.run(loader),
+        "ours": lambda: loop.train_epoch(loader),
         "theirs": lambda: with_default_allocator(lambda: [theirs(images, targets) for _ in range(steps)]),
     }
     seconds = setting.time(sides)
@@ -155,7 +155,7 @@ def with_default_allocator(work: Callable[[], object]) -> None:
 
 def published_step_of(setting: Setting, loop: Loop) -> PublishedStep:
     """The published step on NCHW copies of a loop's networks."""
-    policy = distributed.unwrap(loop.training["policy"])
+    policy = distributed.unwrap(loop.masking.policy)
     classes = loop.classifier.get_classifier().out_features
     classifier = create_classifier(setting.model("resnet10t"), classes, setting.size)
     heads = ConcentrationNetwork(setting.model("resnet10t"), setting.policy["grid"], setting.size)
@@ -163,7 +163,7 @@ def published_step_of(setting: Setting, loop: Loop) -> PublishedStep:
     heads.load_state_dict(policy.heads.state_dict())
     for network in (classifier, heads):
         network.to(setting.device, memory_format=torch.contiguous_format)
-    lr = loop.update.optimizers["classifier"].param_groups[0]["lr"]
+    lr = loop.training.update.optimizers["classifier"].param_groups[0]["lr"]
     return PublishedStep(classifier, heads, policy.prior, lr=lr, **setting.policy)
 
 
@@ -186,9 +186,9 @@ def _plain_step(setting: Setting, model: str, batch_size: int | None, flags: lis
     steps = setting.steps(on_cpu=1, on_gpu=30)
     loader = FixedLoader(loop, steps)
     images, targets = network_input(loop, loader)
-    optimizer = loop.update.optimizers["classifier"]
+    optimizer = loop.training.update.optimizers["classifier"]
     sides = {
-        "ours": lambda: loop.run(loader),
+        "ours": lambda: loop.train_epoch(loader),
         "theirs": lambda: bare_steps(steps, loop.classifier, optimizer, images, targets, loop),
     }
     seconds = setting.time(sides)

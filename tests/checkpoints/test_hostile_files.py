@@ -94,7 +94,7 @@ def test_the_files_that_are_used_here_are_good(use, run):
 @pytest.mark.parametrize("content", [b"", b"\0" * 1000, b"This is text.\n"], ids=["nothing", "zeros", "text"])
 def test_what_holds_no_weights(use, tmp_path, name, content):
     (tmp_path / name).write_bytes(content)
-    refused(use, tmp_path / name, f"{name}: is no checkpoint")
+    refused(use, tmp_path / name, f"{name}: not a checkpoint")
 
 
 def test_what_is_no_file(use, tmp_path):
@@ -102,7 +102,7 @@ def test_what_is_no_file(use, tmp_path):
     (tmp_path / "folder.pth").mkdir()
     os.mkfifo(tmp_path / "pipe.pth")  # which would wait for its writer
     for name in ("folder.pth", "pipe.pth"):
-        refused(use, tmp_path / name, f"{name}: is no regular file; expected a checkpoint or weights")
+        refused(use, tmp_path / name, f"{name}: not a regular file; expected a checkpoint or weights")
     with pytest.raises(UserError, match="File name too long"):
         checkpoint.read("n" * 300)
 
@@ -122,9 +122,9 @@ def test_a_file_that_may_not_be_read(use, run, tmp_path):
         ("zip.pth", as_bytes, "could run code when read; refused"),
         ("old.pth", lambda state: as_bytes(state, _use_new_zipfile_serialization=False), "could run code when read"),
         ("plain.pth", lambda state: pickle.dumps(state, protocol=2), "could run code when read; refused"),
-        ("newer.pth", lambda state: pickle.dumps(state, protocol=4), "is no checkpoint"),
-        ("disguised.safetensors", as_bytes, r"is no checkpoint, or is damaged \("),
-        ("plain.safetensors", lambda state: pickle.dumps(state, protocol=2), r"is no checkpoint, or is damaged \("),
+        ("newer.pth", lambda state: pickle.dumps(state, protocol=4), "not a checkpoint"),
+        ("disguised.safetensors", as_bytes, r"not a checkpoint, or damaged \("),
+        ("plain.safetensors", lambda state: pickle.dumps(state, protocol=2), r"not a checkpoint, or damaged \("),
     ],
 )
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
@@ -188,7 +188,7 @@ def test_nothing_is_unpacked_before_the_sizes_are_checked(tmp_path, request):
     request.getfixturevalue("never_unpacked")
     for content, match in ((compressed, "is compressed"), (overlapping, "records claim more bytes than the file has")):
         (tmp_path / "bomb.pth").write_bytes(content)
-        with pytest.raises(UserError, match=f"bomb.pth: is no checkpoint, or is damaged .*{match}"):
+        with pytest.raises(UserError, match=f"bomb.pth: not a checkpoint, or damaged .*{match}"):
             checkpoint.read(tmp_path / "bomb.pth")
 
 
@@ -233,8 +233,8 @@ def quantised() -> torch.Tensor:
 
 
 HUGE = r"'fc.bias' claims the shape \(1000000, 1000000\), more than the file holds; refused"
-NOT_FINITE = "'fc.bias' holds NaN or infinite values: the training had diverged; take an earlier file"
-NOT_DENSE = "'fc.bias' is no dense tensor"
+NOT_FINITE = "'fc.bias' holds NaN or infinite values: the training had diverged; use an earlier file"
+NOT_DENSE = "'fc.bias' is not a dense tensor"
 TENSORS = {
     "expanded": (lambda: torch.zeros(1).expand(10**6, 10**6), HUGE),
     "sparse": (lambda: torch.zeros(3).to_sparse(), NOT_DENSE),
@@ -242,7 +242,7 @@ TENSORS = {
     "quantised": (quantised, NOT_DENSE),
     "without values": (lambda: torch.empty(10**6, 10**6, device="meta"), NOT_DENSE),
     "nested": (lambda: torch.nested.nested_tensor([torch.zeros(1), torch.zeros(2)]), NOT_DENSE),
-    "complex": (lambda: torch.zeros(3, dtype=torch.complex64), "'fc.bias' is of torch.complex64, expected"),
+    "complex": (lambda: torch.zeros(3, dtype=torch.complex64), "'fc.bias' has the type torch.complex64, expected"),
     "text": (lambda: "text", "holds no state dict: "),
     "NaN": (lambda: torch.tensor([0.0, float("nan"), 0.0]), NOT_FINITE),
     "infinite": (lambda: torch.tensor([0.0, float("-inf"), 0.0]), NOT_FINITE),
@@ -284,7 +284,7 @@ def test_tensors_deep_in_a_file(tmp_path, state):
     huge, sparse = torch.zeros(1).expand(10**12), torch.zeros(3).to_sparse()
     for place, match in (
         ({"optimizers": {"a": [(huge,)]}}, r"its 'a' claims the shape \(1000000000000,\)"),
-        ({"args": argparse.Namespace(mean=sparse)}, "its 'mean' is no dense tensor"),
+        ({"args": argparse.Namespace(mean=sparse)}, "its 'mean' is not a dense tensor"),
     ):
         torch.save({**state, **place}, tmp_path / "deep.pth")
         with pytest.raises(UserError, match=f"deep.pth: {match}"):
@@ -299,11 +299,11 @@ def whole(state: dict) -> dict:
 
 
 SAID = {
-    "no JSON": (lambda said: "{", r"is no checkpoint, or is damaged \("),
-    "nothing": (lambda said: "", r"is no checkpoint, or is damaged \("),
-    "a list": (lambda said: "[]", "is no JSON object"),
-    "deep": (lambda said: "[" * 100_000, r"is no checkpoint, or is damaged \("),
-    "a number without end": (lambda said: '{"args": %s}' % ("9" * 100_000), r"is no checkpoint, or is damaged \("),
+    "no JSON": (lambda said: "{", r"not a checkpoint, or damaged \("),
+    "nothing": (lambda said: "", r"not a checkpoint, or damaged \("),
+    "a list": (lambda said: "[]", "is not a JSON object"),
+    "deep": (lambda said: "[" * 100_000, r"not a checkpoint, or damaged \("),
+    "a number without end": (lambda said: '{"args": %s}' % ("9" * 100_000), r"not a checkpoint, or damaged \("),
     "long": (lambda said: " " * 4_000_001, "has 4000001 characters, more than 4000000"),
     "empty": (lambda said: "{}", "its 'classes' is not a list of names"),
     "another version": (lambda said: json.dumps({**said, "classes": None}), "its 'classes' is not a list of names"),
@@ -371,7 +371,7 @@ def test_a_policy_that_is_none(image_folder, tmp_path):
                 policy_gradient.main([*resume, str(tmp_path / "bad.pth"), *more])
     for name in ("policy_net", "objective"):
         torch.save({key: value for key, value in state.items() if key != name}, tmp_path / "bad.pth")
-        with pytest.raises(UserError, match=f"bad.pth: its '{name}' is not a dict; this is no whole checkpoint"):
+        with pytest.raises(UserError, match=f"bad.pth: its '{name}' is not a dict; this is not a complete"):
             policy_gradient.main([*resume, str(tmp_path / "bad.pth")])
 
 
@@ -408,7 +408,7 @@ def entries() -> list[tuple[str, object]]:
 @pytest.mark.parametrize(("name", "value"), entries(), ids=lambda value: str(value)[:30].replace("\n", ""))
 def test_entries_that_no_run_saves(state, tmp_path, name, value):
     torch.save({**state, name: value}, tmp_path / "bad.pth")
-    with pytest.raises(UserError, match=f"bad.pth: its '{name}' is not .*; this is no whole checkpoint") as caught:
+    with pytest.raises(UserError, match=f"bad.pth: its '{name}' is not .*; this is not a complete") as caught:
         checkpoint.read_checkpoint(tmp_path / "bad.pth", "_normal")
     assert "\n" not in str(caught.value)
     del state[name]

@@ -18,8 +18,8 @@ from utils.checkpoints.checkpoint import METADATA, read, read_weights
 
 REFUSE = """
 import resource, sys
-from utils import checkpoint
-from utils.errors import UserError
+from utils.checkpoints import checkpoint
+from utils.runtime.errors import UserError
 used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (used + 100_000_000, -1))
 for path in sys.argv[1:]:
@@ -80,16 +80,16 @@ def as_old(content: object) -> bytes:
 FOUR = {"archive/data/0": bytes(16)}
 FOREIGN, NEVER = "holds pickled objects beyond tensors", "in a way that torch.save never does"
 MORE, STORAGE = "more than the file holds", "more than its storage holds"
-DENSE = "'fc.weight' is no dense tensor"
-IS_NONE = "is no checkpoint, or is damaged"
+DENSE = "'fc.weight' is not a dense tensor"
+IS_NONE = "not a checkpoint, or damaged"
 OLD = as_old({"w": torch.arange(4.0)})
 NESTED = b"".join(b"ah" + bytes([i]) + b"h" + bytes([i]) + b"\x86q" + bytes([i + 1]) for i in range(60))
 GIANT = b"\x8a\x08" + struct.pack("<q", 10**10)
 ONE_CALL = function("collections OrderedDict") + b"q\0"
 HOSTILE = {
     # keys
-    "nested tuple as a key": (zipped(b"\x80\x02])q\0" + NESTED + b"a}h\x3cNs."), "keys other than texts and numbers"),
-    "tuple as a key": (zipped(b"\x80\x02}K\1K\2\x86Ns."), "keys other than texts and numbers"),
+    "nested tuple as a key": (zipped(b"\x80\x02])q\0" + NESTED + b"a}h\x3cNs."), "keys other than text and numbers"),
+    "tuple as a key": (zipped(b"\x80\x02}K\1K\2\x86Ns."), "keys other than text and numbers"),
     "colliding numbers as keys": (zipped(b"\x80\x02}" + number(2**61 - 1 << 9) + b"Ns."), "keys other than"),
     "nested frozensets": (zipped(state(function("__builtin__ frozenset") + b"]\x85R")), FOREIGN),
     "set of lists": (zipped(state(function("__builtin__ set") + b"]]a\x85R")), "keys other than"),
@@ -129,16 +129,16 @@ HOSTILE = {
     "unknown memory": (zipped(b"\x80\x02h\7."), IS_NONE),
     "cut": (zipped(b"\x80\x02}"), IS_NONE),
     # attributes
-    "attributes of a list": (zipped(state(b"]}" + text("append") + b"K\1sb")), "gives attributes to what has none"),
+    "attributes of a list": (zipped(state(b"]}" + text("append") + b"K\1sb")), "sets attributes of"),
     "attributes of a dictionary": (
         zipped(state(function("collections OrderedDict") + b")R}" + text("items") + b"K\1sb")),
-        "gives attributes to what has none",
+        "sets attributes of",
     ),
     "attributes without names": (
         zipped(state(function("argparse Namespace") + b")\x81}K\1K\1sb")),
-        "gives attributes to what has none",
+        "sets attributes of",
     ),
-    "attributes of a class": (zipped(state(function("argparse Namespace") + b"}b")), "gives attributes to"),
+    "attributes of a class": (zipped(state(function("argparse Namespace") + b"}b")), "sets attributes of"),
     # tensors
     "beyond its storage": (zipped(state(tensor(4, 0, numbers(2, 4), numbers(1, 1))), **FOUR), STORAGE),
     "offset beyond its storage": (zipped(state(tensor(4, 3, numbers(2), numbers(1))), **FOUR), STORAGE),
@@ -151,14 +151,14 @@ HOSTILE = {
     "strides missing": (zipped(state(tensor(4, 0, numbers(2), b")")), **FOUR), NEVER),
     "shape of texts": (zipped(state(tensor(4, 0, text("a") + b"\x85", numbers(1))), **FOUR), NEVER),
     "hooks": (zipped(state(tensor(4, 0, numbers(2), numbers(1), b"}")), **FOUR), NEVER),
-    "storage that is not there": (zipped(state(tensor(4, 0, numbers(2), numbers(1)))), "of data/0, which it lacks"),
+    "storage that is not there": (zipped(state(tensor(4, 0, numbers(2), numbers(1)))), "of data/0, which it does not"),
     "storage that is too small": (
         zipped(state(tensor(10**9, 0, numbers(2), numbers(1))), **FOUR),
-        "claim 4000000000 bytes of data/0, which it lacks",
+        "claim 4000000000 bytes of data/0, which it does not",
     ),
     "storage of two sizes": (
         zipped(state(storage(4) + storage(400) + b"\x86"), **FOUR),
-        "claims another size of a storage that was named before",
+        "claims another size for a storage than an earlier tensor",
     ),
     "storage of no kind": (zipped(state(b"(" + text("storage") * 5 + b"tQ")), IS_NONE),
     "storage of another word": (zipped(state(storage(4).replace(b"storage", b"modules"))), IS_NONE),
@@ -173,20 +173,20 @@ HOSTILE = {
     ),
     # records
     "record of a byte order that is none": (zipped(state(b"K\1"), byteorder=b"middle"), IS_NONE),
-    "record outside": (zipped(state(b"K\1"), **{"archive/../../x": b"x"}), "is none that torch.save writes"),
-    "record of another folder": (zipped(state(b"K\1"), **{"other/data.pkl": b"x"}), "is none that torch.save writes"),
-    "record of code": (zipped(state(b"K\1"), **{"archive/code/a.py": b"x"}), "is none that torch.save writes"),
+    "record outside": (zipped(state(b"K\1"), **{"archive/../../x": b"x"}), "torch.save writes no record"),
+    "record of another folder": (zipped(state(b"K\1"), **{"other/data.pkl": b"x"}), "torch.save writes no record"),
+    "record of code": (zipped(state(b"K\1"), **{"archive/code/a.py": b"x"}), "torch.save writes no record"),
     "thousands of records": (zipped(state(b"K\1"), **{f"archive/data/{n}x": b"" for n in range(3000)}), IS_NONE),
     "no pickle": (zipped(b"").replace(b"data.pkl", b"data.pk_"), IS_NONE),
     # no file of torch.save
-    "text": (b"hello", "it does not begin as torch.save's files do"),
-    "safetensors": (struct.pack("<Q", 2) + b"{}", "the names of others must end in .safetensors"),
+    "text": (b"hello", "it does not begin like a file of torch.save"),
+    "safetensors": (struct.pack("<Q", 2) + b"{}", "the name of a safetensors file ends in .safetensors"),
     "plain pickle of code": (b"\x80\x02" + function("os system") + b".", "('os.system' near its first entry), which"),
     # the old format
-    "old, nothing filled": (OLD[: OLD.rindex(b"\x80\x02")] + pickle.dumps([], 2), "lists other values than"),
+    "old, nothing filled": (OLD[: OLD.rindex(b"\x80\x02")] + pickle.dumps([], 2), "the storages it lists are not"),
     "old, cut": (OLD[:-1], "holds fewer or more values"),
     "old, with a tail": (OLD + b"\0", "holds fewer or more values"),
-    "old, another count": (OLD[:-24] + struct.pack("<q", 10**10) + OLD[-16:], "holds other values than"),
+    "old, another count": (OLD[:-24] + struct.pack("<q", 10**10) + OLD[-16:], "a storage has another size"),
     "old, of 2017": (b"sys_info" + bytes(1000), IS_NONE),
 }  # fmt: skip
 

@@ -418,10 +418,10 @@ def test_too_little_memory_on_the_device(folder, tmp_path, monkeypatch):
         (["--cache-dataset", "host"], "--cache-dataset host: give --cache-dir a folder"),
         (
             ["--cache-dataset", "device", "--auto-augment", "ra"],
-            "cannot follow --auto-augment; give --cache-dataset host",
+            "does not support --auto-augment; give --cache-dataset host",
         ),
-        (["--cache-dataset", "device", "--random-erase", "0.1"], "cannot follow --random-erase; give"),
-        (["--cache-dataset", "device", "--interpolation", "nearest"], "cannot follow --interpolation nearest; give"),
+        (["--cache-dataset", "device", "--random-erase", "0.1"], "does not support --random-erase; give"),
+        (["--cache-dataset", "device", "--interpolation", "nearest"], "does not support --interpolation nearest; give"),
     ],
 )
 def test_flags_that_cannot_be_followed(flags, message, folder, tmp_path):

@@ -98,7 +98,7 @@ def test_the_published_step_has_our_first_loss_for_equal_cells(loop, tmp_path, m
     cells = torch.rand(len(images), QUICK_POLICY["grid"] ** 2).clamp(0.01, 0.99)  # (B, G*G)
     monkeypatch.setattr("_policy_gradient.policy._sample_log_odds", lambda *_: cells.logit())
     monkeypatch.setattr(published.Beta, "sample", lambda distribution: cells)
-    ours = loop.run(loader)
+    ours = loop.train_epoch(loader)
     loss, top1, top5 = theirs(images, targets)
     assert ours["train_loss"] == pytest.approx(loss, rel=1e-5)
     assert ours["train_top1"] == pytest.approx(top1) and top5 == 1  # there are three classes
@@ -124,7 +124,7 @@ def test_the_measured_loop_is_the_scripts_own_and_saves_nothing(loop, tmp_path, 
         return check(guard, loss, step, indices)
 
     monkeypatch.setattr(StepGuard, "check", record)
-    loop.run(FixedLoader(loop, steps=3))
+    loop.train_epoch(FixedLoader(loop, steps=3))
     assert steps == [0, 1, 2]
     assert not list((tmp_path / "run").glob("*.pth"))
 

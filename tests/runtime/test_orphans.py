@@ -26,7 +26,7 @@ time.sleep(600)
 RANK = f"""
 import os, sys, time
 sys.path.insert(0, {str(ROOT)!r})
-from utils import lifetimes
+from utils.runtime import lifetimes
 START
 print(os.getpid(), flush=True)
 time.sleep(600)
@@ -149,7 +149,7 @@ def test_nothing_outlives_a_torchrun_that_is_killed(moment, tmp_path):
 JOIN = f"""
 import sys
 sys.path.insert(0, {str(ROOT)!r})
-from utils.errors import join_processes, run_script
+from utils.runtime.processes import join_processes, run_script
 run_script(lambda: join_processes("cpu", 3))
 """
 

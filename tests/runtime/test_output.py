@@ -160,6 +160,6 @@ def test_an_error_in_predicting_is_not_taken_for_lost_output(own_stdout, tmp_pat
 
 
 def test_only_a_command_that_prints_its_result_fails_when_stdout_is_full():
-    code = "from utils.errors import run_script; run_script(lambda: print('a result'), prints_result={})"
+    code = "from utils.runtime.processes import run_script; run_script(lambda: print('a result'), prints_result={})"
     processes = [full_device([sys.executable, "-c", code.format(prints)]) for prints in (False, True)]
     assert [process.wait(PATIENCE) for process in processes] == [0, 120]  # 120: Python's own, at its exit

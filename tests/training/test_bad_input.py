@@ -127,9 +127,9 @@ def test_a_log_that_is_damaged_is_named(image_folder, tmp_path):
     normal.main([*SMALL, "--data-path", str(image_folder), "--output-dir", str(tmp_path), "--epochs", "1"])
     with (tmp_path / "log.jsonl").open("a") as log:
         log.write("garbage\n")
-    with pytest.raises(UserError, match=r"log.jsonl: holds a line that is no epoch's JSON"):
+    with pytest.raises(UserError, match=r"log.jsonl: holds a line that is not the JSON of an epoch"):
         normal.main(["--resume", str(tmp_path / "checkpoint.pth"), "--epochs", "2", "--device", "cpu"])
-    with pytest.raises(UserError, match=r"--epochs 1: .*later.pth has 2 epochs and 0 steps behind it already"):
+    with pytest.raises(UserError, match=r"--epochs 1: .*later.pth has already trained 2 epochs and 0 steps"):
         state = torch.load(tmp_path / "checkpoint.pth", weights_only=True)
         checkpoint.save(tmp_path / "later.pth", {**state, "epoch": 2})
         normal.main(["--resume", str(tmp_path / "later.pth"), "--epochs", "1", "--device", "cpu"])
@@ -166,7 +166,7 @@ def test_code_in_a_file_is_refused_unread(image_folder, tmp_path):
     (tmp_path / "bad.pth").write_bytes(pickle.dumps({"model": Payload()}))
     data = ("--data-path", image_folder)
     for flags in (("--finetune", tmp_path / "bad.pth"), ("--resume", tmp_path / "bad.pth")):
-        refuse(normal, *data, *flags, match=r"bad.pth: (holds pickled objects|is no checkpoint)")
+        refuse(normal, *data, *flags, match=r"bad.pth: (holds pickled objects|not a checkpoint)")
     assert not (tmp_path / "ran").exists()
 
 

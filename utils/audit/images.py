@@ -1,4 +1,4 @@
-"""What an audit measures of each image, which is decoded once: size, levels, a digest of its pixels, a likeness."""
+"""Measures each image of an audit in one decoding: size, levels, a digest of the pixels, a difference hash."""
 
 import hashlib
 import sys
@@ -18,29 +18,34 @@ from utils.runtime.progress import Progress
 from utils.runtime.signals import ride_out_signals
 
 BATCH = 32  # images that a worker decodes before it hands them over
-SIDE = 11  # of the grid of a difference hash: 2 x 11 x 11 = 242 bits
-MARGIN = 0.05  # of the grid's standard deviation: lesser differences are noise and give 0
+SIDE = 11  # cells of the grid of a difference hash: 2 x 11 x 11 = 242 bits
+MARGIN = 0.05  # standard deviations of the grid; smaller differences are noise and give 0
 LEVELS = np.arange(256.0)
 
-# 123 bytes an image. mean and square are of the levels 0..255 and of their squares, for red, green, blue and grey;
-# the width of an unreadable image is 0.
-RECORD = np.dtype(
+RECORD = np.dtype(  # 123 bytes per image
     [
-        *(("width", np.int32), ("height", np.int32), ("format", "S4"), ("mode", "S5"), ("gray", np.bool_)),
-        *(("mean", np.float64, 4), ("square", np.float64, 4), ("pixels", np.uint64, 2), ("likeness", np.uint64, 4)),
+        ("width", np.int32),  # 0 for an unreadable image
+        ("height", np.int32),
+        ("format", "S4"),
+        ("mode", "S5"),
+        ("gray", np.bool_),
+        ("mean", np.float64, 4),  # of the levels 0 to 255, for red, green, blue and grey
+        ("square", np.float64, 4),  # mean square of the levels
+        ("pixels", np.uint64, 2),  # digest
+        ("likeness", np.uint64, 4),  # difference hash
     ]
 )
 
 
 class Measured(NamedTuple):
-    """Records (B,) of consecutive images, and by position why the unreadable ones could not be read."""
+    """Records (B,) of consecutive images, and the error of each unreadable one by position."""
 
     records: np.ndarray
     bad: dict[int, str]
 
 
 def measure(path: Path, upper_8_bits: bool = False) -> np.void:
-    """The RECORD of one image, of the pixels that `read_image` gives; raises its UserError."""
+    """The RECORD of one image, from the pixels that `read_image` returns; raises its UserError."""
     record = np.zeros((), RECORD)
     with open_image(path, upper_8_bits) as image:
         record["format"], record["mode"] = image.format, image.mode
@@ -63,15 +68,15 @@ def measure(path: Path, upper_8_bits: bool = False) -> np.void:
 
 
 def difference_hash(image: Image.Image) -> np.ndarray:
-    """Four uint64 that alike grey images share but for a few bits, whatever their size, brightness and compression.
+    """Difference hash of a grey image, (4,) uint64: similar for any size, brightness and compression.
 
-    The image is brought to 12 x 12; a bit says whether the right (or lower) neighbour is brighter by more than MARGIN
-    standard deviations: smooth or dark areas, where noise would decide, give 0. The last 14 bits are 0.
+    The image is resized to 12 x 12; a bit is 1 if the right (or lower) neighbour is brighter by more than MARGIN
+    standard deviations. Smooth or dark areas, where noise would decide, give 0. The last 14 bits are 0.
     """
-    # In floating point, since rounding to levels would add steps of its own to dark images.
+    # In floating point: rounding to levels would add false steps to dark images.
     grid = np.asarray(image.convert("F").resize((SIDE + 1, SIDE + 1), Image.Resampling.BILINEAR))
-    here, margin = grid[:-1, :-1], MARGIN * grid.std()
-    bits = np.concatenate([(grid[:-1, 1:] - here).ravel() > margin, (grid[1:, :-1] - here).ravel() > margin])
+    corner, margin = grid[:-1, :-1], MARGIN * grid.std()
+    bits = np.concatenate([(grid[:-1, 1:] - corner).ravel() > margin, (grid[1:, :-1] - corner).ravel() > margin])
     return np.packbits(np.pad(bits, (0, 256 - bits.size))).view(np.uint64)
 
 

@@ -1,1 +1,1 @@
-"""Weights and full states as files, and the checks of files that are not trusted."""
+"""Checkpoint and weight files, and the checks of files that are not trusted."""

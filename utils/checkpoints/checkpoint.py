@@ -1,7 +1,7 @@
-"""Checkpoints: full states that a run resumes from, and weights in every format that is accepted.
+"""Checkpoints: full states that a run resumes from, and weights in every accepted format.
 
-Nothing is ever unpickled: `torch.load(weights_only=True)`, with argparse.Namespace (which the authors' files hold) as
-the only class allowed, or safetensors.
+No file can run code: all are read by `torch.load(weights_only=True)` or safetensors. The only class allowed besides
+plain values is argparse.Namespace, which the authors' files hold.
 """
 
 import argparse
@@ -34,37 +34,37 @@ CHECKPOINT = "checkpoint.pth"
 PREVIOUS = "checkpoint_prev.pth"
 BEST = "model_best.pth"
 DAMAGED = "checkpoint_damaged.pth"
-METADATA = "policy_gradient_noise_mask"  # the one entry of a safetensors header that is ours: classes and args as JSON
-MOST_METADATA = 4_000_000  # characters: 20,000 classes take a tenth of it
-MOST_BRACKETS = 100_000  # in it
+METADATA = "policy_gradient_noise_mask"  # our entry in a safetensors header: classes and args as JSON
+MOST_METADATA = 4_000_000  # characters; 20,000 classes take a tenth of it
+MOST_BRACKETS = 100_000  # of the metadata
 MOST_HEADER = 10_000_000  # bytes of a safetensors header
 MOST_TENSORS = 20_000  # of a safetensors file
 KEY_PREFIXES = ("module.", "_orig_mod.")  # left in keys by DistributedDataParallel and torch.compile
 
 
 class NotDamaged(UserError):
-    """A file that may be whole, and cannot be used here and now all the same."""
+    """The file may be intact but cannot be used here (permissions, memory, version, wrong script)."""
 
 
 def serialize(state: dict[str, Any]) -> memoryview:
-    """Plain values and tensors as bytes; the zip format carries a CRC-32 of each record, which `read` verifies."""
+    """Plain values and tensors as a zip; each record has a CRC-32, which `read` verifies."""
     buffer = io.BytesIO()
     torch.save(state, buffer)
     return buffer.getbuffer()
 
 
 def copy(state: dict[str, Any]) -> dict[str, Any]:
-    """The state as it would come out of its file: apart from what training goes on to change, and on the CPU."""
+    """A CPU copy of the state, independent of the live tensors, as if read from a file."""
     return torch.load(io.BytesIO(serialize(state)), map_location="cpu", weights_only=True)
 
 
 def save(path: Path, state: dict[str, Any]) -> None:
-    """Write plain values and tensors, whole or not at all."""
+    """Write plain values and tensors atomically. Raises UserError as `write_atomically` does."""
     write_atomically(path, serialize(state))
 
 
 def save_checkpoint(output_dir: Path, state: dict[str, Any]) -> None:
-    """Write `checkpoint.pth`; the one before becomes `checkpoint_prev.pth`. At no moment is there none."""
+    """Write `checkpoint.pth`; the previous one becomes `checkpoint_prev.pth`. One of them exists at every moment."""
     newest, previous = output_dir / CHECKPOINT, output_dir / PREVIOUS
     if newest.exists():
         link = temporary_path(previous)
@@ -79,14 +79,14 @@ def save_checkpoint(output_dir: Path, state: dict[str, Any]) -> None:
         except OSError as error:
             raise UserError(f"{previous}: cannot be written ({error.strerror}); {newest} is unharmed.") from None
         finally:
-            link.unlink(missing_ok=True)  # it is still there where link and previous were one file already
+            link.unlink(missing_ok=True)  # it still exists if link and previous were the same file
     save(newest, state)
 
 
 def replace_damaged(output_dir: Path, script: str) -> None:
-    """Put checkpoint_prev.pth in the place of a checkpoint.pth that is not valid, before that one is rotated.
+    """Replace an invalid checkpoint.pth by checkpoint_prev.pth, before a save would rotate it.
 
-    What was there is kept as checkpoint_damaged.pth.
+    The invalid file is kept as checkpoint_damaged.pth.
     """
     newest, previous = output_dir / CHECKPOINT, output_dir / PREVIOUS
     try:
@@ -98,10 +98,10 @@ def replace_damaged(output_dir: Path, script: str) -> None:
 
 
 def read(path: str | Path) -> dict[str, Any]:
-    """The dictionary in a .pth file, tensors on the CPU, verified and never unpickled beyond plain values.
+    """The verified dictionary in a .pth or .safetensors file: plain values, and tensors on the CPU.
 
-    Raises UserError for a file that is missing, damaged, no checkpoint, holds pickled code, or claims to be larger than
-    it is.
+    Raises UserError for a file that is missing, damaged, not a checkpoint, holds pickled code, or claims to be larger
+    than it is.
     """
     path = Path(path)
     try:
@@ -115,7 +115,7 @@ def read(path: str | Path) -> dict[str, Any]:
     except ForeignObject as foreign_object:
         raise UserError(
             f"{path}: holds pickled objects beyond tensors and plain values ({foreign_object}), which could run code "
-            "when read; refused. Save a state dict, or convert the file to safetensors where you trust it."
+            "when read; refused. Save a state dict, or convert the file to safetensors if you trust it."
         ) from None
     except Refused as refusal:
         raise UserError(f"{path}: {refusal}") from None
@@ -124,24 +124,24 @@ def read(path: str | Path) -> dict[str, Any]:
     except PermissionError:
         raise NotDamaged(f"{path}: no permission to read this file.") from None
     except OSError as error:
-        reason = "is no regular file" if isinstance(error, IsADirectoryError) else error.strerror
+        reason = "not a regular file" if isinstance(error, IsADirectoryError) else error.strerror
         raise UserError(f"{path}: {reason}; expected a checkpoint or weights.") from None
     except MemoryError:
-        raise NotDamaged(f"{path}: there is too little memory to read it.") from None
-    except Exception as error:  # torch's readers raise nearly anything at bytes that they do not expect
+        raise NotDamaged(f"{path}: too little memory to read this file.") from None
+    except Exception as error:  # torch's readers raise nearly anything for unexpected bytes
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{path}: is no checkpoint, or is damaged ({reason[:200]}).") from None
+        raise UserError(f"{path}: not a checkpoint, or damaged ({reason[:200]}).") from None
     if not isinstance(state, dict):
         raise UserError(f"{path}: holds a {type(state).__name__}; expected a dictionary of weights.")
-    for held in (state, *state.values()):
-        if isinstance(held, OrderedDict):
-            vars(held).clear()  # torch's note of versions, which nothing has checked and no weights here need
+    for value in (state, *state.values()):
+        if isinstance(value, OrderedDict):
+            vars(value).clear()  # torch's version metadata: unchecked, and not needed by any weights here
     return state
 
 
 def _read_safetensors(path: Path) -> dict[str, Any]:
-    """The tensors, and where `safetensors_bytes` wrote the file, what it says of them, as in a .pth."""
-    with open_regular(path) as file:  # anything else is refused, before a pipe is waited for
+    """The tensors; for files of `safetensors_bytes` in a dictionary like that of a .pth, with the metadata."""
+    with open_regular(path) as file:  # refuses pipes, which safetensors would wait for
         header_bytes = int.from_bytes(file.read(8), "little")
     if header_bytes > MOST_HEADER:
         raise ValueError(f"its header claims {header_bytes} bytes, more than {MOST_HEADER}")
@@ -156,14 +156,14 @@ def _read_safetensors(path: Path) -> dict[str, Any]:
     tensors = safetensors.torch.load_file(path)
     if metadata is None:
         return tensors
-    said = parse_json(metadata)
-    if not isinstance(said, dict):
-        raise ValueError(f"its '{METADATA}' is no JSON object")
-    return {"model": tensors} | {name: said.get(name) for name in ("format_version", "classes", "args")}
+    entries = parse_json(metadata)
+    if not isinstance(entries, dict):
+        raise ValueError(f"its '{METADATA}' is not a JSON object")
+    return {"model": tensors} | {name: entries.get(name) for name in ("format_version", "classes", "args")}
 
 
 def read_checkpoint(path: str | Path, script: str) -> dict[str, Any]:
-    """The full state that `script` (its folder's name) saved; raises UserError for any other file."""
+    """The full state that `script` (a folder name) saved. Raises UserError for any other file."""
     state = read(path)
     if "format_version" not in state or "optimizers" not in state:
         raise UserError(
@@ -173,48 +173,48 @@ def read_checkpoint(path: str | Path, script: str) -> dict[str, Any]:
     verification.check_types(path, state, format_version=int, script=str)
     version = state["format_version"]
     verification.require(path, "format_version", type(version) is int and version >= 1, "a number of 1 or more")
-    if state["format_version"] > FORMAT_VERSION:
+    if version > FORMAT_VERSION:
         raise NotDamaged(
-            f"{path}: was written by a newer version (format {state['format_version']}); update this code."
+            f"{path}: written by a newer version (format {version}, known up to {FORMAT_VERSION}); update this code."
         )
     if state["script"] != script:
         raise NotDamaged(
             f"{path}: is a checkpoint of {state['script']}/train.py, and this is {script}/train.py; "
-            "to go on from its weights use _normal/train.py --finetune."
+            "to continue from its weights use _normal/train.py --finetune."
         )
     verification.check_full_state(path, state)
     return state
 
 
 class Weights(NamedTuple):
-    """A classifier's weights out of any accepted file, with what the file says of itself."""
+    """A classifier's weights from any accepted file, and the file's own information about them."""
 
     model: StateDict  # clean timm keys
     classes: list[str] | None
-    args: dict[str, Any]  # what a command line can give; empty if the file holds none
+    args: dict[str, Any]  # values that a command line can give; empty if the file holds none
     policy_net: StateDict | None
     path: str
-    full_state: bool  # whether the file is a checkpoint.pth, with optimisers and all
-    averaged: bool | None  # whether these are the moving average of a file that holds one; None: it holds none
-    notes: list[str]  # what was chosen among several contents of the file, in sentences
+    full_state: bool  # whether the file is a checkpoint.pth, with optimisers
+    averaged: bool | None  # whether these are the file's moving average; None if it holds none
+    notes: list[str]  # sentences on the choice among several state dicts
 
 
 def read_weights(path: str | Path, use_ema: bool | None = None) -> Weights:
-    """Weights from our files, the authors', timm's, torchvision's, Lightning's, safetensors or a bare state dict.
+    """Weights from a file of ours, the authors, timm, torchvision, Lightning, safetensors, or a bare state dict.
 
-    use_ema: whether to take the moving average (`--model-ema`) of a file that holds one, or the trained weights; None:
-    the average, which decided about the best epoch, and which timm takes too. Raises UserError as `read` does, for a
-    file without a state dict, and for one without an average where that is asked for. Numbers of other code's files may
-    still be NaN or infinite (metrics keep such buffers among the weights): see `loading.fit`.
+    use_ema: whether to take the moving average (`--model-ema`) or the trained weights of a file that holds both. None
+    takes the average, which the best epoch was chosen by, and which timm takes too.
+    Raises UserError as `read` does, for a file without a state dict, and if a requested average is missing. Weights of
+    other code may still be NaN or infinite, because metrics keep such buffers among them: see `fitting.fit`.
     """
     state = read(path)
     ours = "format_version" in state
     container, averaged = foreign.choose_container(path, state, use_ema)
-    found = state if container is None else state[container]
-    if not foreign.is_state_dict(found):
+    state_dict = state if container is None else state[container]
+    if not foreign.is_state_dict(state_dict):
         raise UserError(f"{path}: holds no state dict: expected tensors by name, or a dictionary with such a 'model'.")
-    model = clean_keys(found)
-    model.pop("n_averaged", None)  # in torchvision's state of a moving average, beside the weights
+    model = clean_keys(state_dict)
+    model.pop("n_averaged", None)  # torchvision keeps this counter among the averaged weights
     verification.check_state_dict(path, model, finite=ours)
     args: dict[str, Any] = {}
     notes = [] if container is None else foreign.describe_choice(path, state, container)
@@ -240,12 +240,13 @@ def read_weights(path: str | Path, use_ema: bool | None = None) -> Weights:
 
 
 def _is_plain(value: Any) -> bool:
-    """True for what a command line can give."""
-    return all(isinstance(one, (str, int, float, NoneType)) for one in (value if isinstance(value, list) else [value]))
+    """Whether a command line can give this value."""
+    items = value if isinstance(value, list) else [value]
+    return all(isinstance(item, (str, int, float, NoneType)) for item in items)
 
 
 def clean_keys(state_dict: StateDict) -> StateDict:
-    """Keys without the prefixes that wrappers left, in any order and number."""
+    """The state dict with keys stripped of wrapper prefixes, in any order and number."""
 
     def clean(key: str) -> str:
         while key.startswith(KEY_PREFIXES):
@@ -258,23 +259,22 @@ def clean_keys(state_dict: StateDict) -> StateDict:
 def weights_state(
     model: nn.Module, classes: list[str], args: dict[str, Any], average: nn.Module | None = None
 ) -> dict[str, Any]:
-    """What `model_<epoch>.pth` and `model_best.pth` hold: the trained weights, and with --model-ema their average."""
+    """The content of `model_<epoch>.pth` and `model_best.pth`: the trained weights, and their average if any."""
     networks = {"model": model} | ({} if average is None else {"model_ema": average})
-    weights = {  # contiguous, whatever --channels-last was
-        name: {key: tensor.contiguous() for key, tensor in network.state_dict().items()}
-        for name, network in networks.items()
-    }
+    weights = {}
+    for name, network in networks.items():  # contiguous, also with --channels-last
+        weights[name] = {key: tensor.contiguous() for key, tensor in network.state_dict().items()}
     return {"format_version": FORMAT_VERSION, **weights, "classes": classes, "args": args}
 
 
 def safetensors_bytes(model: nn.Module, classes: list[str], args: dict[str, Any]) -> bytes:
-    """A safetensors file with what `weights_state` holds; `read_weights` takes it like a .pth.
+    """A safetensors file with the content of `weights_state`; `read_weights` reads it like a .pth.
 
-    The same bytes whenever it is written: the header has one entry, since the order of several is drawn by lot.
+    The bytes are always the same: the metadata has one entry, because the order of several entries is random.
     """
-    # Copies: safetensors refuses two names for one tensor, which tied weights have.
+    # Copies, because safetensors refuses two names for one tensor, which tied weights have.
     copies = {
         key: tensor.cpu().clone(memory_format=torch.contiguous_format) for key, tensor in model.state_dict().items()
     }
-    said = json.dumps({"format_version": FORMAT_VERSION, "classes": classes, "args": args})
-    return safetensors.torch.save(copies, metadata={METADATA: said})
+    entries = json.dumps({"format_version": FORMAT_VERSION, "classes": classes, "args": args})
+    return safetensors.torch.save(copies, metadata={METADATA: entries})

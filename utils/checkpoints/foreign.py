@@ -1,4 +1,4 @@
-"""What is used of weight files that other code wrote: which of their state dicts, and which of their arguments."""
+"""Weight files of other code: which of their state dicts and arguments are used."""
 
 import argparse
 from pathlib import Path
@@ -9,7 +9,7 @@ from torch import Tensor
 from utils.runtime.errors import UserError
 from utils.runtime.text import printable
 
-# Where files keep their weights: the first that is there, in the order of timm's own load_checkpoint, then DINO's.
+# Where files keep their weights, the first one present is used: timm's load_checkpoint has this order; then DINO's.
 CONTAINERS = ("state_dict_ema", "model_ema", "state_dict", "model", "teacher", "student")
 
 
@@ -25,30 +25,31 @@ def is_state_dict(value: Any) -> bool:
 def choose_container(
     path: str | Path, state: dict[str, Any], use_ema: bool | None = None
 ) -> tuple[str | None, bool | None]:
-    """The name of the state dict to use, None if the file is one itself or holds none; and whether it is an average.
+    """The name of the state dict to use, and whether it is a moving average.
 
-    use_ema: whether to take a moving average; None: if there is one. The second value is None where there is none.
-    Raises UserError where several could be meant, and where what is asked for is not in the file.
+    use_ema: whether to take a moving average; None for the default, an average if the file holds one. The name is None
+    if the file is a state dict itself or holds none. The second value is None if the file holds no average.
+    Raises UserError if several state dicts could be meant, and if the requested one is missing.
     """
-    named = _containers(state)
-    averages = [name for name in named if name.endswith("_ema")]
-    if averages and len(averages) < len(named):
+    containers = _containers(state)
+    averages = [name for name in containers if name.endswith("_ema")]
+    if averages and len(averages) < len(containers):
         use_ema = use_ema is not False
-        return next(name for name in named if (name in averages) == use_ema), use_ema
+        return next(name for name in containers if (name in averages) == use_ema), use_ema
     if averages:
         if use_ema is False:
             raise UserError(f"--no-use-ema: {path} holds a moving average only; leave the flag out.")
-        return named[0], True
+        return containers[0], True
     if use_ema:
         raise UserError(f"--use-ema: {path} holds no moving average; leave the flag out.")
-    if named or "format_version" in state:  # a file of this project has no other name for it
-        return named[0] if named else None, None
-    others = [name for name, value in state.items() if isinstance(name, str) and is_state_dict(value)]
-    if len(others) > 1:
+    if containers or "format_version" in state:  # files of this project use no other name
+        return containers[0] if containers else None, None
+    names = [name for name, value in state.items() if isinstance(name, str) and is_state_dict(value)]
+    if len(names) > 1:
         raise UserError(
-            f"{path}: holds several state dicts ({printable(', '.join(others[:4]))}); save the one to use on its own."
+            f"{path}: holds several state dicts ({printable(', '.join(names[:4]))}); save the one to use on its own."
         )
-    return others[0] if others else None, None
+    return names[0] if names else None, None
 
 
 def _containers(state: dict[str, Any]) -> list[str]:
@@ -57,22 +58,22 @@ def _containers(state: dict[str, Any]) -> list[str]:
 
 
 def describe_choice(path: str | Path, state: dict[str, Any], container: str) -> list[str]:
-    """A sentence on the state dict that is used, where a file has several or an unusual one."""
-    others = [name for name in _containers(state) if name != container]
-    if container == "model" and not others:
+    """A sentence on the state dict that is used, if the file holds several or an unusual one."""
+    unused = [name for name in _containers(state) if name != container]
+    if container == "model" and not unused:
         return []
     average = ", a moving average" if container.endswith("_ema") else ""
-    if average and any(not name.endswith("_ema") for name in others):
+    if average and any(not name.endswith("_ema") for name in unused):
         average += " (--no-use-ema takes the trained weights)"
-    without = f"; not used: {', '.join(others)}" if others else ""
+    without = f"; not used: {', '.join(unused)}" if unused else ""
     return [f"{path}: the weights are its '{printable(container)}'{average}{without}."]
 
 
 def arguments_of(state: dict[str, Any], container: str) -> dict[str, Any]:
-    """The arguments of the training that are used.
+    """The training's arguments that are used.
 
-    Next to 'model' they are torchvision's and the authors', whose flags mean what those here mean. Next to other names
-    (timm's `--mean` and `--interpolation`, say) they may mean something else: only the model's name is used.
+    Next to 'model' they are torchvision's or the authors', whose flags mean the same as here. Next to other names they
+    may mean something else (timm's `--mean` and `--interpolation`), so only the model's name is used.
     """
     args = state.get("args")
     args = vars(args) if isinstance(args, argparse.Namespace) else args if isinstance(args, dict) else {}

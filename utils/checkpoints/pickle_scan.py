@@ -1,7 +1,7 @@
-"""Checks a pickle before torch.load runs it: only the instructions and calls that tensors and plain values need.
+"""Check of a pickle before torch.load runs it: only instructions and calls that tensors and plain values need.
 
 torch.load(weights_only=True) runs no foreign code, but a few bytes can still make it allocate gigabytes, hash nested
-keys for ever, or build tensors over memory that the file does not fill.
+keys endlessly, or build tensors over memory that the file does not fill.
 """
 
 import math
@@ -12,48 +12,45 @@ from types import NoneType
 from typing import Any, BinaryIO
 
 MOST_INSTRUCTIONS = 500_000  # enough for 14,000 tensors and their names
-MOST_PENDING = 10_000  # values that no container has taken yet; torch.save has at most 2,000
-MOST_DEEP = 100  # dictionaries, lists and tuples in one another
+MOST_PENDING = 10_000  # values not yet in a container; torch.save has at most 2,000
+MOST_DEEP = 100  # levels of nested dictionaries, lists and tuples
 MOST_DIMENSIONS = 64  # as in torch
-MOST_SHARED = 20  # times the file size, of all tensors together: models whose layers share one tensor need 12
-BYTES_A_CALL = 16  # of the file; torch.save writes more than 30 for each
+MOST_SHARED = 20  # all tensors together, relative to the file size; models whose layers share a tensor need 12
+BYTES_A_CALL = 16  # of the file, per call; torch.save writes more than 30
 KEYS = (str, int, float, bool, NoneType)
-VALUES = {
-    *("BININT", "BININT1", "BININT2", "BINFLOAT", "BINUNICODE", "SHORT_BINSTRING", "LONG1"),
-    *("NONE", "NEWTRUE", "NEWFALSE"),
-}
+VALUES = {"BININT", "BININT1", "BININT2", "BINFLOAT", "BINUNICODE", "SHORT_BINSTRING", "LONG1"}
 CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
 EMPTY = {"EMPTY_DICT": "dict", "EMPTY_LIST": "list", "EMPTY_TUPLE": "tuple"}
 TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
 ELEMENT_BYTES = {
-    **{"DoubleStorage": 8, "FloatStorage": 4, "HalfStorage": 2, "BFloat16Storage": 2},
-    **{"LongStorage": 8, "IntStorage": 4, "ShortStorage": 2, "CharStorage": 1, "ByteStorage": 1, "BoolStorage": 1},
-    **{"ComplexFloatStorage": 8, "ComplexDoubleStorage": 16},
-}
+    "DoubleStorage": 8, "FloatStorage": 4, "HalfStorage": 2, "BFloat16Storage": 2, "LongStorage": 8, "IntStorage": 4,
+    "ShortStorage": 2, "CharStorage": 1, "ByteStorage": 1, "BoolStorage": 1, "ComplexFloatStorage": 8,
+    "ComplexDoubleStorage": 16,
+}  # fmt: skip
 STORAGES = {f"torch {name}" for name in ELEMENT_BYTES}
 FUNCTIONS = {
-    *("collections OrderedDict", "collections Counter", "__builtin__ set", "_codecs encode", "argparse Namespace"),
-    *("torch Size", "torch device", "torch._utils _rebuild_tensor_v2", "torch._utils _rebuild_parameter"),
-}
+    "collections OrderedDict", "collections Counter", "__builtin__ set", "_codecs encode", "argparse Namespace",
+    "torch Size", "torch device", "torch._utils _rebuild_tensor_v2", "torch._utils _rebuild_parameter",
+}  # fmt: skip
 DTYPES = {
-    *("torch float16", "torch bfloat16", "torch float32", "torch float64", "torch bool", "torch uint8"),
-    *("torch int8", "torch int16", "torch int32", "torch int64"),
-}
+    "torch float16", "torch bfloat16", "torch float32", "torch float64", "torch bool", "torch uint8", "torch int8",
+    "torch int16", "torch int32", "torch int64",
+}  # fmt: skip
 OTHER_TENSORS = ("torch._utils _rebuild_", "torch._tensor _rebuild_")
 _shown = Repr()
 _shown.maxstring = _shown.maxother = 100
 
 
 class Refused(Exception):
-    """What is wrong with a file, as the rest of a sentence that begins with its path."""
+    """The file is refused. The message continues a sentence that begins with its path."""
 
 
 class ForeignObject(Refused):
-    """A pickled object beyond tensors and plain values: its name, and what it stands near."""
+    """A pickled object other than tensors and plain values. The message names it and the nearest key."""
 
 
 class Node:
-    """Any value that is not plain: its kind, its items (of a dictionary the keys), and how deeply they are nested."""
+    """A value that is not plain: its kind, its items (the keys of a dictionary) and the depth of their nesting."""
 
     __slots__ = ("depth", "items", "kind")
 
@@ -63,7 +60,7 @@ class Node:
             self._measure(items)
 
     def add(self, items: Sequence[Any], values: Sequence[Any] = ()) -> None:
-        """values: of a dictionary, whose items are keys."""
+        """values: of a dictionary; its items are the keys."""
         self.items += items
         self._measure([*items, *values])
 
@@ -74,21 +71,21 @@ class Node:
 
 
 class Scan:
-    """One pickle, run on descriptions of its values: a `Node` for whatever is not plain.
+    """A pickle executed on descriptions of its values: a `Node` for each value that is not plain.
 
-    value: what it holds; storages: by key the elements that each storage must have, and the bytes of an element.
+    value: the result; storages: by key, the number of elements that a storage must have, and the bytes per element.
     """
 
     def __init__(self, file: BinaryIO, file_bytes: int) -> None:
-        """Scan from the file's place to the end of the pickle.
+        """Scan from the file's current position to the end of the pickle.
 
-        Raises Refused for what torch.save does not write for tensors and plain values; any other exception means that
-        this is no pickle, or a damaged one.
+        Raises Refused for anything that torch.save does not write for tensors and plain values. Any other exception
+        means that this is not a pickle, or a damaged one.
         """
         self.file_bytes = file_bytes
         self.storages: dict[str, tuple[int, int]] = {}
         self._stack: list[Any] = []
-        self._below: list[list[Any]] = []  # the stacks under the marks
+        self._below: list[list[Any]] = []  # the stacks below the marks
         self._memo: dict[int, Any] = {}
         self._calls = self._copied = self._tensor_bytes = 0
         for number, (opcode, argument, _) in enumerate(pickletools.genops(file)):
@@ -100,7 +97,9 @@ class Scan:
     def _step(self, name: str, argument: Any) -> None:
         stack = self._stack
         if name in VALUES:
-            stack.append(CONSTANTS.get(name, argument))
+            stack.append(argument)
+        elif name in CONSTANTS:
+            stack.append(CONSTANTS[name])
         elif name in ("BINPUT", "LONG_BINPUT"):
             self._memo[argument] = stack[-1]
         elif name in ("BINGET", "LONG_BINGET"):
@@ -145,7 +144,7 @@ class Scan:
         return items
 
     def _name(self) -> str:
-        """The key of the value that is being made, that is the text pushed last; "first entry" before any."""
+        """The key of the current value, for messages: the text pushed last; "first entry" before any."""
         for stack in (self._stack, *reversed(self._below)):
             for value in reversed(stack):
                 if isinstance(value, str):
@@ -155,7 +154,7 @@ class Scan:
     def _check_keys(self, keys: Sequence[Any]) -> None:
         for key in keys:
             if not isinstance(key, KEYS) or (isinstance(key, int) and not -(2**63) <= key < 2**63):
-                raise Refused(f"a dictionary near its {self._name()} has keys other than texts and numbers; refused.")
+                raise Refused(f"a dictionary near its {self._name()} has keys other than text and numbers; refused.")
 
     def _find(self, name: str) -> Node:
         if name in STORAGES or name in FUNCTIONS:
@@ -163,24 +162,24 @@ class Scan:
         if name in DTYPES:
             return Node("dtype")
         if name.startswith(OTHER_TENSORS):
-            raise Refused(f"its {self._name()} is no dense tensor (sparse, quantised or the like); refused.")
+            raise Refused(f"its {self._name()} is not a dense tensor (but sparse, quantised or the like); refused.")
         raise ForeignObject(f"{_shown.repr(name.replace(' ', '.'))} near its {self._name()}")
 
     def _storage(self, described: Any) -> Node:
-        """The bytes of one or more tensors: ("storage", kind, key, device, elements), in the old format also None."""
+        """The storage of one or more tensors: ("storage", kind, key, device, elements); the old format adds None."""
         _expect(described, "tuple")
         word, kind, key, device, count, *rest = described.items
         _expect(kind, *STORAGES)
         texts = [value for value in (key, device) if isinstance(value, str) and value.isascii()]
-        if word != "storage" or len(texts) < 2 or not _is_count(count) or rest not in ([], [None]):
+        if word != "storage" or len(texts) < 2 or not is_count(count) or rest not in ([], [None]):
             raise ValueError("its tensors refer to no storage")
         size = count, ELEMENT_BYTES[kind.kind.split()[1]]
         if self.storages.setdefault(key, size) != size:
-            raise Refused(f"its {self._name()} claims another size of a storage that was named before; refused.")
+            raise Refused(f"its {self._name()} claims another size for a storage than an earlier tensor; refused.")
         return Node("storage", size)
 
     def _call(self, instruction: str, function: Any, arguments: list[Any]) -> Node:
-        """What a call gives; raises Refused unless it is called as torch.save writes it."""
+        """The result of a call. Raises Refused for calls that torch.save does not write."""
         name = function.kind if isinstance(function, Node) else "?"
         self._calls += 1
         if self._calls * BYTES_A_CALL > self.file_bytes:
@@ -200,7 +199,7 @@ class Scan:
             case "REDUCE", "_codecs encode", [str(text), "latin1"]:
                 self._count_copied(len(text))
                 return Node("bytes")
-            case "REDUCE", "torch Size", [Node(kind="tuple", items=sizes)] if all(map(_is_count, sizes)):
+            case "REDUCE", "torch Size", [Node(kind="tuple", items=sizes)] if all(map(is_count, sizes)):
                 self._count_copied(len(sizes))
                 return Node("size")
             case "REDUCE", "torch device", [str()] | [str(), int()]:
@@ -214,7 +213,7 @@ class Scan:
                 Node(kind="tuple", items=strides),
                 bool(),
                 Node(kind="ordered"),
-            ] if len(sizes) == len(strides) <= MOST_DIMENSIONS and all(map(_is_count, [offset, *sizes, *strides])):
+            ] if len(sizes) == len(strides) <= MOST_DIMENSIONS and all(map(is_count, [offset, *sizes, *strides])):
                 self._check_tensor(*storage, offset, sizes, strides)
                 return Node("tensor")
         raise Refused(
@@ -222,7 +221,7 @@ class Scan:
         )
 
     def _check_tensor(self, count: int, element_bytes: int, offset: int, sizes: list[int], strides: list[int]) -> None:
-        """Raise Refused unless all elements lie in the storage, and are no more than the file could hold."""
+        """Raise Refused unless all elements lie in the storage, and the file is large enough for them."""
         elements = math.prod(sizes)
         if elements * element_bytes > self.file_bytes:
             raise Refused(f"its {self._name()} claims the shape {tuple(sizes)}, more than the file holds; refused.")
@@ -239,19 +238,20 @@ class Scan:
             raise Refused("it copies more values than a file of its size needs; refused.")
 
     def _build(self, state: Any, target: Any) -> None:
-        """The attributes of a Namespace, and torch's note of versions at a state dict."""
+        """Set attributes: of a Namespace, or torch's version metadata of a state dict."""
         _expect(state, "dict")
         names = state.items
         if isinstance(target, Node) and target.kind == "namespace" and all(isinstance(name, str) for name in names):
             target.add((), [state])
         elif not (isinstance(target, Node) and target.kind == "ordered" and set(names) <= {"_metadata"}):
-            raise Refused(f"its {self._name()} gives attributes to what has none; refused.")
+            raise Refused(f"its {self._name()} sets attributes of a value that has none; refused.")
 
 
 def _expect(value: Any, *kinds: str) -> None:
     if not isinstance(value, Node) or value.kind not in kinds:
-        raise ValueError(f"its pickle expects a {kinds[0]} where there is none")
+        raise ValueError(f"its pickle lacks a {kinds[0]}")
 
 
-def _is_count(value: Any) -> bool:
+def is_count(value: Any) -> bool:
+    """Whether this is a whole number that torch takes as a count."""
     return type(value) is int and 0 <= value < 2**63

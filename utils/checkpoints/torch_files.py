@@ -1,4 +1,4 @@
-"""The files of torch.save, in its zip format and the older one, checked and copied before torch.load reads them."""
+"""Files of torch.save, in its zip format and the older one: checked, and copied for torch.load."""
 
 import io
 import os
@@ -11,20 +11,20 @@ from typing import BinaryIO
 from utils.checkpoints.pickle_scan import Node, Refused, Scan
 from utils.runtime.reading import open_regular
 
-ZIP_START = b"PK\x03\x04"  # by which torch.load, too, tells its format from the old one
+ZIP_START = b"PK\x03\x04"  # torch.load, too, recognises its zip format by it
 RECORD = re.compile(
     r"[^/]+/(data\.pkl|version|byteorder|\.format_version|\.storage_alignment|\.data/serialization_id|data/[0-9]{1,20})"
 )
-MOST_RECORDS = 20_000  # one for each storage, and six others
+MOST_RECORDS = 20_000  # one per storage, and six others
 OLD_START = pickle.dumps(0x1950A86A20F9469CFC6C, 2) + pickle.dumps(1001, 2)
-MOST_OTHER_BYTES = 10_000_000  # of a file in no such format, read only to tell what is wrong with it
+MOST_OTHER_BYTES = 10_000_000  # read of a file in neither format, to report what is wrong with it
 
 
 def checked_copy(path: Path) -> BinaryIO:
-    """A copy in memory of a file of torch.save, for torch.load: complete, and without anything but what it writes.
+    """A checked copy in memory of a file of torch.save: complete, and holding only what torch.save writes.
 
-    A copy, since a file can change, and a zip can show one reader other records than the next. Raises OSError, Refused
-    with the rest of a sentence, and for a damaged file nearly anything else.
+    A copy, because a file can change after the check, and two readers can see different records in one zip. Raises
+    OSError, Refused, and nearly any other exception for a damaged file.
     """
     with open_regular(path) as file:
         size = os.fstat(file.fileno()).st_size
@@ -38,16 +38,18 @@ def checked_copy(path: Path) -> BinaryIO:
             Scan(copy, size)
         except Refused:
             raise
-        except Exception:  # nearly anything, since it is no pickle
+        except Exception:  # not a pickle; the scan then raises nearly anything
             pass
-        raise ValueError("it does not begin as torch.save's files do; the names of others must end in .safetensors")
+        raise ValueError(
+            "it does not begin like a file of torch.save; the name of a safetensors file ends in .safetensors"
+        )
     _check_old(copy, size)
     copy.seek(0)
     return copy
 
 
 def _checked_zip(file: BinaryIO, size: int) -> BinaryIO:
-    """A zip of the same records, checksums verified. Nothing is unpacked before the directory has been checked."""
+    """A zip with the same records, checksums verified. The directory is checked before anything is unpacked."""
     copy = io.BytesIO()
     with zipfile.ZipFile(file) as archive, zipfile.ZipFile(copy, "w") as verified:
         records = {record.filename: record for record in archive.infolist()}
@@ -57,18 +59,18 @@ def _checked_zip(file: BinaryIO, size: int) -> BinaryIO:
         if sum(record.file_size for record in archive.infolist()) > size:
             raise ValueError("its records claim more bytes than the file has")
         if len(records) < len(archive.infolist()) or len(records) > MOST_RECORDS:
-            raise ValueError("it has two records of one name, or too many")
-        strange = [name for name in records if not RECORD.fullmatch(name)]
+            raise ValueError("it has two records of the same name, or too many records")
+        unknown = [name for name in records if not RECORD.fullmatch(name)]
         folders = {name.split("/")[0] for name in records}
-        if strange or len(folders) != 1:
-            raise ValueError(f"its record {(strange or list(records))[0]} is none that torch.save writes")
+        if unknown or len(folders) != 1:
+            raise ValueError(f"torch.save writes no record {(unknown or list(records))[0]}")
         [folder] = folders
         scan = Scan(io.BytesIO(archive.read(f"{folder}/data.pkl")), size)
         for key, (count, element_bytes) in scan.storages.items():
             record = records.get(f"{folder}/data/{key}")
             if record is None or record.file_size != count * element_bytes:
                 raise Refused(
-                    f"its tensors claim {count * element_bytes} bytes of data/{key}, which it lacks; refused."
+                    f"its tensors claim {count * element_bytes} bytes of data/{key}, which it does not hold; refused."
                 )
         for record in records.values():
             verified.writestr(record.filename, archive.read(record))
@@ -77,17 +79,17 @@ def _checked_zip(file: BinaryIO, size: int) -> BinaryIO:
 
 
 def _check_old(file: BinaryIO, size: int) -> None:
-    """Five pickles, the fourth of which is the state, the fifth a list of storages; then the elements of each."""
+    """Check the old format: five pickles (the fourth is the state, the fifth a list of storages), then the elements."""
     *_, scan, listed = [Scan(file, size) for _ in range(5)]
     keys = listed.value.items if isinstance(listed.value, Node) and listed.value.kind == "list" else []
     if len(keys) != len(scan.storages) or any(not isinstance(key, str) or key not in scan.storages for key in keys):
-        raise Refused("it lists other values than its tensors need; refused.")
+        raise Refused("the storages it lists are not the ones that its tensors need; refused.")
     place = file.tell()
     for key in dict.fromkeys(keys):
         count, element_bytes = scan.storages[key]
         file.seek(place)
         if int.from_bytes(file.read(8), "little") != count:
-            raise Refused("it holds other values than its tensors claim; refused.")
+            raise Refused("a storage has another size than its tensors claim; refused.")
         place += 8 + count * element_bytes
     if place != size or len(set(keys)) < len(keys):
         raise Refused("it holds fewer or more values than its tensors claim; refused.")

@@ -90,8 +90,13 @@ class TrainingSampler(Sampler[list[SampleKey]]):
 class EvaluationSampler(Sampler[list[SampleKey]]):
     """This rank's share of a split, every image exactly once over all ranks: indices rank, rank + W, rank + 2W, ..."""
 
-    def __init__(self, num_images: int, batch_size: int, rank: int = 0, world_size: int = 1) -> None:
+    def __init__(
+        self, num_images: int, batch_size: int, rank: int = 0, world_size: int = 1, spread: bool = False
+    ) -> None:
+        """spread: only about one batch, taken evenly from the whole share."""
         self.indices = range(rank, num_images, world_size)
+        if spread:
+            self.indices = self.indices[:: max(1, -(-len(self.indices) // batch_size))]
         self.batch_size = batch_size
         self.common_steps = -(-(num_images // world_size) // batch_size)  # of the rank that has the fewest
 

@@ -1,1 +1,1 @@
-"""Processes, errors, signals and files: imports nothing else of this project."""
+"""Processes, errors, signals, files and text. Imports nothing else of this project."""

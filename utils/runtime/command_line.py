@@ -1,4 +1,4 @@
-"""The parser of every command: errors are one sentence, with the closest names for what is misspelt; paths take ~."""
+"""The parser of every command: one-sentence errors that suggest the closest names, and paths with ~."""
 
 import argparse
 import difflib
@@ -17,24 +17,24 @@ EXPECTED = {int: "a whole number", float: "a number"}
 
 
 def expanded(text: str) -> str:
-    """The type of flags that name a file or folder; a shell leaves the ~ of --flag=~/folder to the program."""
+    """The path with ~ expanded, the `type` of flags for files and folders: shells do not expand --flag=~/folder."""
     return os.path.expanduser(text)
 
 
 def expanded_path(text: str) -> Path:
-    """As `expanded`, a Path."""
+    """As `expanded`, but a Path."""
     return Path(expanded(text))
 
 
 def absolute(text: str) -> str:
-    """As `expanded`, and the same file from any folder."""
+    """As `expanded`, but absolute."""
     return os.path.abspath(expanded(text))
 
 
 def closest(word: str, names: Iterable[str], prefix: str = "") -> str:
-    """Up to three names that are near a misspelt one or begin with it: "did you mean a, b?"; empty without any.
+    """ "did you mean a, b?" with up to three names that begin with `word` or resemble it; "" if there are none.
 
-    prefix: of each name, not compared.
+    prefix: put before each name, but not compared.
     """
     names = sorted(set(names))
     near = [name for name in names if len(word) > 2 and name.startswith(word)]
@@ -43,7 +43,7 @@ def closest(word: str, names: Iterable[str], prefix: str = "") -> str:
 
 
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser whose errors are UserErrors, so that one process speaks for all."""
+    """An ArgumentParser that raises UserErrors, so that only one of several processes prints them."""
 
     def __init__(self, description: str | None = None, *, show_defaults: bool = False, **settings: Any) -> None:
         formatter = argparse.ArgumentDefaultsHelpFormatter if show_defaults else argparse.HelpFormatter
@@ -53,7 +53,7 @@ class Parser(argparse.ArgumentParser):
     def parse_known_args(
         self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
     ) -> tuple[argparse.Namespace, list[str]]:
-        """As argparse, but nothing unknown is allowed; the parser of a subcommand can name its own flags here."""
+        """As in argparse, but unknown words are an error here, so that subcommands suggest their own flags."""
         self._words = list(sys.argv[1:] if args is None else args)
         parsed, unknown = super().parse_known_args(self._words, namespace)
         if unknown:
@@ -64,9 +64,9 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message}{self._suggestions()} (--help lists all flags)", agreed=True)
 
     def _suggestions(self) -> str:
-        """The closest flag for each unknown one among the words; a missing one may be there, misspelt."""
+        """The closest flags for unknown ones among the words: a required flag may only be misspelt."""
         words = itertools.takewhile(lambda word: word != "--", self._words)
-        if self._subparsers is not None:  # the flags of a subcommand are not this parser's
+        if self._subparsers is not None:  # flags after a subcommand belong to its own parser
             words = itertools.takewhile(lambda word: word.startswith("-"), words)
         known = self._option_string_actions
         flags = [word.split("=")[0] for word in words if word.startswith("-") and len(word) > 2]
@@ -79,7 +79,7 @@ class Parser(argparse.ArgumentParser):
         try:
             return super()._get_value(action, arg_string)
         except argparse.ArgumentError as error:
-            if not isinstance(error.__context__, argparse.ArgumentTypeError):  # argparse names the Python function
+            if not isinstance(error.__context__, argparse.ArgumentTypeError):  # argparse would name the Python function
                 error.message = f"{reprlib.repr(arg_string)}: expected {_kind(action.type)}"
             raise
 
@@ -96,7 +96,7 @@ def _shortened(word: str) -> str:
     return word if len(word) <= 200 else f"{word[:200]}..."
 
 
-def _kind(of: Any) -> str:
-    """What a flag's type makes of a text, in words."""
-    made = of if isinstance(of, type) else typing.get_type_hints(of).get("return")
-    return EXPECTED.get(made, "another value")
+def _kind(converter: Any) -> str:
+    """What a flag's `type` expects, in words."""
+    result = converter if isinstance(converter, type) else typing.get_type_hints(converter).get("return")
+    return EXPECTED.get(result, "another value")

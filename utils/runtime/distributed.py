@@ -1,7 +1,7 @@
-"""Processes and devices: who am I, who else is there, and what do we agree on?
+"""Ranks, devices and collectives.
 
-This module alone reads RANK, WORLD_SIZE, LOCAL_RANK and Slurm's variables, and imports nothing else of the project.
-With one process and no launcher there is no process group, and every collective below returns its input.
+Only this module reads RANK, WORLD_SIZE, LOCAL_RANK and Slurm's variables. It imports nothing else of this project.
+A single process without a launcher has no process group; every collective below then returns its input.
 """
 
 import contextlib
@@ -18,11 +18,11 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 FAILURE_KEY = "failure"
-_store: dist.Store | None = None  # what the process group was built on; a failing rank leaves its message there
+_store: dist.Store | None = None  # of the process group; a failing rank leaves its message there
 
 
 class Launch(NamedTuple):
-    """What the launcher said of this process."""
+    """This process's place, as the launcher gave it."""
 
     rank: int
     world_size: int
@@ -31,17 +31,21 @@ class Launch(NamedTuple):
 
 
 def read_launch(environment: dict[str, str]) -> Launch | None:
-    """This process's place, out of the environment, or None for a single process without a launcher.
+    """This process's place, from the environment; None for a single process without a launcher.
 
-    torchrun's RANK wins. Slurm's variables count only inside a job step of more than one task: a plain `python` in a
-    batch script sees SLURM_PROCID too, and would wait for ever for the others.
+    torchrun's RANK wins. Slurm's variables count only in a job step of several tasks: a plain `python` in a batch
+    script also sees SLURM_PROCID, and would wait for the others forever.
     """
     if "RANK" in environment:
-        names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
-        return Launch(*(int(environment.get(name, default)) for name, default in zip(names, (0, 1, 0, 1), strict=True)))
+        return Launch(
+            rank=int(environment["RANK"]),
+            world_size=int(environment.get("WORLD_SIZE", 1)),
+            local_rank=int(environment.get("LOCAL_RANK", 0)),
+            local_world_size=int(environment.get("LOCAL_WORLD_SIZE", 1)),
+        )
     tasks = int(environment.get("SLURM_STEP_NUM_TASKS", 1))
     if tasks > 1:
-        if environment.get("SLURM_GPUS_PER_TASK") == "1":  # each task sees its own GPU only, as device 0
+        if environment.get("SLURM_GPUS_PER_TASK") == "1":  # each task sees only its own GPU, as device 0
             return Launch(int(environment["SLURM_PROCID"]), tasks, 0, 1)
         nodes = int(environment.get("SLURM_STEP_NUM_NODES", 1))
         return Launch(int(environment["SLURM_PROCID"]), tasks, int(environment["SLURM_LOCALID"]), -(-tasks // nodes))
@@ -49,9 +53,9 @@ def read_launch(environment: dict[str, str]) -> Launch | None:
 
 
 def slurm_rendezvous(environment: dict[str, str]) -> dict[str, str]:
-    """MASTER_ADDR and MASTER_PORT for a Slurm step whose launcher set none: the node and job that srun runs in.
+    """MASTER_ADDR and MASTER_PORT for a Slurm step, where no launcher sets them: the node and job that srun runs in.
 
-    The port lies in 20000..29999, below the range Linux gives to outgoing connections, and differs between jobs.
+    The port differs between jobs and is in 20000..29999, below the range that Linux gives to outgoing connections.
     """
     one_node = environment.get("SLURM_STEP_NUM_NODES", "1") == "1"
     address = "127.0.0.1" if one_node else environment.get("SLURM_LAUNCH_NODE_IPADDR", "127.0.0.1")
@@ -60,9 +64,9 @@ def slurm_rendezvous(environment: dict[str, str]) -> dict[str, str]:
 
 
 def resolve_device(name: str | None, local_rank: int = 0, local_world_size: int = 1) -> torch.device:
-    """The device of this process; None means CUDA where there is one, else the CPU.
+    """The device of this process. name: None for CUDA if available, else the CPU.
 
-    Raises ValueError, with what to do, for a device that this node does not have; alike in all its processes.
+    Raises ValueError, with advice, for a device that this node lacks; the same error in all its processes.
     """
     available = torch.cuda.device_count() if torch.cuda.is_available() else 0
     name = name or ("cuda" if available else "cpu")
@@ -87,20 +91,17 @@ def resolve_device(name: str | None, local_rank: int = 0, local_world_size: int 
 
 
 def initialize(device_name: str | None, timeout_seconds: float) -> torch.device:
-    """Join the process group that the launcher describes (nccl on CUDA, gloo on the CPU); returns the device.
+    """Join the process group that the launcher describes (nccl on CUDA, gloo on the CPU) and return the device.
 
-    A collective that another rank does not join within the timeout fails, on the CPU by an exception, on CUDA by the
-    end of the process.
-
-    Raises ValueError for a device that is not there, before anything waits for another process.
+    A collective that another rank does not join within the timeout raises an exception on the CPU, and ends the process
+    on CUDA. Raises ValueError for a device that this node lacks, before anything waits for another process.
     """
     global _store
-    launch = read_launch(os.environ)
-    local = (launch.local_rank, launch.local_world_size) if launch else ()
-    device = resolve_device(device_name, *local)
+    launch = _launch()
+    device = resolve_device(device_name, launch.local_rank, launch.local_world_size)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    if launch is None:
+    if not is_launched():
         return device
     if "MASTER_ADDR" not in os.environ:
         os.environ.update(slurm_rendezvous(os.environ))
@@ -117,17 +118,18 @@ def initialize(device_name: str | None, timeout_seconds: float) -> torch.device:
 
 
 def name_of_start(store: dist.Store, rank: int, world_size: int, timeout_seconds: float) -> str:
-    """A name for this start of all ranks, equal on all, that no earlier start with the same store has had.
+    """A name for this start, equal on all ranks, and new: no earlier start with the same store had it.
 
-    torchrun keeps one store over its restarts: without a prefix for each, a rank finds the addresses of processes that
-    are gone. (Its count of restarts is each node's own.) Rank 0 invents the name; another rank believes a name that it
-    reads only once rank 0 has answered it, and reads again otherwise.
+    torchrun keeps one store over its restarts. Without a new prefix for each start, a rank would find the addresses of
+    processes that have ended. (torchrun's count of restarts differs between nodes.) Rank 0 chooses the name. Another
+    rank may read the name of an earlier start, so it accepts a name only once rank 0 has answered its call under it.
+    Raises DistNetworkError if rank 0 does not answer in time.
     """
     own = uuid.uuid4().hex
     if rank == 0:
         store.set("start", own)
-        for other in range(1, world_size):
-            store.set(f"{own}/answer/{other}", store.get(f"{own}/call/{other}"))
+        for caller in range(1, world_size):
+            store.set(f"{own}/answer/{caller}", store.get(f"{own}/call/{caller}"))
         return own
     deadline = time.monotonic() + timeout_seconds
     while time.monotonic() < deadline:
@@ -141,43 +143,42 @@ def name_of_start(store: dist.Store, rank: int, world_size: int, timeout_seconds
 
 
 def shutdown() -> None:
-    """Leave the process group, if there is one."""
+    """Leave the process group, if any."""
     global _store
     if dist.is_initialized():
         dist.destroy_process_group()
     _store = None
 
 
+def _launch() -> Launch:
+    return read_launch(os.environ) or Launch(rank=0, world_size=1, local_rank=0, local_world_size=1)
+
+
 def launched_rank() -> int:
-    """This process's rank, known even before (or without) a process group."""
-    launch = read_launch(os.environ)
-    return launch.rank if launch else 0
+    """This process's rank, known before (or without) a process group."""
+    return _launch().rank
 
 
 def is_launched() -> bool:
-    """Whether a launcher started this process as one of several ranks, or as the only one."""
+    """Whether a launcher started this process, alone or as one of several ranks."""
     return read_launch(os.environ) is not None
 
 
 def launched_world_size() -> int:
-    """The number of processes that the launcher started, known even before (or without) a process group."""
-    launch = read_launch(os.environ)
-    return launch.world_size if launch else 1
+    """The number of processes that the launcher started, known before (or without) a process group."""
+    return _launch().world_size
 
 
 def is_first_on_node() -> bool:
-    """True for one process of each node."""
-    launch = read_launch(os.environ)
-    if launch is None:
-        return True
-    # Slurm's own number where each task sees one GPU only, as device 0.
-    return launch.local_rank == 0 if "RANK" in os.environ else os.environ["SLURM_LOCALID"] == "0"
+    """Whether this is the first process of its node."""
+    if is_launched() and "RANK" not in os.environ:  # in Slurm local_rank is 0 in every task that sees only its own GPU
+        return os.environ["SLURM_LOCALID"] == "0"
+    return _launch().local_rank == 0
 
 
 def local_world_size() -> int:
     """The number of processes on this node."""
-    launch = read_launch(os.environ)
-    return launch.local_world_size if launch else 1
+    return _launch().local_world_size
 
 
 def in_process_group() -> bool:
@@ -197,12 +198,12 @@ def is_main_process() -> bool:
 
 
 def all_reduce_mean(tensor: Tensor) -> Tensor:
-    """Mean over the ranks, elementwise, on the device; without gradient. Equal bits on every rank."""
+    """Elementwise mean over the ranks, without gradient. The same bits on every rank."""
     return all_reduce_sum(tensor) / world_size() if world_size() > 1 else tensor.detach()
 
 
 def all_reduce_sum(tensor: Tensor) -> Tensor:
-    """Sum over the ranks, elementwise, on the device; without gradient. A single process gets its own tensor back."""
+    """Elementwise sum over the ranks, without gradient. A single process gets its own tensor back."""
     if world_size() == 1:
         return tensor.detach()
     reduced = tensor.detach().clone()
@@ -229,30 +230,30 @@ def broadcast_object(value: Any) -> Any:
 
 
 def barrier() -> None:
-    """Wait until every rank is here."""
+    """Wait for all ranks."""
     if world_size() > 1:
         dist.barrier()
 
 
 def broadcast_buffers(module: nn.Module) -> None:
-    """Give every rank rank 0's buffers (BatchNorm statistics drift apart during an epoch without SyncBN)."""
+    """Copy rank 0's buffers to every rank: without SyncBN, BatchNorm statistics drift apart during an epoch."""
     if world_size() > 1:
         for buffer in module.buffers():
             dist.broadcast(buffer, src=0)
 
 
 def wrap(module: nn.Module, device: torch.device) -> nn.Module:
-    """DistributedDataParallel round a module that learns; the module itself in a single process or without parameters.
+    """The module in DistributedDataParallel; unchanged in a single process or without trainable parameters.
 
-    Buffers are broadcast here, but not at every step: training never reads them, and evaluation broadcasts them first.
+    Buffers are broadcast here, not at every step: training does not read them, and evaluation broadcasts them first.
     """
     if not dist.is_initialized() or not any(parameter.requires_grad for parameter in module.parameters()):
         return module
     broadcast_buffers(module)
     device_ids = [device.index] if device.type == "cuda" else None
-    # torch 2.14 renamed the argument.
-    names = inspect.signature(DistributedDataParallel).parameters
-    no_broadcast = {"forward_sync_buffers" if "forward_sync_buffers" in names else "broadcast_buffers": False}
+    # torch 2.14 renamed broadcast_buffers.
+    renamed = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
+    no_broadcast = {"forward_sync_buffers" if renamed else "broadcast_buffers": False}
     return DistributedDataParallel(module, device_ids=device_ids, gradient_as_bucket_view=True, **no_broadcast)
 
 
@@ -262,22 +263,22 @@ def unwrap(module: nn.Module | None) -> nn.Module | None:
 
 
 def post_failure(message: str) -> None:
-    """Leave word for the other ranks that this one stops, and why."""
+    """Leave a message for the other ranks: this rank stops, and why."""
     if _store is not None:
-        with contextlib.suppress(Exception):  # the store's host may be gone, and the message is a courtesy
+        with contextlib.suppress(Exception):  # the store's host may have ended; the message is optional
             _store.set(FAILURE_KEY, message.encode(errors="backslashreplace").decode())
 
 
 def is_lost_contact(error: BaseException) -> bool:
-    """True if a collective failed since another rank ended or did not answer in time."""
+    """Whether a collective failed because another rank ended or did not answer in time."""
     return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error).lower())
 
 
 def failure_posted() -> bool:
-    """True if another rank has left word that it stops: the error at hand is only the connection it closed."""
+    """Whether another rank has left a message that it stops. An error here is then only its closed connection."""
     if _store is None:
         return False
     try:
         return _store.check([FAILURE_KEY])
-    except Exception:  # the store went away with the rank that hosted it
+    except Exception:  # the store ended with the rank that hosted it
         return False

@@ -1,4 +1,4 @@
-"""What the user must mend: one clear sentence, printed once, a non-zero exit on every rank, no rank left waiting."""
+"""User errors: one sentence printed once, a non-zero exit code on every rank, no rank left waiting."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -7,9 +7,9 @@ from utils.runtime import distributed
 
 
 class UserError(Exception):
-    """Bad input, a full disk, and the like; the message names the thing, what was expected, and what to do.
+    """Bad input, a full disk and the like. The message names the thing, what was expected, and what to do.
 
-    `agreed` is set when every rank raises the same error at the same place, so that rank 0 may speak for all.
+    agreed: every rank raises the same error at the same place, so rank 0 prints it for all.
     """
 
     def __init__(self, message: str, agreed: bool = False) -> None:
@@ -19,12 +19,15 @@ class UserError(Exception):
 
 @contextmanager
 def agreed() -> Iterator[None]:
-    """Run a block without collectives that may fail on some ranks only; if one fails, all raise its UserError."""
-    problem = None
+    """Run a block that may fail on some ranks only; then all ranks raise the first UserError.
+
+    The block must not contain collectives.
+    """
+    own_message = None
     try:
         yield
     except UserError as error:
-        problem = str(error)
-    problems = [found for found in distributed.all_gather_object(problem) if found is not None]
-    if problems:
-        raise UserError(problems[0], agreed=True)
+        own_message = str(error)
+    messages = [message for message in distributed.all_gather_object(own_message) if message is not None]
+    if messages:
+        raise UserError(messages[0], agreed=True)

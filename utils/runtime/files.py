@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all."""
+"""Writers of files that appear whole or not at all."""
 
 import errno
 import json
@@ -19,45 +19,41 @@ OURS = re.compile(
 
 
 def write_atomically(path: Path, data: bytes | memoryview) -> None:
-    """Write a file that appears whole or not at all: temporary file in the same folder, fsync, rename, folder fsync.
+    """Write a whole file or nothing: a temporary file in the same folder, fsync, rename, fsync of the folder.
 
-    Raises UserError if the file system refuses; what stood at `path` is then as it was.
+    Raises UserError if the file system refuses; a previous file at `path` is then unchanged.
     """
-    temporary = temporary_path(path)
     try:
-        try:
+        with _temporary(path) as temporary:
             _write_and_sync(temporary, memoryview(data))
             os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error.strerror}); what was there is unharmed.") from None
     try:
         _sync_folder(path.parent)
     except OSError as error:
-        raise UserError(f"{path}: is written, but may not outlive a power failure ({error.strerror}).") from None
+        raise UserError(f"{path}: written, but a power failure may undo it ({error.strerror}).") from None
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write a value as indented JSON in ASCII, atomically; raises UserError as `write_atomically` does."""
+    """Write a value as indented ASCII JSON. Raises UserError as `write_atomically` does."""
     write_atomically(path, (json.dumps(content, indent=2) + "\n").encode())
 
 
 def check_absent(path: Path, overwrite: bool, flag: str = "--output") -> None:
-    """The rule of --overwrite: raise UserError if there is already something at `path`, unless it may be replaced."""
+    """Raise UserError if `path` already exists, unless --overwrite was given."""
     if os.path.lexists(path) and not overwrite:
         raise UserError(f"{path}: already exists; give another {flag}, or --overwrite.")
 
 
 @contextmanager
 def opened_atomically(path: Path) -> Iterator[TextIO]:
-    """A text file (UTF-8) to write to line by line, which appears under its name once the block has ended well.
+    """A text file (UTF-8) to write line by line, which appears under its name when the block ends without an error.
 
-    Names that are no text are written with backslashes. Raises UserError if the file system refuses.
+    Characters that UTF-8 cannot encode become backslash escapes. Raises UserError if the file system refuses.
     """
-    temporary = temporary_path(path)
     try:
-        try:
+        with _temporary(path) as temporary:
             descriptor = open_new(temporary)
             with open(descriptor, "w", encoding="utf-8", errors="backslashreplace", newline="") as file:
                 yield file
@@ -65,14 +61,12 @@ def opened_atomically(path: Path) -> Iterator[TextIO]:
                 os.fsync(file.fileno())
             os.replace(temporary, path)
             _sync_folder(path.parent)
-        finally:
-            temporary.unlink(missing_ok=True)
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error.strerror}).") from None
 
 
 def open_new(path: str | Path) -> int:
-    """A descriptor for writing a file that was not there; whatever else has its name is removed, and not followed."""
+    """A descriptor for writing a new file. Anything else of this name is removed, and links are not followed."""
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
     try:
         return os.open(path, flags, 0o666)
@@ -82,7 +76,7 @@ def open_new(path: str | Path) -> int:
 
 
 def not_followed(path: str, flags: int) -> int:
-    """For `open(..., opener=not_followed)`: a regular file, made where there is none; no link, and no pipe waited for.
+    """For `open(..., opener=not_followed)`: opens or creates a regular file, follows no link, waits for no pipe.
 
     Raises OSError for anything else.
     """
@@ -90,16 +84,26 @@ def not_followed(path: str, flags: int) -> int:
     if stat.S_ISREG(os.fstat(descriptor).st_mode):
         return descriptor
     os.close(descriptor)
-    raise OSError(errno.EINVAL, "is no regular file", path)
+    raise OSError(errno.EINVAL, "not a regular file", path)
 
 
 def temporary_path(path: Path) -> Path:
-    """Where this process writes before it renames to `path`: hidden, in the same folder, and known by its ending."""
+    """Where this process writes before it renames to `path`: a hidden file in the same folder."""
     return path.with_name(f".{path.name}.{os.getpid()}{TEMPORARY}")
 
 
+@contextmanager
+def _temporary(path: Path) -> Iterator[Path]:
+    """The temporary path of `path`, removed at the end if it still exists."""
+    temporary = temporary_path(path)
+    try:
+        yield temporary
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
 def remove_temporaries(folder: Path) -> None:
-    """Remove what a kill in the middle of a write has left; raises UserError if that is refused."""
+    """Remove temporary files of killed runs. Raises UserError if the file system refuses."""
     for path in folder.glob(f".*{TEMPORARY}"):
         try:
             if OURS.fullmatch(path.name) and path.is_file():
@@ -109,13 +113,10 @@ def remove_temporaries(folder: Path) -> None:
 
 
 def prove_writable(folder: Path, data: memoryview) -> None:
-    """Write the bytes to a temporary file of the folder, and remove it; raises UserError if it is refused."""
-    probe = temporary_path(folder / "probe")
+    """Write the bytes to a temporary file in the folder and remove it. Raises UserError if that fails."""
     try:
-        try:
+        with _temporary(folder / "probe") as probe:
             _write_and_sync(probe, data)
-        finally:
-            probe.unlink(missing_ok=True)
     except OSError as error:
         megabytes = len(data) / 1e6
         raise UserError(

@@ -1,4 +1,4 @@
-"""Which process ends with which: a rank with its launcher, a loader worker with its rank. Imports no torch."""
+"""Ends a rank with its launcher, and a loader worker with its rank. Imports no torch."""
 
 import ctypes
 import multiprocessing
@@ -11,11 +11,11 @@ PR_SET_PDEATHSIG = 1  # from Linux's prctl.h
 
 
 def end_with_launcher() -> None:
-    """End this rank as soon as the torchrun that started it has ended, whatever the rank does then.
+    """End this rank as soon as the torchrun that started it has ended.
 
-    Call it before the heavy imports. The kernel sends SIGKILL: a rank that waits in C++ for the others would not react
-    to another signal, and files are written atomically. Nothing is done for a process that torchrun did not start: one
-    from a shell may outlive its shell, and Slurm ends its tasks itself.
+    Call it before the heavy imports. The kernel sends SIGKILL, because a rank that waits for the others in C++ does not
+    react to other signals; files are written atomically, so none is harmed. Processes not started by torchrun are left
+    alone: one from a shell may outlive its shell, and Slurm ends its tasks itself.
     """
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         return
@@ -26,16 +26,16 @@ def end_with_launcher() -> None:
 
 
 def end_with_parent(parent: int) -> None:
-    """Let the kernel end this process with its parent, process `parent`; on Linux only."""
+    """Let the kernel end this process with its parent, process `parent`. Linux only."""
     if sys.platform != "linux":
         return
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:  # it had ended before
+    if os.getppid() != parent:  # the parent had already ended
         os._exit(2)
 
 
 def _may_be_launcher(command_line: Path) -> bool:
-    """Whether process 1 can be torchrun, as in a container; True if it cannot be found out."""
+    """Whether process 1 may be torchrun, as in a container. True if its command line is unreadable."""
     try:
         command = command_line.read_bytes()
     except OSError:
@@ -44,8 +44,8 @@ def _may_be_launcher(command_line: Path) -> bool:
 
 
 def end_workers() -> None:
-    """Kill the loader workers of this process: a stopped one would keep the process from ending."""
-    handler = signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's own would raise an error for each
+    """Kill the loader workers of this process: a stopped worker would keep the process from ending."""
+    handler = signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's own handler would raise an error for each worker
     try:
         workers = [process for process in multiprocessing.active_children() if process.daemon]
         for worker in workers:

@@ -1,4 +1,4 @@
-"""Sentences for what a node refuses (file handles, processes, shared memory), and for workers that end or hang."""
+"""Messages for a node's limits (file handles, processes, shared memory) and for loader workers that end or hang."""
 
 import errno
 import os
@@ -18,51 +18,51 @@ NO_PROCESS = (
     "the system refuses to start another process or thread ({reason}): give fewer --workers, or raise the limit "
     "(ulimit -u in the shell, pids.max of a container, the node's memory)."
 )
-MORE_SHARED_MEMORY = "give fewer --workers, or more shared memory (docker run --ipc=host, or --shm-size=16g)"
+MORE_SHARED_MEMORY = "or more shared memory (docker run --ipc=host, or --shm-size=16g)"
 
 
 def explain(error: BaseException) -> str | None:
-    """One sentence, with what to do, for an error that one of these limits caused; None for any other error."""
+    """One sentence with advice for an error that one of these limits caused; None for any other error."""
     errors = list(_chain(error))
-    texts = [str(each) for each in errors]
-    rank = _rank()
-    numbers = {each.errno for each in errors if isinstance(each, OSError)}
+    texts = [str(link) for link in errors]
     everything = "\n".join(texts)
-    if numbers & {errno.EMFILE, errno.ENFILE} or _has(everything, "Too many open files", "items of ancdata"):
-        return rank + TOO_MANY_FILES
-    if "shared memory" in everything and _has(everything, "No space left", "unable to allocate"):
-        return f"{rank}{SHARED_MEMORY} is full{_free_text()}: {MORE_SHARED_MEMORY}."
+    numbers = {link.errno for link in errors if isinstance(link, OSError)}
+    no_handle = "Too many open files" in everything or "items of ancdata" in everything
+    if no_handle or numbers & {errno.EMFILE, errno.ENFILE}:
+        return _rank() + TOO_MANY_FILES
+    no_room = "No space left" in everything or "unable to allocate" in everything
+    if no_room and "shared memory" in everything:
+        return f"{_rank()}{_shared_memory_full()}: give fewer --workers, {MORE_SHARED_MEMORY}."
     for text in texts:
         first_line = text.split("\n")[0].strip().rstrip(".")
         if first_line.startswith("DataLoader worker (pid"):
-            return f"{rank}{first_line}: {_advice_on_death(first_line)}."
+            return f"{_rank()}{first_line}: {_advice_on_death(first_line)}."
         if "can't start new thread" in text:
-            return rank + NO_PROCESS.format(reason=first_line)
+            return _rank() + NO_PROCESS.format(reason=first_line)
     return None
 
 
 def explain_start(error: BaseException) -> str | None:
-    """As `explain`, for an error while processes were started."""
+    """As `explain`, for an error in starting processes."""
     if isinstance(error, OSError) and error.errno in (errno.EAGAIN, errno.ENOMEM):
         return _rank() + NO_PROCESS.format(reason=os.strerror(error.errno))
     return explain(error)
 
 
 def explain_batch(error: BaseException) -> str | None:
-    """As `explain`, for an error while a batch was taken from a worker; a worker that ends breaks the connection."""
+    """As `explain`, for an error in taking a batch from a worker: a worker that ends breaks the connection."""
     broken = isinstance(error, (ConnectionError, EOFError, FileNotFoundError))
-    if broken and not str(error).startswith("Caught "):  # by torch, in a worker's own code
+    if broken and not str(error).startswith("Caught "):  # torch's word for an error in the worker's own code
         return f"{_rank()}DataLoader worker ended while its batch was read: {_advice_on_death('Killed')}."
     return explain(error)
 
 
 def no_batch(time: str) -> str:
-    """The sentence for loader workers that gave nothing for this time."""
+    """The message when loader workers delivered nothing for this time."""
     files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     return (
         f"{_rank()}no batch came from the loader's workers within {time}: a worker hangs, the storage does not answer, "
-        f"{SHARED_MEMORY} is full{_free_text()}, or file handles run out (ulimit -n {files}); a training with slow "
-        "storage needs a larger --timeout."
+        f"{_shared_memory_full()}, or file handles run out (ulimit -n {files}); slow storage needs a larger --timeout."
     )
 
 
@@ -71,26 +71,22 @@ def _rank() -> str:
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:
-    """The error and what it was raised from or over."""
+    """The error and its causes."""
     while error is not None:
         yield error
         error = error.__cause__ or error.__context__
 
 
-def _has(text: str, *parts: str) -> bool:
-    return any(part in text for part in parts)
-
-
 def _advice_on_death(reason: str) -> str:
     if "Bus error" in reason:
-        return f"{SHARED_MEMORY} is full{_free_text()}; {MORE_SHARED_MEMORY}"
+        return f"{_shared_memory_full()}; give fewer --workers, {MORE_SHARED_MEMORY}"
     if "Killed" in reason or "exited unexpectedly" in reason:
-        return "somebody ended it, or the node's memory is used up; give fewer --workers"
-    return "a fault in a library, or of the node; --workers 0 loads without workers"
+        return "it was killed, or the node's memory is used up; give fewer --workers"
+    return "a fault in a library or of the node; --workers 0 loads without workers"
 
 
 def free_shared_memory() -> int | None:
-    """The bytes that are free for loader workers' batches; None where there is no such limit."""
+    """The free bytes for loader workers' batches; None where there is no such limit."""
     try:
         status = os.statvfs(SHARED_MEMORY)
     except OSError:
@@ -98,15 +94,15 @@ def free_shared_memory() -> int | None:
     return status.f_bavail * status.f_frsize if status.f_blocks else None  # 0 blocks: a tmpfs without a limit
 
 
-def _free_text() -> str:
+def _shared_memory_full() -> str:
     free = free_shared_memory()
-    return "" if free is None else f" ({free / 1e6:.0f} MB free)"
+    return f"{SHARED_MEMORY} is full" + ("" if free is None else f" ({free / 1e6:.0f} MB free)")
 
 
 def shared_memory_problem(batch_bytes: int, batches: int, workers: int, processes: int) -> str | None:
-    """Why /dev/shm is too small for what the loader workers of a node hold ready, and what fits; None if it suffices.
+    """Why /dev/shm is too small for the batches that a node's loader workers hold, and what fits; None if it suffices.
 
-    batches: of a pass, of each of the `processes`; workers: of each. One more batch is in use.
+    batches: per pass and process; workers: per process. Each process also has one more batch in use.
     """
     free = free_shared_memory()
     needed = processes * (min(PREFETCH * workers, batches) + 1) * batch_bytes
@@ -116,6 +112,5 @@ def shared_memory_problem(batch_bytes: int, batches: int, workers: int, processe
     return (
         f"{SHARED_MEMORY} has {free / 1e6:.0f} MB free, and the loader workers of this node can hold "
         f"{needed / 1e6:.0f} MB of batches there ({processes} x {workers} workers, {PREFETCH} batches of "
-        f"{batch_bytes / 1e6:.1f} MB each): give --workers {fitting}, or more shared memory (docker run --ipc=host, or "
-        "--shm-size=16g)."
+        f"{batch_bytes / 1e6:.1f} MB each): give --workers {fitting}, {MORE_SHARED_MEMORY}."
     )

@@ -1,4 +1,4 @@
-"""Standard output and error that no run depends on: text that they do not accept is dropped."""
+"""Standard output and error that never end a run: text that nobody can receive is dropped."""
 
 import io
 import os
@@ -8,7 +8,7 @@ from typing import TextIO
 
 
 class _Lossy(io.FileIO):
-    """A descriptor whose writes never fail; each is tried, since a full disk may have room again later."""
+    """A descriptor whose writes never fail. Each write is tried, because a full disk may have room again later."""
 
     def write(self, data: bytes | memoryview) -> int:
         written = None
@@ -18,28 +18,28 @@ class _Lossy(io.FileIO):
 
 
 def drop_lost_output(*names: str) -> None:
-    """Let sys.stdout, sys.stderr or both ("stdout", "stderr") go on when nobody can receive them, or they are closed.
+    """Keep sys.stdout or sys.stderr (`names`: "stdout", "stderr") usable when they are closed or cannot be written.
 
-    Streams that are not the process's own (a notebook's, a test's) stay as they are.
+    Streams that are not the process's own (of a notebook, of a test) stay unchanged.
     """
     _open_standard_descriptors()
     for name in names:
         stream = getattr(sys, name)
         if stream is None:  # closed before Python started
-            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 (open until the process ends)
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 (stays open until the process ends)
         elif stream is getattr(sys, f"__{name}__"):
             setattr(sys, name, _lossy(stream))
 
 
 def _open_standard_descriptors() -> None:
-    """Open /dev/null in the place of closed ones: a checkpoint opened as descriptor 2 would receive error messages."""
+    """Open /dev/null for closed ones: a checkpoint opened as descriptor 2 would receive error messages."""
     while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
         os.set_inheritable(descriptor, True)
     os.close(descriptor)
 
 
 def _lossy(stream: TextIO) -> TextIO:
-    """The same stream, with a raw file that drops."""
+    """The same stream on a raw file that drops what it cannot write."""
     with suppress(OSError, ValueError):
         stream.flush()
     raw = _Lossy(stream.fileno(), "w", closefd=False)

@@ -1,4 +1,4 @@
-"""How a process joins the others at the start and leaves at the end, with one sentence per error."""
+"""Start and end of a process: joining the other ranks, one sentence per error, and exit codes."""
 
 import ctypes
 import json
@@ -11,6 +11,7 @@ import traceback
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from typing import NoReturn
 
 import torch
 
@@ -25,18 +26,18 @@ from utils.runtime.text import print_line
 
 EXIT_CODE = 2
 GRACE_SECONDS = 10
-LONGEST_TIMEOUT = 1e6  # seconds; torch and threading take no number at all
+LONGEST_TIMEOUT = 1e6  # seconds; torch and threading refuse much larger numbers
 
 
 def join_processes(device_name: str | None, timeout_seconds: float = 600) -> torch.device:
-    """Join the process group; returns this process's device.
+    """Join the process group and return this process's device.
 
     timeout_seconds: how long a rank waits for the others, here and in each later collective. A process that has not
-    joined by then is ended. Raises UserError for a device that is not there, and where joining fails.
+    joined by then ends. Raises UserError for a device that this node lacks, and if joining fails.
     """
     timeout_seconds = min(timeout_seconds, LONGEST_TIMEOUT)
     if distributed.launched_rank() != 0:
-        warnings.simplefilter("ignore")  # rank 0 speaks for all
+        warnings.simplefilter("ignore")  # rank 0 prints them for all
     try:
         with _joining_limited_to(timeout_seconds):
             device = distributed.initialize(device_name, timeout_seconds)
@@ -53,7 +54,7 @@ def join_processes(device_name: str | None, timeout_seconds: float = 600) -> tor
 
 @contextmanager
 def _joining_limited_to(seconds: float) -> Iterator[None]:
-    """End this process with a sentence if the block lasts longer: each step of joining has a limit of its own."""
+    """End this process with a sentence if the block takes longer. (Torch only limits each step of joining.)"""
 
     def give_up() -> None:
         _print_error(_not_joined(seconds, "no answer"))
@@ -79,33 +80,24 @@ def _not_joined(seconds: float, reason: str) -> str:
 
 
 def run_script(main: Callable[[], None], *, prints_result: bool = False) -> None:
-    """Run `main`, then leave the process group; a UserError becomes one sentence on stderr and exit code 2.
+    """Run `main`, then leave the process group. A UserError becomes one sentence on stderr and exit code 2.
 
-    A rank that fails alone speaks for itself, and leaves word for the others, so that they stop without a traceback of
-    the broken connection. Lost output (a closed pipe, a full disk) does not end the process; with prints_result, where
-    stdout carries the result, only a lost stderr does not.
+    A rank that fails alone prints its own error and leaves a message for the others, which then stop without a
+    traceback of the broken connection. Lost output (a closed pipe, a full disk) does not end the process, except for
+    stdout with `prints_result`: it then carries the result.
     """
     drop_lost_output("stderr", *([] if prints_result else ["stdout"]))
-    if hasattr(sys.stdout, "reconfigure"):  # which a stream in a notebook lacks
-        sys.stdout.reconfigure(errors="backslashreplace")  # the names of files may be no text
+    if hasattr(sys.stdout, "reconfigure"):  # a notebook's stream lacks it
+        sys.stdout.reconfigure(errors="backslashreplace")  # file names may not be text
     try:
         try:
-            with _as_sentences():
+            with _as_user_errors():
                 main()
         finally:
             end_workers()
     except UserError as error:
-        alone = distributed.launched_world_size() == 1
-        if alone or not error.agreed or distributed.launched_rank() == 0:
-            _print_error(str(error))
-        if not alone and error.agreed:
-            _wait_for_rank_0()
-        elif not alone:
-            distributed.post_failure(str(error))
-            _leave_at_once()
-        distributed.shutdown()
-        sys.exit(EXIT_CODE)
-    except KeyboardInterrupt:  # before the training: there is nothing to save
+        _end_after_user_error(error)
+    except KeyboardInterrupt:  # before the training, so there is nothing to save
         sys.exit(128 + signal.SIGINT)
     except Interrupted as stop:
         if distributed.is_main_process():
@@ -115,24 +107,42 @@ def run_script(main: Callable[[], None], *, prints_result: bool = False) -> None
         distributed.shutdown()
         sys.exit(INTERRUPTED_EXIT_CODE)
     except Exception as error:
-        if (problem := explain(error)) is not None:
-            _print_error(problem)
-            distributed.post_failure(problem)
-            _leave_at_once()
-        if distributed.launched_world_size() == 1:
-            raise
-        if distributed.is_lost_contact(error):
-            if not distributed.failure_posted():
-                _print_error(lost_contact(error))
-        else:
-            traceback.print_exc()
-            distributed.post_failure(str(error))
-        _leave_at_once()
+        _end_after_crash(error)
+        raise
     distributed.shutdown()
 
 
+def _end_after_user_error(error: UserError) -> NoReturn:
+    several = distributed.launched_world_size() > 1
+    if not several or not error.agreed or distributed.launched_rank() == 0:
+        _print_error(str(error))
+    if several and error.agreed:
+        _wait_for_rank_0()
+    elif several:
+        distributed.post_failure(str(error))
+        _leave_at_once()
+    distributed.shutdown()
+    sys.exit(EXIT_CODE)
+
+
+def _end_after_crash(error: Exception) -> None:
+    """End this process after an error that is not the user's; returns if it is for Python to print."""
+    problem = explain(error)
+    if problem is not None:
+        _print_error(problem)
+        distributed.post_failure(problem)
+    elif distributed.launched_world_size() == 1:
+        return
+    elif not distributed.is_lost_contact(error):
+        traceback.print_exc()
+        distributed.post_failure(str(error))
+    elif not distributed.failure_posted():
+        _print_error(lost_contact(error))
+    _leave_at_once()
+
+
 def _print_error(message: str) -> None:
-    """Print the sentence on stderr, and leave it where torchrun looks for what to show in its own summary."""
+    """Print the message on stderr, and write it where torchrun looks for the message of its own summary."""
     print_line(f"error: {message}", sys.stderr)
     if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
         content = {"message": message, "extraInfo": {"timestamp": str(int(time.time()))}}
@@ -141,8 +151,8 @@ def _print_error(message: str) -> None:
 
 
 @contextmanager
-def _as_sentences() -> Iterator[None]:
-    """Turn what a file system, a name or the memory refuses, where nothing closer has done so, into a UserError."""
+def _as_user_errors() -> Iterator[None]:
+    """Turn errors of the file system, of impossible names and of memory, if not yet handled, into UserErrors."""
     try:
         yield
     except OSError as error:
@@ -162,16 +172,16 @@ def _as_sentences() -> Iterator[None]:
 
 
 def lost_contact(error: BaseException) -> str:
-    """What to say where a collective failed."""
+    """The message for a failed collective."""
     reason = str(error).splitlines()[0]
     return (
-        f"rank {distributed.rank()}: another rank ended, or did not answer within --timeout ({reason}); what it "
-        "printed itself tells why. --resume auto goes on from the last checkpoint."
+        f"rank {distributed.rank()}: another rank ended, or did not answer within --timeout ({reason}); its own "
+        "output says why. --resume auto continues from the last checkpoint."
     )
 
 
 def _wait_for_rank_0() -> None:
-    """Let rank 0 speak before any rank exits: torchrun ends all others, rank 0 too, as soon as one has gone."""
+    """Let rank 0 print before any rank exits: as soon as one has, torchrun ends all others, including rank 0."""
     if distributed.in_process_group():
         distributed.barrier()
     elif distributed.launched_rank() != 0:
@@ -179,24 +189,24 @@ def _wait_for_rank_0() -> None:
 
 
 def _leave_at_once() -> None:
-    """End this process without waiting for collectives that the others will never join."""
+    """End this process without waiting for collectives that the others never join."""
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(EXIT_CODE)
 
 
-# Of glibc's malloc.h.
+# From glibc's malloc.h.
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
 DEFAULTS = {M_TRIM_THRESHOLD: 128 * 1024, M_MMAP_MAX: 65536}
 KEEP = {M_TRIM_THRESHOLD: -1, M_MMAP_MAX: 0}
 
 
 def keep_freed_memory(keep: bool = True) -> None:
-    """Let the process keep the memory that it frees; nothing is done where the C library is not glibc.
+    """Keep freed memory in the process, instead of returning it to the system. Does nothing without glibc.
 
-    A training step frees hundreds of megabytes of activations, and glibc gives large blocks back to the system, which
-    clears every page of them anew for the next step: a third of the time of a joint step of two resnet10t on two cores.
-    False: as glibc has it by itself.
+    A training step frees hundreds of megabytes of activations. By default glibc returns large blocks to the system,
+    which clears all their pages again for the next step: a third of a joint step of two resnet10t on two cores.
+    keep: False restores glibc's default.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:

@@ -1,4 +1,4 @@
-"""Reads files that may be broken or hostile: regular files only, a bounded number of bytes, JSON of a sane size."""
+"""Readers of possibly damaged or hostile files: regular files only, a bounded size, JSON of a bounded depth."""
 
 import errno
 import json
@@ -7,15 +7,15 @@ import stat
 from pathlib import Path
 from typing import Any, BinaryIO
 
-MOST_BYTES = 200_000_000  # of a table or a log: predictions of a million images take half of it
-MOST_DIGITS = 20  # of a whole number: 2^64 has as many
-MOST_DEEP = 100  # lists and objects in one another
+MOST_BYTES = 200_000_000  # of a table or a log; predictions of a million images take half of it
+MOST_DIGITS = 20  # of a whole number; 2^64 has 20
+MOST_DEEP = 100  # levels of nested lists and objects
 
 
 def open_regular(path: str | Path) -> BinaryIO:
-    """A regular file, opened for reading; never waits for the other end of a pipe.
+    """Open a regular file for reading, without ever waiting for the other end of a pipe.
 
-    Raises OSError for anything else, for a name that no file can have too.
+    Raises OSError for anything else, including a name that no file can have.
     """
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
@@ -27,11 +27,11 @@ def open_regular(path: str | Path) -> BinaryIO:
     os.close(descriptor)
     if stat.S_ISDIR(mode):
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
-    raise OSError(errno.EINVAL, "is no regular file", str(path))
+    raise OSError(errno.EINVAL, "not a regular file", str(path))
 
 
 def read_bytes(path: str | Path, most: int | None = MOST_BYTES) -> bytes:
-    """The content of a regular file; raises OSError as `open_regular`, and for more bytes than `most` (None: any)."""
+    """The content of a regular file. Raises OSError as `open_regular` does, and for more than `most` bytes."""
     with open_regular(path) as file:
         if most is None:
             return file.read()
@@ -43,27 +43,27 @@ def read_bytes(path: str | Path, most: int | None = MOST_BYTES) -> bytes:
 
 
 def read_json(path: str | Path, most: int = MOST_BYTES) -> Any:
-    """The value in a JSON file; raises OSError as `read_bytes`, and ValueError for what is no sane JSON."""
+    """The value in a JSON file. Raises OSError as `read_bytes` does, and ValueError as `parse_json` does."""
     return parse_json(read_bytes(path, most))
 
 
 def parse_json(content: bytes | str) -> Any:
-    """Raises ValueError for what is no JSON, for endless nesting, and for numbers of more digits than any of ours."""
+    """The value of a JSON text. Raises ValueError for invalid JSON, deep nesting and very long numbers."""
     try:
-        value = json.loads(content, parse_int=_short_int)
+        value = json.loads(content, parse_int=_parse_int)
     except RecursionError:
         raise ValueError("nested too deeply") from None
     pending = [(value, 0)]
     while pending:
-        held, depth = pending.pop()
+        container, depth = pending.pop()
         if depth > MOST_DEEP:
             raise ValueError("nested too deeply")
-        inner = held.values() if isinstance(held, dict) else held if isinstance(held, list) else ()
-        pending += [(one, depth + 1) for one in inner if isinstance(one, (dict, list))]
+        items = container.values() if isinstance(container, dict) else container if isinstance(container, list) else ()
+        pending += [(item, depth + 1) for item in items if isinstance(item, (dict, list))]
     return value
 
 
-def _short_int(text: str) -> int:
+def _parse_int(text: str) -> int:
     if len(text) > MOST_DIGITS + text.startswith("-"):
         raise ValueError(f"a number of {len(text)} digits")
     return int(text)

@@ -1,4 +1,4 @@
-"""Signals that ask a run to stop: noted at once, obeyed where all ranks are at the same place."""
+"""Signals that stop a run: recorded when they arrive, acted on where all ranks have done the same step."""
 
 import multiprocessing
 import os
@@ -12,56 +12,58 @@ from utils.runtime.lifetimes import end_with_parent
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 EXIT_CODE = 75  # EX_TEMPFAIL: start the same command again
-WORKER_SECONDS = 20  # below the 30 after which torchrun sends SIGKILL
-# After a signal: how long a single process and several ranks still wait for a batch, to end their step as usual.
+WORKER_SECONDS = 20  # less than the 30 seconds after which torchrun sends SIGKILL
+# How long a single process, and one of several ranks, waits for its next batch after a signal, to finish the step.
 ALONE_SECONDS, TOGETHER_SECONDS = 1, 10
 Result = TypeVar("Result")
 
 
 class Interrupted(Exception):
-    """The run stopped because a signal asked for it, all ranks together; the message says where."""
+    """A signal stopped the run, on all ranks together. The message says where."""
 
 
 class WaitEnded(BaseException):
-    """A batch was waited for too long, or a signal ended the wait. No Exception, which the loader would hold back."""
+    """Waiting for a batch took too long, or a signal ended it. No Exception, because the loader would catch one."""
 
 
 def wait_for(get: Callable[[], Result], seconds: float) -> Result:
-    """Returns `get()`; raises WaitEnded if it waits for longer. Without a limit outside of the main thread.
+    """Return `get()`; raise WaitEnded if it takes longer than `seconds`. No limit outside the main thread.
 
-    By an alarm, since the loader's own timeout does not cover the moment in which it asks a worker for a tensor.
+    Uses an alarm, because the loader's own timeout does not cover the moment in which it asks a worker for a tensor.
     """
     if threading.current_thread() is not threading.main_thread():
         return get()
-    waits = True
+    waiting = True
 
-    def end(_: int, __: FrameType | None) -> None:
-        if waits:
+    def end_wait(_: int, __: FrameType | None) -> None:
+        if waiting:
             raise WaitEnded(f"{seconds:g} seconds")
 
-    former = signal.signal(signal.SIGALRM, end)
-    signal.setitimer(signal.ITIMER_REAL, seconds, 1)  # again every second, since a signal can come just before a wait
+    previous_handler = signal.signal(signal.SIGALRM, end_wait)
+    # The alarm repeats every second, because it may arrive just before `get` starts to wait.
+    signal.setitimer(signal.ITIMER_REAL, seconds, 1)
     try:
         return get()
     finally:
-        waits = False
+        waiting = False
         signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, former)
+        signal.signal(signal.SIGALRM, previous_handler)
 
 
 class StopRequest:
-    """While entered, the signals that stop a run only leave their name in `asked`, and shorten a wait for a batch.
+    """Context manager in which stop signals are recorded instead of ending the process.
 
-    An ignored SIGHUP stays ignored.
+    asked: the name of the last signal, None before any. A signal also shortens a wait for a batch. An ignored SIGHUP
+    stays ignored.
     """
 
     def __init__(self) -> None:
         self.asked: str | None = None
-        self.former: dict = {}  # the handlers that were there before; none unless entered
-        self._patience: float | None = None  # seconds that a wait lasts on after a signal; None while nothing waits
+        self.former: dict = {}  # the previous handlers; empty unless entered
+        self._patience: float | None = None  # seconds that a wait may last after a signal; None while nothing waits
 
     def __enter__(self) -> "StopRequest":
-        self.former = {number: signal.signal(number, self._note) for number in stopping_signals()}
+        self.former = {number: signal.signal(number, self._record) for number in stopping_signals()}
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -69,9 +71,9 @@ class StopRequest:
             signal.signal(number, handler)
 
     def wait_for(self, get: Callable[[], Result], seconds: float, patience: float) -> Result:
-        """As the function `wait_for`; once a signal has come, for `patience` seconds at most."""
+        """As the function `wait_for`, but for at most `patience` seconds after a signal."""
 
-        def get_or_stop() -> Result:  # within the limit's alarm, so that no signal finds this half done
+        def get_or_stop() -> Result:  # runs after wait_for has set the alarm, which a signal may then shorten
             self._patience = min(seconds, patience)
             try:
                 if self.asked is not None:
@@ -82,7 +84,7 @@ class StopRequest:
 
         return wait_for(get_or_stop, seconds)
 
-    def _note(self, number: int, _: FrameType | None) -> None:
+    def _record(self, number: int, _: FrameType | None) -> None:
         self.asked = signal.Signals(number).name
         if self._patience is not None:
             self._shorten_wait()
@@ -92,28 +94,27 @@ class StopRequest:
 
 
 def stopping_signals() -> list[signal.Signals]:
-    """The signals that stop a run: all of SIGNALS, but SIGHUP only where it is not ignored (as nohup does)."""
+    """The signals that stop a run: SIGNALS, without SIGHUP where it is ignored (as under nohup)."""
     hangup_ignored = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
     return [number for number in SIGNALS if not (hangup_ignored and number == signal.SIGHUP)]
 
 
 def ride_out_signals(_: int) -> None:
-    """Let a loader's worker live on while the training process saves, and no longer than it (a `worker_init_fn`).
+    """Keep a loader worker alive until the training process has saved, but no longer than it (a `worker_init_fn`).
 
-    Terminals signal the whole foreground group, and torchrun a rank's whole session: workers that died of it would take
-    the training process down in the middle of a step. After SIGTERM, sent once or more often, a worker that nobody ends
-    ends by itself.
+    Terminals signal the whole foreground group, and torchrun a rank's whole session. If the workers died of that, the
+    training process would fail in the middle of a step. After SIGTERM a worker ends by itself within WORKER_SECONDS.
     """
     parent = multiprocessing.parent_process()
-    if parent is not None and os.getppid() == parent.pid:  # not so for a worker that a fork server made
+    if parent is not None and os.getppid() == parent.pid:  # not true for the workers of a fork server
         end_with_parent(parent.pid)
     signal.setitimer(signal.ITIMER_REAL, 0)
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, _leave_later)
+    signal.signal(signal.SIGTERM, _end_later)
 
 
-def _leave_later(_: int, __: FrameType | None) -> None:
+def _end_later(_: int, __: FrameType | None) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     signal.alarm(WORKER_SECONDS)
