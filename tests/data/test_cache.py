@@ -9,11 +9,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch.utils.data import DataLoader
 from torchvision.transforms.v2 import functional as F
 
 from _normal import train as normal
-from _policy_gradient import train as policy_gradient
 from tests.conftest import SMALL, SMALL_POLICY
 from tests.helpers.caches import CPU, TEST_TRAIN, built, splits
 from tests.helpers.events import scalars
@@ -22,7 +20,6 @@ from tests.helpers.runs import assert_same, state_of
 from utils.data import cache_build
 from utils.data.cache import INDEX, PIXELS
 from utils.data.dataset import batches, build_loader
-from utils.data.loaders import in_shared_memory
 from utils.data.samplers import SampleKey
 from utils.data.transforms import evaluation_transform, resize_transform, training_transform
 from utils.results.log import read_log
@@ -81,17 +78,6 @@ def test_workers_that_do_not_fork_read_the_same(kind, folder, tmp_path):
     keys = [SampleKey(index) for index in range(10)]
     loaded = pickle.loads(pickle.dumps(training)).__getitems__(keys)
     assert torch.equal(loaded.images, training.__getitems__(keys).images)
-
-
-@pytest.mark.slow
-def test_a_fork_server_can_start_workers(folder, tmp_path):
-    training = splits(folder, cache_dir=tmp_path).training
-    keys = [[SampleKey(index) for index in range(10)]]
-    loader = DataLoader(
-        training, batch_sampler=keys, num_workers=1, collate_fn=in_shared_memory, multiprocessing_context="forkserver"
-    )
-    (batch,) = loader
-    assert torch.equal(batch.images, training.__getitems__(keys[0]).images)
 
 
 def test_a_cache_is_pickled_as_its_path(folder, tmp_path):
@@ -228,18 +214,6 @@ def test_two_processes_build_one_cache_and_resume_exactly(name, kind, image_fold
     if plots:
         assert (tmp_path / "part" / "plots" / "masks_1.png").exists()
         assert [step for step, _ in scalars(tmp_path / "part")["val/f1"]] == [0, 1]
-
-
-@pytest.mark.slow
-def test_a_run_evaluates_alike_with_and_without_a_cache(image_folder, tmp_path):
-    flags = [*SMALL_POLICY, "--epochs", "1", "--lr", "1e-9", "--data-path", str(image_folder)]
-    losses = []
-    for kind in ("off", "host", "device"):
-        output = tmp_path / kind
-        cache = ["--cache-dataset", kind, "--cache-dir", str(tmp_path)]
-        policy_gradient.main([*flags, *cache, "--output-dir", str(output)])
-        losses.append(read_log(output)[0]["val_loss"])
-    assert losses == pytest.approx([losses[0]] * 3, rel=1e-3)  # the batch statistics come from other crops
 
 
 @pytest.mark.slow

@@ -202,9 +202,11 @@ def mix(
 
 def own_share(mixed_targets: torch.Tensor) -> float:
     """lambda: the weight of each image's class; its neighbour's class has the rest."""
+    assert (mixed_targets.shape, mixed_targets.dtype) == ((BATCH, 4), torch.float32)
     own, neighbour = mixed_targets[range(BATCH), TARGETS], mixed_targets[range(BATCH), TARGETS.roll(1)]
     assert own.unique().numel() == 1
     torch.testing.assert_close(own + neighbour, torch.ones(BATCH))
+    torch.testing.assert_close(mixed_targets.sum(1), torch.ones(BATCH))
     return own[0].item()
 
 
@@ -246,20 +248,11 @@ def test_cutmix_takes_a_rectangle_from_the_neighbour():
 def test_with_both_each_step_uses_one():
     kinds = set()
     for step in range(12):
-        images, _ = mix(mixup=1.0, cutmix=1.0, step=step)
+        images, targets = mix(mixup=1.0, cutmix=1.0, step=step)
+        assert 0 <= own_share(targets) <= 1
         kept_or_taken = (images == IMAGES) | (images == IMAGES.roll(1, 0))
         kinds.add("cutmix" if kept_or_taken.all() else "mixup")
     assert kinds == {"mixup", "cutmix"}
-
-
-@pytest.mark.parametrize(("mixup", "cutmix"), [(0.4, 0.0), (0.0, 1.0), (0.4, 1.0)])
-def test_mixed_targets_are_probabilities(mixup, cutmix):
-    for step in range(5):
-        _, targets = mix(mixup, cutmix, step=step)
-        assert targets.shape == (BATCH, 4)
-        assert targets.dtype == torch.float32
-        assert (targets >= 0).all()
-        torch.testing.assert_close(targets.sum(1), torch.ones(BATCH))
 
 
 def test_mixing_depends_on_seed_epoch_step_and_rank_only():

@@ -31,7 +31,7 @@ class BadImages:
     def __init__(self, limit: int | None) -> None:
         self.limit = limit
         self._local: set[str] = set()  # messages of this rank
-        self._shared: set[str] = set()  # messages of all ranks, since the last `share`
+        self._shared: set[str] = set()  # messages of all ranks, as of the last `share`
 
     @property
     def count(self) -> int:
@@ -113,7 +113,7 @@ class ImageFolder(Dataset):
             return read_image(self.path(index), self.gray, self.upper_8_bits)
         image = self.cache[index]
         if image is None:
-            read_image(self.path(index), self.gray, self.upper_8_bits)  # raises the reason, if it still is
+            read_image(self.path(index), self.gray, self.upper_8_bits)  # raises the reason, unless it is readable now
             raise UserError(
                 f"{self.path(index)}: was unreadable when {self.cache.folder} was built; remove that folder."
             )
@@ -200,6 +200,8 @@ def build_loader(dataset: Dataset, sampler: Iterable[Sequence], workers: int, pi
 
 
 class _Decoding(Dataset):
+    """The dataset of `decode_in_order`."""
+
     def __init__(self, decode: Callable[[Sequence[int]], Any]) -> None:
         self.decode = decode
 
