@@ -1,21 +1,19 @@
 """Measures each image of an audit in one decoding: size, levels, a digest of the pixels, a difference hash."""
 
 import hashlib
-import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
-from torch.utils.data import DataLoader, Dataset
 
+from utils.data.dataset import decode_in_order
 from utils.data.folders import ImageFiles
 from utils.data.images import open_image, to_8_bits
-from utils.data.loaders import loaded
 from utils.runtime.errors import UserError
 from utils.runtime.progress import Progress
-from utils.runtime.signals import ride_out_signals
 
 BATCH = 32  # images that a worker decodes before it hands them over
 SIDE = 11  # cells of the grid of a difference hash: 2 x 11 x 11 = 242 bits
@@ -80,38 +78,14 @@ def difference_hash(image: Image.Image) -> np.ndarray:
     return np.packbits(np.pad(bits, (0, 256 - bits.size))).view(np.uint64)
 
 
-class _Measurer(Dataset):
-    """Images of a split, a batch at once."""
-
-    def __init__(self, files: ImageFiles, upper_8_bits: bool) -> None:
-        self.files, self.upper_8_bits = files, upper_8_bits
-
-    def __getitems__(self, indices: Sequence[int]) -> Measured:
-        records, bad = np.zeros(len(indices), RECORD), {}
-        for position, index in enumerate(indices):
-            try:
-                records[position] = measure(self.files.path(index), self.upper_8_bits)
-            except UserError as error:
-                bad[index] = str(error)
-        return Measured(records, bad)
-
-
 def measure_all(files: ImageFiles, workers: int, upper_8_bits: bool = False) -> Measured:
-    """The records of all images of a split, (N,) in its order, measured by so many processes beside this one."""
-    starts = range(0, len(files), BATCH)
-    loader = DataLoader(
-        _Measurer(files, upper_8_bits),
-        batch_sampler=[range(start, min(start + BATCH, len(files))) for start in starts],
-        num_workers=workers,
-        collate_fn=_as_it_is,
-        multiprocessing_context="fork" if workers > 0 and sys.platform == "linux" else None,
-        worker_init_fn=ride_out_signals,
-        persistent_workers=workers > 0,  # others raise over a refused fork when they are deleted
-    )
+    """The records of all images of a split, (N,) in its order, measured by worker processes."""
     records, bad = np.zeros(len(files), RECORD), {}
-    progress = Progress(files.root.name, len(starts), max(1, len(starts) // 10), BATCH)
+    steps = -(-len(files) // BATCH)
+    progress = Progress(files.root.name, steps, max(1, steps // 10), BATCH)
+    batches = decode_in_order(partial(_measure_batch, files, upper_8_bits), range(len(files)), BATCH, workers)
     try:
-        for step, measured in progress.track(loaded(loader)):
+        for step, measured in progress.track(batches):
             records[step * BATCH : step * BATCH + len(measured.records)] = measured.records
             bad |= measured.bad
             if progress.in_terminal or progress.is_due(step):
@@ -121,5 +95,11 @@ def measure_all(files: ImageFiles, workers: int, upper_8_bits: bool = False) -> 
     return Measured(records, bad)
 
 
-def _as_it_is(measured: Measured) -> Measured:
-    return measured
+def _measure_batch(files: ImageFiles, upper_8_bits: bool, indices: Sequence[int]) -> Measured:
+    records, bad = np.zeros(len(indices), RECORD), {}
+    for position, index in enumerate(indices):
+        try:
+            records[position] = measure(files.path(index), upper_8_bits)
+        except UserError as error:
+            bad[index] = str(error)
+    return Measured(records, bad)
