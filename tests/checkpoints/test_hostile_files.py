@@ -493,7 +493,7 @@ def test_arguments_that_no_flag_could_have_given(name, value):
     saved = vars(parse("_normal", "--finetune", "f", "--clip-grad-norm", 1, "--mean", 0.1, 0.2, 0.3, "--amp"))
     assert arguments.for_resume(parser, {}, saved, "f").mean == [0.1, 0.2, 0.3]
     flag = f"--{name.replace('_', '-')}"
-    with pytest.raises(UserError, match=rf"^{flag}: run/f.pth says .*, which this flag does not take") as caught:
+    with pytest.raises(UserError, match=rf"^{flag}: run/f.pth says .*, which this flag does not accept") as caught:
         arguments.for_resume(parser, {}, {**saved, name: value}, "run/f.pth")
     assert "\n" not in str(caught.value)
     weights = arguments.for_weights(parser, {"finetune": "f"}, {**saved, name: value}, "f", test_only=False)
@@ -504,14 +504,14 @@ def test_an_argument_whose_text_has_no_end_is_refused():
     doubled: list = []
     for _ in range(60):
         doubled = [doubled, doubled]
-    with pytest.raises(UserError, match=r"^--seed: f says \[\[.*, which this flag does not take") as caught:
+    with pytest.raises(UserError, match=r"^--seed: f says \[\[.*, which this flag does not accept") as caught:
         arguments.for_resume(PARSERS["_normal"], {}, {"seed": doubled}, "f")
     assert len(str(caught.value)) < 1000
 
 
 def test_a_checkpoint_with_such_an_argument_is_refused(use, state, tmp_path):
     torch.save({**state, "args": {**state["args"], "batch_size": -8}}, tmp_path / "bad.pth")
-    with pytest.raises(UserError, match=r"^--batch-size: .*bad.pth says -8, which this flag does not take"):
+    with pytest.raises(UserError, match=r"^--batch-size: .*bad.pth says -8, which this flag does not accept"):
         use("--resume", tmp_path / "bad.pth")
     use("--test-only", tmp_path / "bad.pth")  # where it has no say
 

@@ -138,6 +138,6 @@ def test_weights_bring_the_masks_that_they_were_made_for():
 @pytest.mark.parametrize("value", [[0.5], [0, 1, 2], [], 0.5, "01", [0, -1], [0, "1"], None])
 def test_a_range_in_a_file_that_no_flag_could_have_given(value):
     saved = vars(parse("_policy_gradient")) | {"mask_range": value}
-    with pytest.raises(UserError, match=r"^--mask-range: f says .*, which this flag does not take"):
+    with pytest.raises(UserError, match=r"^--mask-range: f says .*, which this flag does not accept"):
         arguments.for_resume(PARSER, {}, saved, "f")
     assert arguments.for_weights(PARSER, {"resume": "f"}, saved, "f", test_only=True).mask_range == [0, 1]
