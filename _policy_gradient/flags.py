@@ -1,4 +1,4 @@
-"""The command line of the joint training, beyond what both scripts share."""
+"""The flags of the joint training, in addition to the shared ones."""
 
 import argparse
 from typing import Any
@@ -7,6 +7,7 @@ from _policy_gradient.mask import check_mask_range, check_mask_size
 from _policy_gradient.objective import BASELINES, OBJECTIVES, POLICY_SIGNS
 from _policy_gradient.policy import HEAD_WEIGHT, MASK_POLICIES
 from utils import arguments
+from utils.checkpoints.checkpoint import Weights
 from utils.flags import natural, non_negative_float, positive_float, positive_fraction, positive_int, shared_parser
 from utils.runtime.errors import UserError
 from utils.runtime.progress import say
@@ -29,30 +30,40 @@ def build_parser() -> arguments.Parser:
     add = parser.add_argument_group("policy and mask").add_argument
     add("--mask-policy", default="learned", choices=MASK_POLICIES, help="the method, or one of its controls")
     add("--policy-model", type=model_name, default="resnet10t", help="any timm backbone, for the policy network")
-    add("--policy-lr", type=positive_float, help="with a cosine over all epochs; None: --lr / 10")
-    add("--head-weight", type=positive_fraction, default=HEAD_WEIGHT, metavar="W", help="of the image's own heads in "
-        "the log-concentrations; the running prior has 1 - W")  # fmt: skip
-    add("--grid", type=positive_int, default=64, help="cells a side")
-    add("--kernel", type=positive_int, default=13, help="size of the Gaussian blur, pixels, odd")
+    add(
+        "--policy-lr",
+        type=positive_float,
+        help="initial learning rate of the policy, with a cosine over all epochs; None: --lr / 10",
+    )
+    add("--head-weight", type=positive_fraction, default=HEAD_WEIGHT, metavar="W", help="weight of the heads in the "
+        "log-concentrations; the running prior has 1 - W")  # fmt: skip
+    add("--grid", type=positive_int, default=64, help="cells per side of the mask")
+    add("--kernel", type=positive_int, default=13, help="kernel size of the Gaussian blur, pixels, odd")
     add("--sigma", type=positive_float, default=6.0, help="standard deviation of the blur, pixels")
     add("--mask-range", type=non_negative_float, nargs=2, default=[0.0, 1.0], metavar=("LOW", "HIGH"), help="a mask "
         "m in (0, 1) is applied as LOW + (HIGH - LOW) m")  # fmt: skip
     add("--mask-fade-epochs", type=natural, default=0, metavar="N", help="in the k-th of the last N epochs a mask m is "
         "applied as 1 + w (m - 1), w = 1 - k / (N + 1); 0: none")  # fmt: skip
     add = parser.add_argument_group("objective").add_argument
-    add("--objective", default="published", choices=OBJECTIVES, help="objective.py says what each implies")
-    add("--policy-sign", default="cooperative", choices=POLICY_SIGNS, help="the policy lowers the loss, or raises it")
-    add("--baseline", choices=BASELINES, help="of reinforce; None: ema, a moving average; loo: leave-one-out")
-    add("--masks-per-image", type=positive_int, default=1, help="masks sampled for each image of a batch")
-    add("--entropy-weight", type=non_negative_float, default=0.0, help="of reinforce: reward for entropy")
+    add("--objective", default="published", choices=OBJECTIVES, help="the loss; objective.py explains each")
+    add(
+        "--policy-sign",
+        default="cooperative",
+        choices=POLICY_SIGNS,
+        help="whether the policy lowers or raises the loss",
+    )
+    add("--baseline", choices=BASELINES, help="baseline of reinforce; None: ema, a moving average; loo: leave-one-out")
+    add("--masks-per-image", type=positive_int, default=1, help="masks sampled per image of a batch")
+    add("--entropy-weight", type=non_negative_float, default=0.0, help="weight of the entropy bonus of reinforce")
     return parser
 
 
-def check_flags(args: argparse.Namespace, given: dict[str, Any], masks: bool) -> None:
-    """Say which flags the chosen --mask-policy ignores; raise UserError for masks that do not fit.
+def check_flags(args: argparse.Namespace, given: dict[str, Any], weights: Weights | None) -> None:
+    """Print which flags the chosen --mask-policy ignores; raise UserError for masks that do not fit the images.
 
-    masks: whether any are made, for the images of a training, or with --test-only of an evaluation.
+    given: the values typed; weights: what --test-only evaluates. Without a policy in them, no masks are drawn.
     """
+    masks = args.mask_policy != "none" and (weights is None or weights.policy_net is not None)
     ignored = [arguments.flag(name) for name in IGNORED_FLAGS.get(args.mask_policy, ()) if name in given]
     if ignored:
         say(f"--mask-policy {args.mask_policy}: {' '.join(ignored)} without effect.")
@@ -62,5 +73,6 @@ def check_flags(args: argparse.Namespace, given: dict[str, Any], masks: bool) ->
         check_mask_range(*args.mask_range)
         if args.mask_fade_epochs > args.epochs:
             raise UserError(
-                f"--mask-fade-epochs {args.mask_fade_epochs}: the run has --epochs {args.epochs}; give at most so many."
+                f"--mask-fade-epochs {args.mask_fade_epochs}: more than --epochs {args.epochs}; give at most "
+                f"{args.epochs}."
             )

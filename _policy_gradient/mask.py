@@ -23,9 +23,9 @@ def check_mask_size(size: int, grid: int, kernel: int, sigma: float) -> None:
 def smoothing_matrix(size: int, grid: int, kernel: int, sigma: float) -> Tensor:
     """The matrix A, (size, grid) float32, such that A @ cells @ A.T upsamples and blurs a (grid, grid) array.
 
-    Both steps are linear and separable, so A is their effect on each of the `grid` unit vectors. It is read off
-    torch's own `interpolate` (nearest) and torchvision's own `gaussian_blur` (reflect padding), whatever their
-    rounding. Each row sums to 1. Raises UserError for sizes that do not fit.
+    Both steps are linear and separable, so A is their effect on the `grid` unit vectors. It is read off torch's own
+    `interpolate` (nearest) and torchvision's own `gaussian_blur` (reflect padding), including their rounding. Each row
+    sums to 1. Raises UserError for sizes that do not fit.
     """
     check_mask_size(size, grid, kernel, sigma)
     unit_vectors = torch.eye(grid)[None]  # (1, G, G)
@@ -44,8 +44,8 @@ def check_mask_range(low: float, high: float) -> None:
 def fading_weight(epoch: int, epochs: int, fade_epochs: int) -> float:
     """The weight w of the masks in an epoch, counted from 0: a mask m is applied as 1 + w (m - 1).
 
-    1 before the last `fade_epochs` of all `epochs`; in the k-th of these, k = 1, 2, ..., 1 - k / (fade_epochs + 1): the
-    masks grow weaker, and are never quite gone.
+    w is 1 before the last `fade_epochs` of all `epochs`, and 1 - k / (fade_epochs + 1) in the k-th of these, k = 1, 2,
+    ...: the masks become weaker but never vanish.
     """
     into_fading = max(0, epoch + 1 - (epochs - fade_epochs))
     return 1 - into_fading / (fade_epochs + 1)
@@ -54,8 +54,8 @@ def fading_weight(epoch: int, epochs: int, fade_epochs: int) -> float:
 class SmoothMask(nn.Module):
     """Cells in (0, 1) to a mask of the image's size: A M A^T (nearest upsampling, then Gaussian blur).
 
-    The published code calls `interpolate` and `gaussian_blur` on (B, 1, size, size); the result is the same. A mask in
-    (low, high) is low + (high - low) times the published one, which is in (0, 1).
+    Equal to the published code, which calls `interpolate` and `gaussian_blur` on (B, 1, size, size). A mask in (low,
+    high) is low + (high - low) times the published mask in (0, 1).
     """
 
     smoothing: Tensor
@@ -66,15 +66,15 @@ class SmoothMask(nn.Module):
         check_mask_range(low, high)
         self.grid = grid
         self.low, self.high = low, high
-        # Derived from the arguments, hence not part of the state.
+        # Not part of the state, because it follows from the arguments.
         self.register_buffer("smoothing", smoothing_matrix(size, grid, kernel, sigma), persistent=False)
 
     def forward(self, cells: Tensor) -> Tensor:
-        """Cells (B, G*G) float32 to masks (B, 1, S, S) float32 in (low, high); float32 inside autocast too."""
-        if torch.is_autocast_enabled(cells.device.type):  # to leave it takes a host as long as both products
+        """Cells (B, G*G) float32 to masks (B, 1, S, S) float32 in (low, high); float32 even under autocast."""
+        if torch.is_autocast_enabled(cells.device.type):  # leaving autocast costs the host as much as both products
             with torch.autocast(cells.device.type, enabled=False):
                 return self(cells)
-        if (self.low, self.high) != (0, 1):  # of the cells, which are fewer than pixels: the rows of A sum to 1
+        if (self.low, self.high) != (0, 1):  # scale cells instead of the many pixels: rows of A sum to 1
             cells = self.low + (self.high - self.low) * cells
         rows = cells.view(-1, self.grid) @ self.smoothing.T  # (B*G, S)
         rows = rows.view(-1, self.grid, len(self.smoothing))  # (B, G, S)

@@ -1,12 +1,15 @@
 """Policy, mask and objective for one batch."""
 
 import argparse
+from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from _policy_gradient.mask import SmoothMask
+from _policy_gradient.mask import SmoothMask, fading_weight
+from _policy_gradient.objective import Objective
 from _policy_gradient.policy import (
     LOG_CONCENTRATION_LIMIT,
     Action,
@@ -15,13 +18,14 @@ from _policy_gradient.policy import (
     sample_action,
 )
 from utils.checkpoints.checkpoint import Weights
+from utils.runtime import distributed
 from utils.runtime.progress import say
-from utils.training import build as wiring
-from utils.training import models
+from utils.training import build, models
+from utils.training.run import Run
 
 
 class MaskedImages(NamedTuple):
-    """What becomes of a batch: log-concentrations (2, B, G*G), action, masks (B*K, 1, S, S), images (B*K, 3, S, S).
+    """A batch after masking: log-concentrations (2, B, G*G), action, masks (B*K, 1, S, S), images (B*K, 3, S, S).
 
     masks: as applied to the images, in the range of --mask-range and faded.
     """
@@ -45,9 +49,9 @@ def draw_masks(
 ) -> MaskedImages:
     """Sample K masks for each image (B, 3, S, S) from the heads' output (B, G*G), smooth and apply them.
 
-    clamped_density: see `sample_action`. mask_weight: () on the device, of `fading_weight`; None: no fading. Pure but
-    for the random numbers, so that it can be replayed as a CUDA graph, which reads the weight at each replay, where a
-    number would become part of the graph.
+    clamped_density: see `sample_action`. mask_weight: from `fading_weight`, () on the device; None: no fading. It is a
+    tensor because a CUDA graph reads it at each replay, while a number would become part of the graph. The function has
+    no side effects besides random numbers, so that it can be replayed as a CUDA graph.
     """
     log_concentrations = policy.log_concentrations(head_alpha, head_beta)  # (2, B, G*G)
     action = sample_action(*log_concentrations, masks_per_image, clamped_density=clamped_density)
@@ -61,9 +65,9 @@ def draw_masks(
 
 @torch.no_grad()
 def policy_health(policy: Policy, masked: MaskedImages, advantage: Tensor) -> dict[str, Tensor]:
-    """Scalars () for the log: is the policy alive, and are its masks an image's own?
+    """Scalars () for the log: is the policy learning, and are its masks image-specific?
 
-    advantage: (B*K,). The README says what each quantity means.
+    advantage: (B*K,). The README explains each quantity.
     """
     log_concentrations, action, masks, _ = masked
     means = torch.sigmoid(log_concentrations[0] - log_concentrations[1])  # (B, G*G)
@@ -81,7 +85,7 @@ def policy_health(policy: Policy, masked: MaskedImages, advantage: Tensor) -> di
 
 
 def warn_of_bounds(epoch: int, share: float) -> None:
-    """Say what share of an epoch's log-concentrations were cut at their bounds, if any: there they cannot learn."""
+    """Print a warning if log-concentrations were clamped at their bounds, where they have no gradient."""
     if share > 0:
         say(
             f"warning: in epoch {epoch}, {100 * share:.3g} % of the log-concentrations were at their bounds of "
@@ -90,10 +94,67 @@ def warn_of_bounds(epoch: int, share: float) -> None:
         )
 
 
+class Masking:
+    """The masks of a training: policy, smooth mask and objective, applied to one batch after another.
+
+    policy: the policy, wrapped if there are several processes; images (B, 3, S, S) to h_a and h_b, (B, G*G) each.
+    draw: `draw_masks` with these settings.
+    """
+
+    def __init__(
+        self,
+        policy: Policy,
+        mask: SmoothMask,
+        objective: Objective,
+        device: torch.device,
+        *,
+        epochs: int,
+        fade_epochs: int,
+        as_graph: bool,
+    ) -> None:
+        """epochs, fade_epochs: see `fading_weight`; as_graph: replay the drawing as a CUDA graph."""
+        self.objective, self.epochs, self.fade_epochs = objective, epochs, fade_epochs
+        self._unwrapped = policy
+        self.policy = distributed.wrap(policy, device)
+        self.mask_weight = torch.ones((), device=device) if fade_epochs else None
+        draw = partial(
+            draw_masks,
+            policy,
+            mask,
+            masks_per_image=objective.masks_per_image,
+            clamped_density=objective.clamped_density,
+            mask_weight=self.mask_weight,
+        )
+        # The backend replays torch's own kernels and generates none, so results are equal bit for bit.
+        self.draw = torch.compile(draw, backend="cudagraphs") if as_graph else draw
+
+    def repeat(self, targets: Tensor) -> Tensor:
+        """Targets (B, ...) to those of K masks for each image, (B*K, ...)."""
+        masks_per_image = self.objective.masks_per_image
+        return targets if masks_per_image == 1 else targets.repeat_interleave(masks_per_image, dim=0)
+
+    def health(self, masked: MaskedImages, advantage: Tensor) -> dict[str, Tensor]:
+        """See `policy_health`."""
+        return policy_health(self._unwrapped, masked, advantage)
+
+    def update(self, heads: tuple[Tensor, Tensor], skipped: Tensor) -> None:
+        """Move the running prior and the moving baseline, unless the step was skipped: a bool tensor ()."""
+        self._unwrapped.update_prior(*heads, skipped)
+        self.objective.update_baseline(skipped)
+
+    def fade(self, epoch: int) -> dict[str, float]:
+        """Set the weight of the masks in this epoch, and return it for the log; nothing without fading."""
+        if self.mask_weight is None:
+            return {}
+        weight = fading_weight(epoch, self.epochs, self.fade_epochs)
+        self.mask_weight.fill_(weight)  # in place, because a CUDA graph reads it
+        return {"mask_weight": weight}
+
+
 def build_policy(
     args: argparse.Namespace, state: dict[str, Any] | None, weights: Weights | None, device: torch.device
 ) -> Policy | None:
-    """The policy on its device, with the state of the checkpoint or file; None if there is none to train or to test."""
+    """The policy on its device, with the weights of the checkpoint or file; None if there is none to train or test."""
     if weights is not None and weights.policy_net is None:
         return None
     policy = create_policy(args.mask_policy, args.policy_model, args.grid, args.train_crop_size, args.head_weight)
@@ -106,9 +167,41 @@ def build_policy(
         models.load_strictly(policy, saved, f"{args.resume}, its policy")
     if args.sync_bn:
         policy = models.synchronize_batch_norm(policy, device)
-    return policy.to(device, memory_format=wiring.memory_format(args, device))
+    return policy.to(device, memory_format=build.memory_format(args, device))
 
 
 def build_mask(args: argparse.Namespace, size: int, device: torch.device) -> SmoothMask:
-    """The mask of images of size x size pixels, on the device; not faded."""
+    """The mask for images of size x size pixels, on the device; not faded."""
     return SmoothMask(size, args.grid, args.kernel, args.sigma, *args.mask_range).to(device)
+
+
+def build_objective(args: argparse.Namespace) -> Objective:
+    return Objective(args.objective, args.baseline, args.masks_per_image, args.entropy_weight, args.policy_sign)
+
+
+def build_masking(args: argparse.Namespace, policy: Policy, objective: Objective, device: torch.device) -> Masking:
+    return Masking(
+        policy,
+        build_mask(args, args.train_crop_size, device),
+        objective,
+        device,
+        epochs=args.epochs,
+        fade_epochs=args.mask_fade_epochs,
+        as_graph=args.compile and device.type == "cuda",
+    )
+
+
+def mean_masks(run: Run, policy: Policy | None) -> dict[str, Callable[[Tensor], Tensor]]:
+    """The input of the "masked" evaluation: images times the mean mask of each image, nothing sampled."""
+    if policy is None:
+        say("The file holds no policy: evaluated without masks only.")
+        return {}
+    distributed.broadcast_buffers(policy)
+    policy.eval()
+    mask = build_mask(run.args, run.args.val_crop_size, run.device)
+
+    def masked(images: Tensor) -> Tensor:
+        images = run.normalize(images)  # (B, 3, S, S)
+        return images * mask(policy.mean_cells(images))
+
+    return {"masked": masked}

@@ -1,4 +1,4 @@
-"""What classifier and policy minimise: the published objective, its unscaled form, and the textbook REINFORCE."""
+"""The losses of classifier and policy: the published objective, its unscaled form, and textbook REINFORCE."""
 
 import math
 from typing import NamedTuple
@@ -13,15 +13,15 @@ from utils.runtime.progress import say
 OBJECTIVES = ("published", "published-unscaled", "reinforce")
 BASELINES = ("none", "ema", "loo")
 POLICY_SIGNS = ("cooperative", "adversarial")
-BASELINE_DECAY = 0.99  # of the moving-average baseline at each training step
-ADVANTAGE_EPSILON = 1e-5  # above the rounding of a cross-entropy, so that rounding is never blown up to an advantage
+BASELINE_DECAY = 0.99  # decay of the moving-average baseline per training step
+ADVANTAGE_EPSILON = 1e-5  # above the rounding error of a cross-entropy, so that rounding is never amplified
 
 
 def mean_log_sum_density(log_prob: Tensor) -> Tensor:
     """mean_b(log sum_i p(m_bi)), a tensor (), from log-densities (B, G*G).
 
-    The published code's `log(sum(exp(log_prob), 1))`, by logsumexp. It is *not* the joint log-likelihood of a mask,
-    which is the sum of the log-densities.
+    The published code computes `log(sum(exp(log_prob), 1))`; logsumexp gives the same. It is *not* the joint
+    log-likelihood of a mask, which is the sum of the log-densities.
     """
     return log_prob.logsumexp(dim=1).mean()
 
@@ -29,35 +29,35 @@ def mean_log_sum_density(log_prob: Tensor) -> Tensor:
 def published_loss(cross_entropy: Tensor, log_prob: Tensor) -> Tensor:
     """The authors' released loss for both networks: mean_b(log sum_i p(m_bi)) times the batch-mean cross-entropy.
 
-    cross_entropy: (B,), of this rank's images; log_prob: (B, G*G). What it implies:
-    - the reward is a mean over the batch, so no single image gets credit for its own mask;
-    - there is no baseline, and the log of *summed* densities is no log-likelihood, so that the estimator's mean is not
-      zero for a constant reward: whatever the reward, it descends the integral of the squared density, and the policy
-      drifts to uniform noise;
-    - the classifier's gradient is scaled by about ln(G*G), 8.3 at G = 64: `--grid` moves its learning rate.
+    cross_entropy: (B,), of this rank's images; log_prob: (B, G*G). Its consequences:
+    - The reward is a mean over the batch, so no image gets credit for its own mask.
+    - There is no baseline, and the log of *summed* densities is not a log-likelihood, so the expected gradient is not
+      zero for a constant reward. For any reward it descends the integral of the squared density, and the policy drifts
+      to uniform noise.
+    - The classifier's gradient is multiplied by about ln(G*G), 8.3 at G = 64, so --grid changes its learning rate.
     """
     return mean_log_sum_density(log_prob) * cross_entropy.mean()
 
 
 def published_unscaled_loss(cross_entropy: Tensor, log_prob: Tensor, sign: float = 1.0) -> Tensor:
-    """Plain mean cross-entropy for the classifier, and the published form for the policy alone.
+    """Plain mean cross-entropy for the classifier, and the published form for the policy only.
 
-    cross_entropy: (B,); log_prob: (B, G*G); `sign` -1 makes the policy raise the loss.
+    cross_entropy: (B,); log_prob: (B, G*G); with `sign` -1 the policy raises the loss.
     """
     reward = cross_entropy.mean()
     return reward + sign * mean_log_sum_density(log_prob) * reward.detach()
 
 
 def leave_one_out_baseline(cross_entropy: Tensor) -> Tensor:
-    """For each mask the mean cross-entropy of the *other* masks of its image: (B, K) to (B, K), K >= 2."""
+    """For each mask, the mean cross-entropy of the *other* masks of its image: (B, K) to (B, K), K >= 2."""
     masks = cross_entropy.shape[1]
     return (cross_entropy.sum(dim=1, keepdim=True) - cross_entropy) / (masks - 1)
 
 
 def normalize_advantage(advantage: Tensor) -> Tensor:
-    """Advantage (B,) divided by its root mean square over the global batch (no change of sign, nothing subtracted).
+    """Advantage (B,) divided by its root mean square over the global batch; nothing is subtracted.
 
-    Subtracting the mean here too would make `--baseline none` and `ema` one and the same.
+    Subtracting the mean would make `--baseline none` and `ema` equal.
     """
     mean_square = distributed.all_reduce_mean(advantage.square().mean())
     return advantage / (mean_square.sqrt() + ADVANTAGE_EPSILON)
@@ -66,20 +66,20 @@ def normalize_advantage(advantage: Tensor) -> Tensor:
 def reinforce_loss(advantage: Tensor, log_prob: Tensor) -> Tensor:
     """mean_b(A_b * (1 / G^2) sum_i log p(m_bi)): advantage (B,) without gradient, log_prob (B, G*G).
 
-    Its gradient estimates that of the expected loss, divided by the number of cells G^2 (REINFORCE, Williams 1992).
+    Its gradient estimates the gradient of the expected loss, divided by the number of cells G^2 (Williams 1992).
     """
     return (advantage * log_prob.mean(dim=1)).mean()
 
 
 class Losses(NamedTuple):
-    """`total` () is what one backward pass is run from; `advantage` (B*K,) is what each mask was credited with."""
+    """`total`: the loss () for one backward pass over both networks; `advantage`: the credit of each mask, (B*K,)."""
 
     total: Tensor
     advantage: Tensor
 
 
 class Objective(nn.Module):
-    """The loss of `--objective`, with the moving-average baseline as its only state.
+    """The loss of --objective. Its only state is the moving-average baseline.
 
     Raises UserError for flags that the chosen objective does not use.
     """
@@ -94,7 +94,7 @@ class Objective(nn.Module):
         entropy_weight: float = 0.0,
         policy_sign: str = "cooperative",
     ) -> None:
-        """`baseline` None means ema for `reinforce`, and is the only value the other objectives take."""
+        """baseline: None means ema for `reinforce`; the other objectives accept only None."""
         super().__init__()
         check_objective(name, baseline, masks_per_image, entropy_weight, policy_sign)
         self.name = name
@@ -107,11 +107,11 @@ class Objective(nn.Module):
 
     @property
     def clamped_density(self) -> bool:
-        """Whether log-densities are to be those of the clamped cells, as published (see `sample_action`)."""
+        """Whether log-densities are evaluated at the clamped cells, as published (see `sample_action`)."""
         return self.name != "reinforce"
 
     def print_fact(self, grid: int) -> None:
-        """Print the objective's name and, of `published`, what it does to the classifier's learning rate."""
+        """Print the objective's name and, for `published`, its effect on the classifier's learning rate."""
         scale = f"{math.log(grid**2):.1f}"
         implied = f": it multiplies the classifier's loss, and so its learning rate, by about ln({grid}^2) = {scale}"
         say(f"objective: {self.name}{implied if self.name == 'published' else ''}")
@@ -130,7 +130,7 @@ class Objective(nn.Module):
         return Losses(total, advantage)
 
     def _subtract_baseline(self, reward: Tensor) -> Tensor:
-        """Reward (B*K,) less its baseline; the moving average takes in this batch only in `update_baseline`."""
+        """Reward (B*K,) minus its baseline; `update_baseline` then adds this batch to the moving average."""
         if self.baseline == "none":
             return reward
         if self.baseline == "loo":
@@ -142,7 +142,7 @@ class Objective(nn.Module):
         return reward - baseline
 
     def update_baseline(self, skipped: Tensor) -> None:
-        """Move the moving average by the last batch, unless its step was skipped: a bool tensor (), on the device."""
+        """Add the last batch to the moving average, unless its step was skipped: bool tensor () on the device."""
         if self._proposed_baseline is not None:
             self.moving_baseline.copy_(torch.where(skipped, self.moving_baseline, self._proposed_baseline))
             self._proposed_baseline = None
@@ -151,11 +151,11 @@ class Objective(nn.Module):
 def check_objective(
     name: str, baseline: str | None, masks_per_image: int, entropy_weight: float, policy_sign: str
 ) -> None:
-    """Raise UserError for a flag that the chosen objective would ignore, or that contradicts another."""
+    """Raise UserError for a flag that the objective does not use or that contradicts another flag."""
     if name == "published" and policy_sign == "adversarial":
         raise UserError(
             "--policy-sign adversarial: the published objective is one loss for both networks, so its sign cannot be "
-            "turned for the policy alone; use --objective reinforce or published-unscaled."
+            "reversed for the policy only; use --objective reinforce or published-unscaled."
         )
     if name != "reinforce" and baseline is not None:
         raise UserError(f"--baseline {baseline}: --objective {name} has no baseline; use --objective reinforce.")

@@ -1,4 +1,4 @@
-"""The policy: Beta distributions over the cells of a grid, from a light network and a running prior."""
+"""The policy: Beta distributions over the cells of a grid, from a small network and a running prior."""
 
 from typing import NamedTuple
 
@@ -10,20 +10,20 @@ from utils.runtime import distributed
 from utils.training.models import create_classifier, output_width
 
 MASK_POLICIES = ("learned", "prior", "uniform", "none")
-HEAD_WEIGHT = 0.1  # of the image's own heads in an action's log-concentrations; the running prior has the rest
-PRIOR_DECAY = 0.99  # of the running prior at each training step
-LOG_CONCENTRATION_LIMIT = 6.0  # log-concentrations are kept inside [-6, 6]
-SAMPLE_MARGIN = 1e-6  # cells are kept inside (1e-6, 1 - 1e-6), as the published code keeps them
+HEAD_WEIGHT = 0.1  # weight of the heads in the log-concentrations; the running prior has the rest
+PRIOR_DECAY = 0.99  # decay of the running prior per training step
+LOG_CONCENTRATION_LIMIT = 6.0  # log-concentrations are clamped to [-6, 6]
+SAMPLE_MARGIN = 1e-6  # cells are clamped to (1e-6, 1 - 1e-6), as in the published code
 
 
 class ConcentrationNetwork(nn.Module):
-    """A timm backbone and two heads that give log-concentrations for each cell (published: resnet10t, 512 features)."""
+    """A timm backbone and two heads that output log-concentrations (published: resnet10t, 512 features)."""
 
     def __init__(self, model_name: str, grid: int, image_size: int) -> None:
-        """Raises UserError for an unknown model, and for images of a size that it refuses."""
+        """Raises UserError for an unknown model, and for an image size that the model does not accept."""
         super().__init__()
         self.backbone = create_classifier(model_name, 0, image_size, flag="--policy-model")
-        # Not `num_features`, which some of timm's models widen before their pooled output.
+        # Not `num_features`: some timm models widen their features before the pooled output.
         features = output_width(self.backbone, image_size, "--policy-model")
         self.alpha_head = _head(features, grid * grid)
         self.beta_head = _head(features, grid * grid)
@@ -47,7 +47,7 @@ def _head(features: int, cells: int) -> nn.Sequential:
 
 
 class SharedConcentrations(nn.Module):
-    """The control `prior`: one learnable pair of log-concentrations for all images, started at 0 (uniform noise)."""
+    """The control `prior`: one learnable pair of log-concentrations for all images, initially 0 (uniform noise)."""
 
     def __init__(self, grid: int) -> None:
         super().__init__()
@@ -60,7 +60,7 @@ class SharedConcentrations(nn.Module):
 
 
 class UniformConcentrations(nn.Module):
-    """The control `uniform`: log-concentrations 0, that is Beta(1, 1), and nothing to learn."""
+    """The control `uniform`: log-concentrations of 0, i.e. Beta(1, 1); nothing is learned."""
 
     def __init__(self, grid: int) -> None:
         super().__init__()
@@ -73,19 +73,18 @@ class UniformConcentrations(nn.Module):
 
 
 class Policy(nn.Module):
-    """Concentrations of an image's cells: exp((1 - w) r + w h(x)) of a running prior r and the heads' output h(x).
+    """Concentrations exp((1 - w) r + w h(x)) of the cells, from a running prior r and the heads' output h(x).
 
-    The head weight w is 0.1 as published, at most 1: then the prior has no say.
-    `forward` gives h, so that DistributedDataParallel sees all learnable arithmetic; `log_concentrations` adds the
-    prior. The prior is a buffer: equal on all ranks, saved and restored with the policy's state. `initial_prior` is
-    kept beside it, to log how far it has drifted.
+    The head weight w is 0.1 as published; at 1 the prior has no effect. `forward` returns h, so that
+    DistributedDataParallel sees all learnable arithmetic; `log_concentrations` adds the prior. The prior is a buffer:
+    equal on all ranks, saved and restored with the policy's state. `initial_prior` is kept to log the prior's drift.
     """
 
     prior: Tensor
     initial_prior: Tensor
 
     def __init__(self, heads: nn.Module, prior: Tensor, head_weight: float = HEAD_WEIGHT) -> None:
-        """`prior`: (2, 1, G*G), the first r_a and r_b."""
+        """prior: (2, 1, G*G), the initial r_a and r_b."""
         super().__init__()
         self.heads = heads
         self.head_weight = head_weight
@@ -98,7 +97,7 @@ class Policy(nn.Module):
         return head_alpha.float(), head_beta.float()
 
     def log_concentrations(self, head_alpha: Tensor, head_beta: Tensor) -> Tensor:
-        """log alpha and log beta, (2, B, G*G), inside [-6, 6]; the gradient reaches the heads with the weight w."""
+        """log alpha and log beta, (2, B, G*G), in [-6, 6]; the heads receive w times the gradient."""
         heads = torch.stack([head_alpha, head_beta])  # (2, B, G*G)
         return self.prior.lerp(heads, self.head_weight).clamp(-LOG_CONCENTRATION_LIMIT, LOG_CONCENTRATION_LIMIT)
 
@@ -106,19 +105,19 @@ class Policy(nn.Module):
     def update_prior(self, head_alpha: Tensor, head_beta: Tensor, hold_back: Tensor) -> None:
         """r <- 0.99 r + 0.01 mean of h over the *global* batch.
 
-        `hold_back`: a bool tensor (), equal on all ranks: whether the step was skipped, and the prior is to stay.
+        hold_back: whether the step was skipped, which leaves the prior unchanged; bool tensor (), equal on all ranks.
         """
         batch_mean = torch.stack([head_alpha, head_beta]).mean(1, keepdim=True)  # (2, 1, G*G)
         moved = self.prior.lerp(distributed.all_reduce_mean(batch_mean), 1 - PRIOR_DECAY)
         self.prior.copy_(torch.where(hold_back, self.prior, moved))
 
     def mean_cells(self, images: Tensor) -> Tensor:
-        """The mean alpha / (alpha + beta) of each cell, (B, G*G) in (0, 1): the mask of evaluation, nothing sampled."""
+        """The mean alpha / (alpha + beta) of each cell, (B, G*G) in (0, 1): used in evaluation, without sampling."""
         log_alpha, log_beta = self.log_concentrations(*self(images))
         return torch.sigmoid(log_alpha - log_beta)
 
     def prior_drift(self) -> Tensor:
-        """Root mean square change of the prior's log-concentrations since training began, a tensor ()."""
+        """Root mean square change of the prior's log-concentrations since the start of training, a tensor ()."""
         return (self.prior - self.initial_prior).square().mean().sqrt()
 
 
@@ -127,8 +126,8 @@ def create_policy(
 ) -> Policy | None:
     """The policy for `--mask-policy`: learned, prior, uniform, or None for none.
 
-    The running prior starts from U[0, 1); for `uniform` it is 0 and stays there, as the heads' output is, so that every
-    cell is Beta(1, 1) whatever the head weight.
+    The running prior is initialised from U[0, 1). For `uniform` the prior and the heads' output are 0 and stay 0, so
+    every cell is Beta(1, 1) for any head weight.
     """
     if mask_policy == "none":
         return None
@@ -153,14 +152,14 @@ class Action(NamedTuple):
 def sample_action(
     log_alpha: Tensor, log_beta: Tensor, masks_per_image: int = 1, *, clamped_density: bool = False
 ) -> Action:
-    """Sample K masks for each image from Beta(alpha, beta), cell by cell, in float32, within autocast too.
+    """Sample K masks for each image from Beta(alpha, beta), cell by cell, in float32 even under autocast.
 
     log_alpha, log_beta: (B, G*G). Rows b*K .. b*K+K-1 of the result belong to image b. Samples carry no gradient;
     log_prob and entropy carry the gradient to the concentrations.
 
-    The log-density is exact: it is taken at the sample itself. At small concentrations most samples lie beyond the
-    clamp, and their density at the clamped cell would give a gradient of the wrong size and even the wrong sign.
-    clamped_density: take it at the clamped cells all the same, as the published objectives do.
+    The log-density is exact: it is evaluated at the sample itself. At small concentrations most samples lie beyond the
+    clamp, and the density at the clamped cell would give a gradient of the wrong size and even the wrong sign.
+    clamped_density: evaluate it at the clamped cells nevertheless, as the published objectives do.
     """
     concentrations = torch.stack([log_alpha, log_beta]).float().exp()  # (2, B, G*G)
     if masks_per_image > 1:
@@ -176,8 +175,8 @@ def sample_action(
 def _sample_log_odds(concentrations: Tensor) -> Tensor:
     """log(x / (1 - x)) of samples x of Beta(alpha, beta), from (2, ...): the difference of two log-gammas.
 
-    torch's own sampler divides the gammas themselves: at small concentrations both underflow, and it gives 0.5 where
-    the distribution has nearly all its mass at 0 and 1 (3 % of the samples at alpha = beta = exp(-6) on the CPU).
+    torch's own sampler divides the gammas themselves. At small concentrations both underflow and it returns 0.5,
+    although nearly all mass is at 0 and 1 (3 % of the samples at alpha = beta = exp(-6) on the CPU).
     Gamma(c) is drawn as Gamma(c + 1) times U^(1 / c) (Marsaglia and Tsang 2000).
     """
     uniform = torch.rand_like(concentrations).clamp_min_(torch.finfo(concentrations.dtype).tiny)
@@ -189,8 +188,8 @@ def _sample_log_odds(concentrations: Tensor) -> Tensor:
 def _log_prob_and_entropy(concentrations: Tensor, log_cells: Tensor) -> tuple[Tensor, Tensor]:
     """Log-density of Beta(alpha, beta) and differential entropy, (B*K, G*G) each.
 
-    concentrations: alpha and beta, log_cells: log x and log(1 - x), (2, B*K, G*G) each. As torch.distributions.Beta
-    gives them, in a third of its kernels: few and small ones are what a GPU waits for.
+    concentrations: alpha and beta; log_cells: log x and log(1 - x); (2, B*K, G*G) each. Equal to
+    torch.distributions.Beta, with a third of its kernels: many small kernels would keep a GPU waiting.
     """
     alpha, beta = concentrations
     total = alpha + beta

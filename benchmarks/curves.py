@@ -7,11 +7,10 @@ whether the range of the losses over the seeds overlaps with that of float32 NCH
 import sys
 import tempfile
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import suppress
 from pathlib import Path
 from types import ModuleType
-from typing import NamedTuple
-from unittest.mock import patch
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,7 +22,7 @@ from benchmarks.report import describe, environment, show_progress
 from benchmarks.setting import Setting
 from utils.runtime.command_line import Parser, expanded_path
 from utils.runtime.processes import run_script
-from utils.training.update import StepGuard
+from utils.training.update import GuardedUpdate
 
 Curves = list[list[float]]  # for each seed the mean loss of each window
 PLAIN = "float32 NCHW"
@@ -46,29 +45,31 @@ class Overlap(NamedTuple):
     overlaps: bool
 
 
-def training_losses(script: ModuleType, data: Path, output: Path, steps: int, flags: Sequence[object]) -> list[float]:
-    """The first training losses of a script's real loop over its real loader, epoch after epoch, `steps` in all.
+class Recorder:
+    """The script's update, which also keeps the loss of each step on the device, and ends the loop after `steps`."""
 
-    Read through the guard, which sees each loss; kept on the device until the end.
-    """
-    loop = build(script, data, output, *flags)
-    losses: list[Tensor] = []
-    check = StepGuard.check
+    def __init__(self, update: GuardedUpdate, steps: int) -> None:
+        self.update, self.steps = update, steps
+        self.losses: list[Tensor] = []
 
-    def record(guard: StepGuard, loss: Tensor, step: int, indices: Tensor) -> Tensor:
-        losses.append(loss.detach().clone())
-        if len(losses) == steps:
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.update, name)
+
+    def __call__(self, loss: Tensor, *arguments: Any) -> Tensor:
+        self.losses.append(loss.detach().clone())
+        if len(self.losses) == self.steps:
             raise _Enough
-        return check(guard, loss, step, indices)
+        return self.update(loss, *arguments)
 
-    with ExitStack() as stack:
-        stack.enter_context(patch.object(StepGuard, "check", record))
-        try:
-            for epoch in range(steps):  # at least one step each
-                loop.run(loop.training["loader"], epoch)
-        except _Enough:
-            pass
-    return torch.stack(losses).tolist()
+
+def training_losses(script: ModuleType, data: Path, output: Path, steps: int, flags: Sequence[object]) -> list[float]:
+    """The first `steps` training losses of a script's real loop over its real loader, epoch after epoch."""
+    loop = build(script, data, output, *flags)
+    recorder = Recorder(loop.training.update, steps)
+    with suppress(_Enough):
+        for epoch in range(steps):  # at least one step each
+            loop.train_epoch(loop.loader, epoch, recorder)
+    return torch.stack(recorder.losses).tolist()
 
 
 class _Enough(Exception):

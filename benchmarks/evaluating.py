@@ -1,4 +1,4 @@
-"""Row 9: the real evaluation of image files against a bare forward pass over images that are on the device."""
+"""Row 9: evaluation of image files against bare forward passes over images on the device."""
 
 from collections.abc import Callable
 
@@ -16,7 +16,7 @@ from benchmarks.timing import compare, rates, synchronizer
 
 @torch.no_grad()
 def forward_passes(model: nn.Module, images: Tensor, count: int, autocast: Callable[[], torch.autocast]) -> None:
-    """The least that evaluates so many batches."""
+    """The minimum work of evaluating `count` batches."""
     model.eval()
     for _ in range(count):
         with autocast():
@@ -24,10 +24,10 @@ def forward_passes(model: nn.Module, images: Tensor, count: int, autocast: Calla
 
 
 def evaluation(setting: Setting) -> list[Measurement]:
-    """Row 9: evaluation of image files, decoding and all, over bare forward passes.
+    """Row 9: evaluation of image files, including decoding, over bare forward passes.
 
-    On the CPU one worker decodes beside the arithmetic, which uses all cores: what decoding takes is lost, so this
-    is measured with resnet50, the default. On a GPU 16 workers read from the cache.
+    On the CPU one worker decodes while the arithmetic uses all cores, so decoding time is lost; measured with resnet50,
+    the default model. On a GPU 16 workers read from the cache.
     """
     if setting.on_gpu:
         count, batch_size, workers, flags = 24576, 256, 16, ["--amp", *cache_flags(setting, "host")]
@@ -35,18 +35,16 @@ def evaluation(setting: Setting) -> list[Measurement]:
         count, batch_size, workers, flags = 64, None, 1, []
     if setting.quick:
         count, batch_size = 16, None
-    data = image_folder(
-        setting, "evaluation", train=setting.batch_size if batch_size is None else batch_size, val=count
-    )
+    data = image_folder(setting, "evaluation", train=batch_size or setting.batch_size, val=count)
     command = [*setting.flags("resnet50", batch_size, workers), *flags]
     loop = build(normal, data, setting.new_folder("run"), *command)
-    loader = loop.evaluation["loader"]
-    images = loop.evaluation["prepare"](first_batch(loader, setting.device).images)  # (B, 3, S, S)
+    loader = loop.predict.keywords["loader"]
+    images = loop.run.normalize(first_batch(loader, setting.device).images)  # (B, 3, S, S)
     skip = 1 if len(loader) < 50 else 10
     watched = Watched(loader, skip, synchronizer(setting.device))
     sides = {
         "ours": lambda: watched.seconds_of(lambda: loop.evaluate(watched)),
-        "theirs": lambda: forward_passes(loop.evaluation["model"], images, len(loader), loop.autocast),
+        "theirs": lambda: forward_passes(loop.classifier, images, len(loader), loop.training.settings.autocast),
     }
     seconds = setting.time(sides)
     comparison = compare(
@@ -56,6 +54,6 @@ def evaluation(setting: Setting) -> list[Measurement]:
     what = f"evaluation over bare forward passes, {setting.model('resnet50')} {precision}, B={len(images)}"
     note = (
         f"{count} PNG files, {workers} workers, the first {skip} steps not counted; theirs: one normalised batch on "
-        "the device, again and again"
+        "the device, repeated"
     )
     return [measured(9, what, "images/s", comparison, Target(True, 0.95), note)]

@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
-# All that a GPU must show, in one command and about ten minutes: bash benchmarks/gpu.sh [DATA]
-# DATA holds {train,val}/<class>/<image> of real images (mini-RIN, say); without it, generated images are used.
-# The tables, curves and profiles go to $OUT; one part's failure does not stop the others, but shows in the exit code.
-# PARTS="steps curves" runs only these, where a machine is lent for less time.
+# All measurements and tests on a GPU, in about ten minutes: bash benchmarks/gpu.sh [DATA]
+# DATA: real images in {train,val}/<class>/<image>, such as mini-RIN; generated images if omitted.
+# Tables and curves go to $OUT. If a part fails, the others still run, and the exit code is 1.
+# PARTS="steps curves" runs only these parts.
 set -uo pipefail
 data=${1:+$(realpath "$1")}
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python3}
 OUT=${OUT:-benchmarks/results}
-PARTS=${PARTS:-steps loading profiles curves tests}
+PARTS=${PARTS:-steps loading curves tests}
 mkdir -p "$OUT"
 export PYTHONUNBUFFERED=1
 failed=()
@@ -29,7 +29,6 @@ from=(${data:+--data "$data"})
 measure=("$PYTHON" -m benchmarks.run --device cuda "${from[@]}")
 part steps 200 "${measure[@]}" --rows 1 2 3 4 --repeats 3 --output "$OUT/steps"
 part loading 190 "${measure[@]}" --rows 5 9 --repeats 3 --output "$OUT/loading"
-part profiles 60 "$PYTHON" -m benchmarks.profiles --device cuda --output "$OUT"
 part curves 100 "$PYTHON" -m benchmarks.curves --device cuda "${from[@]}" --steps 100 \
     --scripts _policy_gradient --settings bf16 "bf16 compile" --output "$OUT"
 part tests 130 "$PYTHON" -m pytest -p no:cacheprovider tests/training/test_cuda.py

@@ -1,4 +1,4 @@
-"""Image files to measure loading with: grey PNGs made from real images, as many as asked for through links."""
+"""Grey PNG files to measure loading with; links repeat them as often as needed."""
 
 import itertools
 import os
@@ -15,9 +15,9 @@ CLASSES = 4
 
 
 def png_files(setting: Setting, count: int) -> list[Path]:
-    """So many different grey PNGs with a shorter side of 8/7 of a crop; made once.
+    """At most `count` different grey PNGs with a shorter side of 8/7 of a crop; made once.
 
-    From the images of --data whose shorter side is a crop's at least, or generated ones. Where there are fewer, fewer.
+    Sources: the images of --data whose shorter side is at least a crop's, or generated images.
     """
     folder = setting.work / "png"
     if not folder.exists():
@@ -29,14 +29,15 @@ def png_files(setting: Setting, count: int) -> list[Path]:
 
 
 def _real_images(setting: Setting, count: int) -> list[Path]:
-    """Images of the training split that are large enough, in turns from its classes."""
+    """Images of the training split that are large enough, taken from its classes in turn."""
     root = setting.data / "train"
     by_class = [map(Path, list_images(root / name)) for name in find_classes(root)]
     in_turns = (path for paths in itertools.zip_longest(*by_class) for path in paths if path)
-    found = list(itertools.islice((path for path in in_turns if _shorter_side(path) >= setting.size), count))
-    if not found:
+    large_enough = (path for path in in_turns if _shorter_side(path) >= setting.size)
+    images = list(itertools.islice(large_enough, count))
+    if not images:
         raise ValueError(f"{root}: holds no image with a shorter side of {setting.size} pixels or more")
-    return found
+    return images
 
 
 def _shorter_side(path: Path) -> int:
@@ -59,9 +60,9 @@ def _save_grey(source: Path, target: Path, shorter_side: int) -> None:
 
 
 def image_folder(setting: Setting, name: str, train: int, val: int, different: int = 400) -> Path:
-    """DATA/{train,val}/<class>/<number>.png with so many images, links to at most `different` PNGs in turns.
+    """DATA/{train,val}/<class>/<number>.png: links to at most `different` PNGs in turn.
 
-    The files are in the page cache after the first pass either way; what counts is decoding, which is done each time.
+    After the first pass the files are in the page cache in any case; decoding, which is measured, happens every time.
     """
     root = setting.work / name
     if root.exists():

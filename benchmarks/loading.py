@@ -1,4 +1,4 @@
-"""Rows 5 to 7: images from files and from the cache, against torchvision's preset and against no loading at all."""
+"""Rows 5 to 7: images from files and from the cache, against torchvision's preset and against a fixed batch."""
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -21,7 +21,7 @@ TRAINING_TARGET = Target(True, 0.95)
 
 
 def preset_loader(root: Path, size: int, batch_size: int) -> DataLoader:
-    """torchvision's preset for PIL images, as its classification reference has it: float32, normalised, RGB."""
+    """torchvision's preset for PIL images, from its classification reference: float32, normalised, RGB."""
     preset = transforms.Compose(
         [
             transforms.RandomResizedCrop(size, interpolation=transforms.InterpolationMode.BILINEAR, antialias=True),
@@ -40,15 +40,14 @@ def drain(loader: Iterable) -> None:
 
 
 def epoch_of(loop: Loop) -> None:
-    """One epoch of a script's own loader, to batches on the device; nothing is trained."""
-    loader = loop.training["loader"]
-    loader.batch_sampler.set_position(0)
-    drain(batches(loader, loop.device, loop.training["bad_images"]))
+    """Load one epoch with a script's own loader, up to batches on the device, without training."""
+    loop.loader.batch_sampler.set_position(0)
+    drain(batches(loop.loader, loop.device, loop.run.bad_images))
 
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """All arithmetic on one core, as in a loader's worker."""
+    """Run all arithmetic on one core, as in a loader's worker."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -58,7 +57,7 @@ def one_thread() -> Iterator[None]:
 
 
 def cache_flags(setting: Setting, kind: str) -> list[object]:
-    """One folder for all rows: a cache that is there is used again."""
+    """Flags for a cache in one folder for all rows, which reuse it."""
     return ["--gray", "--cache-dataset", kind, "--cache-dir", setting.work / "cache"]
 
 
@@ -89,7 +88,7 @@ def _against_preset(
 ) -> Measurement:
     count = 2 * setting.batch_size if setting.quick else 12 * setting.batch_size
     data = image_folder(setting, "loading", train=count, val=setting.batch_size)
-    # Whichever classifier: it is built, and never run.
+    # The smallest classifier, because it is built but never run.
     loop = build(normal, data, setting.new_folder("run"), *setting.flags("test_resnet"), *flags)
     theirs = preset_loader(data / "train", setting.size, setting.batch_size)
     with one_thread():
@@ -102,7 +101,7 @@ def _against_preset(
 
 
 def cached_training(setting: Setting) -> list[Measurement]:
-    """Row 5: training from the cache with 16 workers, against the same step on a batch that is on the device."""
+    """Row 5: training from the cache with 16 workers, against the same step on one batch on the device."""
     if not (setting.on_gpu or setting.quick):
         what = "training from the cache over the same step on a fixed batch, 16 CPU cores and a GPU"
         return [not_measured(5, what, "images/s", TRAINING_TARGET, "needs a GPU: python -m benchmarks.run --rows 5")]
@@ -119,9 +118,13 @@ def _cached_training(setting: Setting, model: str, batch_size: int, precision: l
     data = image_folder(setting, f"training-{count}", train=count, val=batch_size)
     command = [*setting.flags(model, batch_size, workers), *precision, *cache_flags(setting, kind)]
     loop = build(normal, data, setting.new_folder("run"), *command)
-    loader = loop.training["loader"]
-    fixed, watched = FixedLoader(loop, max(2, len(loader) // 4)), Watched(loader, skip, synchronizer(setting.device))
-    sides = {"ours": lambda: watched.seconds_of(lambda: loop.run(watched)), "theirs": lambda: loop.run(fixed)}
+    loader = loop.loader
+    fixed = FixedLoader(loop, max(2, len(loader) // 4))
+    watched = Watched(loader, skip, synchronizer(setting.device))
+    sides = {
+        "ours": lambda: watched.seconds_of(lambda: loop.train_epoch(watched)),
+        "theirs": lambda: loop.train_epoch(fixed),
+    }
     seconds = setting.time(sides, warmups=1, repeats=min(setting.repeats, 4))
     counted = (len(loader) - skip) * batch_size
     comparison = compare(rates(seconds["ours"], counted), rates(seconds["theirs"], fixed.images))
@@ -129,5 +132,5 @@ def _cached_training(setting: Setting, model: str, batch_size: int, precision: l
         f"_normal from the cache over a fixed batch, {setting.model(model)} {' '.join(precision) or 'float32'}, "
         f"B={batch_size}, --gray --cache-dataset {kind}"
     )
-    note = f"{workers} workers; {counted} images of an epoch, its first {skip} steps not counted"
+    note = f"{workers} workers; {counted} images of one epoch, its first {skip} steps not counted"
     return measured(5, what, "images/s", comparison, TRAINING_TARGET, note)

@@ -1,7 +1,6 @@
-"""The scripts' real loops, on data that is already on the device or on that of real files."""
+"""The scripts' real loops, built by their own `prepare`, over data on the device or over that of real files."""
 
 import contextlib
-import inspect
 import io
 import time
 import warnings
@@ -11,96 +10,81 @@ from functools import partial
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any, NamedTuple
-from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
+from _policy_gradient import train as policy_gradient
+from _policy_gradient.masking import Masking, build_policy
 from utils.data.dataset import Batch, batches
 from utils.data.samplers import TrainingSampler
 from utils.runtime.progress import Position
-from utils.training import build as wiring
+from utils.training.evaluation import Predictions
+from utils.training.run import Run, Training, begin, build_classifier, build_evaluation, build_saver
 from utils.training.update import GuardedUpdate
 
 
-class Built(Exception):
-    """Raised inside a script's `main` once it has built everything and would begin to train."""
-
-
 class Loop(NamedTuple):
-    """What a script's `main` hands to its own loop and to its evaluation, by the names of their parameters."""
+    """A script's loop and evaluation, with everything that they take."""
 
-    train_one_epoch: Callable[..., dict[str, float]]
-    training: dict[str, Any]
-    predict: Callable[..., Any]
-    evaluation: dict[str, Any]
+    run: Run
+    training: Training
+    masking: Masking | None
+    train: Callable[..., dict[str, float]]
+    predict: Callable[..., Predictions]
+    classifier: nn.Module
 
-    def run(self, loader: "DataLoader | FixedLoader", epoch: int = 0) -> dict[str, float]:
-        """One pass of the real loop over a loader; nothing is saved, and the host waits at the last step only."""
-        saver = self.training["saver"].idle()
+    def train_epoch(
+        self, loader: "DataLoader | FixedLoader", epoch: int = 0, update: GuardedUpdate | None = None
+    ) -> dict[str, float]:
+        """One pass of the real loop over a loader; nothing is saved, and the host waits at the last step only.
+
+        update: in place of the script's own.
+        """
+        saver = build_saver(self.run, self.training).idle()
         saver.position = Position(epoch)
-        steps = len(loader.batch_sampler) + 1
+        settings = self.training.settings._replace(print_freq=len(loader.batch_sampler) + 1)
         with silence():
-            return self.train_one_epoch(**{**self.training, "loader": loader, "saver": saver, "print_freq": steps})
+            return self.train(update or self.training.update, self.training.data.with_loader(loader), saver, settings)
 
     def evaluate(self, loader: "DataLoader | Watched") -> None:
         """The real evaluation of the real split."""
         with silence():
-            self.predict(**{**self.evaluation, "loader": loader})
+            self.predict(self.classifier, loader=loader)
+
+    @property
+    def loader(self) -> DataLoader:
+        return self.training.data.loader
 
     @property
     def device(self) -> torch.device:
-        return self.training["device"]
-
-    @property
-    def update(self) -> GuardedUpdate:
-        return self.training["update"]
-
-    @property
-    def classifier(self) -> nn.Module:
-        return self.training["classifier" if "classifier" in self.training else "model"]
-
-    @property
-    def autocast(self) -> Callable[[], torch.autocast]:
-        """The context in which the script runs its networks."""
-        dtype = self.training["autocast_dtype"]
-        return partial(torch.autocast, self.device.type, dtype=dtype, enabled=dtype is not None)
+        return self.run.device
 
 
 def build(script: ModuleType, data: Path, output: Path, *flags: object) -> Loop:
-    """Run the script's own `main` with these flags up to its first epoch, and take what it has built.
-
-    So the networks' memory format, compilation, optimisers and loaders are those that users get, with no copy of `main`
-    here to fall behind. Only the rehearsal before the first epoch is left out.
-    """
-    torch.compiler.reset()  # torch compiles a function so often only, and counts the networks of earlier loops
+    """What the script's `main` would train with these flags: networks, optimisers, loaders, cache and compilation."""
+    torch.compiler.reset()  # torch compiles a function only so often, and counts the networks of earlier loops
     torch._dynamo.reset()  # a model compiled before counts against the limit of recompilations
-    train_one_epoch, predict, taken = script.train_one_epoch, script.predict, {}
-
-    def take_training(*args: Any, **kwargs: Any) -> dict[str, float]:
-        taken["training"] = inspect.signature(train_one_epoch).bind(*args, **kwargs).arguments
-        return {}
-
-    def take_evaluation(*args: Any, **kwargs: Any) -> None:
-        taken["evaluation"] = inspect.signature(predict).bind(*args, **kwargs).arguments
-        raise Built
-
-    command = ["--data-path", data, "--output-dir", output, *flags]
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(patch.object(script, "train_one_epoch", take_training))
-        stack.enter_context(patch.object(script, "predict", take_evaluation))
-        stack.enter_context(patch.object(wiring, "rehearse", lambda *args, **kwargs: None))
-        stack.enter_context(silence())
-        stack.enter_context(contextlib.suppress(Built))
-        script.main([str(part) for part in command])
-    return Loop(train_one_epoch, taken["training"], predict, taken["evaluation"])
+    command = [str(part) for part in ("--data-path", data, "--output-dir", output, *flags)]
+    with silence():
+        run = begin(script.build_parser(), command, script.SCRIPT)
+        classifier = build_classifier(run)
+        predict = build_evaluation(run)
+        if script is policy_gradient:
+            policy = build_policy(run.args, run.state, run.weights, run.device)
+            training, masking = script.prepare(run, classifier, policy)
+            train = partial(script.train_one_epoch, training.network, masking)
+        else:
+            training, masking = script.prepare(run, classifier), None
+            train = partial(script.train_one_epoch, training.network)
+    return Loop(run, training, masking, train, predict, classifier)
 
 
 class Watched:
-    """A loader as it is, and the seconds from its `skip`-th batch to the end of the pass.
+    """A loader that measures the seconds from its `skip`-th batch to the end of the pass.
 
-    A pass begins with the workers' first batches, which an epoch of some thousand steps never notices.
+    A pass starts with the workers' first batches, which an epoch of some thousand steps never notices.
     """
 
     def __init__(self, loader: DataLoader, skip: int, synchronize: Callable[[], None]) -> None:
@@ -120,7 +104,7 @@ class Watched:
             yield batch
 
     def seconds_of(self, work: Callable[[], object]) -> float:
-        """Of a pass over this loader, that is, of all batches but the first `skip`."""
+        """Seconds of a pass over this loader, without its first `skip` batches."""
         work()
         self.synchronize()
         return time.perf_counter() - self.start
@@ -132,10 +116,9 @@ class FixedLoader:
     num_workers = 0
 
     def __init__(self, loop: Loop, steps: int) -> None:
-        loader = loop.training["loader"]
-        self.batch = first_batch(loader, loop.device)
+        self.batch = first_batch(loop.loader, loop.device)
         self.batches = [self.batch] * steps
-        self.dataset = SimpleNamespace(path=loader.dataset.path, on_device=None)  # nothing is left to be made there
+        self.dataset = SimpleNamespace(path=loop.loader.dataset.path, on_device=None)
         batch_size = len(self.batch.images)
         self.batch_sampler = TrainingSampler(steps * batch_size, batch_size)
 
@@ -144,13 +127,13 @@ class FixedLoader:
 
     @property
     def images(self) -> int:
-        """In one pass."""
+        """The number of images in one pass."""
         return self.batch_sampler.num_images
 
 
 @dataclass
 class _OneBatch:
-    """What `batches` asks of a loader."""
+    """What `batches` needs of a loader."""
 
     dataset: Dataset
     batch: Batch
@@ -167,8 +150,8 @@ def first_batch(loader: DataLoader, device: torch.device) -> Batch:
 
 
 def network_input(loop: Loop, loader: FixedLoader) -> tuple[Tensor, Tensor]:
-    """The loader's batch as the script's networks see it: normalised images (B, 3, S, S), and targets (B,)."""
-    return loop.training["normalize"](loader.batch.images), loader.batch.targets
+    """The loader's batch as the networks see it: normalised images (B, 3, S, S), and targets (B,)."""
+    return loop.run.normalize(loader.batch.images), loader.batch.targets
 
 
 @contextlib.contextmanager

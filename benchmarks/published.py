@@ -1,8 +1,8 @@
-"""The published training step, written out plainly: what ours is compared with.
+"""The training step of the authors' released code, as the reference for ours.
 
-Facts of the released code (DESIGN 2): float32, NCHW, masks by `interpolate` and `gaussian_blur` at full size,
-torch.distributions.Beta as it comes, one loss for both networks, both heads run again after the step to move the
-running prior, default optimisers, and three numbers read by the host at each step.
+float32, NCHW, masks by `interpolate` and `gaussian_blur` at full size, plain torch.distributions.Beta, one loss for
+both networks, both heads evaluated again after the step to update the running prior, default optimisers, and three
+numbers read by the host at each step.
 """
 
 import torch
@@ -26,7 +26,7 @@ def published_objective(log_prob: Tensor, cross_entropy: Tensor) -> Tensor:
 
 
 class PublishedStep:
-    """Both networks, their optimisers and the running prior; a call is one training step on a batch."""
+    """Both networks, their optimisers and the running prior. A call is one training step on a batch."""
 
     def __init__(
         self,
@@ -39,7 +39,7 @@ class PublishedStep:
         sigma: float,
         lr: float,
     ) -> None:
-        """prior: (2, 1, G*G), the first r_a and r_b."""
+        """prior: (2, 1, G*G), the initial r_a and r_b."""
         self.classifier, self.policy = classifier.train(), policy.train()
         self.prior_alpha, self.prior_beta = prior.clone()  # (1, G*G) each
         self.grid, self.kernel, self.sigma = grid, kernel, sigma
@@ -47,7 +47,7 @@ class PublishedStep:
         self.policy_optimizer = torch.optim.SGD(policy.parameters(), lr / 10, momentum=0.9, weight_decay=1e-4)
 
     def __call__(self, images: Tensor, targets: Tensor) -> tuple[float, float, float]:
-        """Normalised images (B, 3, S, S) and targets (B,) to loss, top-1 and top-5, which the host waits for."""
+        """Train on normalised images (B, 3, S, S) and targets (B,); returns loss, top-1 and top-5, read by the host."""
         features = self.policy.backbone(images)  # (B, F)
         alpha = torch.exp(0.9 * self.prior_alpha + 0.1 * self.policy.alpha_head(features))  # (B, G*G)
         beta = torch.exp(0.9 * self.prior_beta + 0.1 * self.policy.beta_head(features))
@@ -64,7 +64,7 @@ class PublishedStep:
         self.optimizer.step()
         self.policy_optimizer.step()
 
-        head_alpha, head_beta = self.policy.alpha_head(features), self.policy.beta_head(features)  # a second time
+        head_alpha, head_beta = self.policy.alpha_head(features), self.policy.beta_head(features)  # evaluated again
         self.prior_alpha = 0.99 * self.prior_alpha + 0.01 * head_alpha.mean(0, keepdim=True).detach()
         self.prior_beta = 0.99 * self.prior_beta + 0.01 * head_beta.mean(0, keepdim=True).detach()
 

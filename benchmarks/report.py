@@ -1,4 +1,4 @@
-"""What a benchmark says: measurements with their target, machine, versions, command and date; as tables and JSON."""
+"""Measurements with target, machine, versions, command and date, as tables and JSON."""
 
 import json
 import os
@@ -22,23 +22,21 @@ COLUMNS = ("#", "what", "ours", "theirs", "units", "ratio", "spread", "target", 
 
 
 class Target(NamedTuple):
-    """What issue 4 asks of the ratio, or, for memory, of our own value."""
+    """The required bound on a ratio, a minimum (`at_least`) or a maximum."""
 
     at_least: bool
     value: float
-    of_ours: bool = False
 
-    def is_met(self, ratio: float, ours: float) -> bool:
-        value = ours if self.of_ours else ratio
-        return value >= self.value if self.at_least else value <= self.value
+    def is_met(self, ratio: float) -> bool:
+        return ratio >= self.value if self.at_least else ratio <= self.value
 
     def __str__(self) -> str:
-        return f"{'ours ' if self.of_ours else ''}{'>=' if self.at_least else '<='} {self.value:g}"
+        return f"{'>=' if self.at_least else '<='} {self.value:g}"
 
 
 @dataclass(frozen=True)
 class Measurement:
-    """One line of the table. `ours`, `theirs` and `ratio` are medians; all None where nothing was measured."""
+    """One line of the table. `ours`, `theirs` and `ratio` are medians; all are None if nothing was measured."""
 
     number: int
     what: str
@@ -56,26 +54,24 @@ class Measurement:
 def measured(
     number: int, what: str, units: str, comparison: Comparison, target: Target | None, note: str = ""
 ) -> Measurement:
-    """A line with its numbers; no target for a variant that is there to compare with."""
+    """A line with its numbers; target None for a variant that is shown only for comparison."""
     ours, theirs, ratio, low, high, repeats = comparison
-    met = None if target is None else target.is_met(ratio, ours)
-    return Measurement(
-        number, what, units, str(target or "-"), ours, theirs, ratio, (low, high), met, repeats, note
-    )  # fmt: skip
+    met = None if target is None else target.is_met(ratio)
+    return Measurement(number, what, units, str(target or "-"), ours, theirs, ratio, (low, high), met, repeats, note)
 
 
 def not_measured(number: int, what: str, units: str, target: Target | None, note: str) -> Measurement:
-    """A line that says that nothing was measured, and why."""
+    """A line without numbers; the note gives the reason."""
     return Measurement(number, what, units, str(target or "-"), note=note)
 
 
 def environment(device: torch.device, arguments: Sequence[str], module: str = "benchmarks.run") -> dict[str, object]:
-    """Hardware, versions, command and date, which go with every line."""
+    """Hardware, versions, command and date, which accompany every line."""
     versions = {"python": platform.python_version()}
     for package in PACKAGES:
         try:
             versions[package] = version(package)
-        except PackageNotFoundError:  # a build that was not installed by pip
+        except PackageNotFoundError:  # a build that pip did not install
             versions[package] = "unknown"
     return {
         "hardware": {
@@ -91,7 +87,7 @@ def environment(device: torch.device, arguments: Sequence[str], module: str = "b
 
 
 def cpu_model() -> str:
-    """The processor's name as Linux gives it."""
+    """The processor's name according to Linux."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -101,7 +97,7 @@ def cpu_model() -> str:
 
 
 def cells(row: Measurement) -> list[str]:
-    """A line's texts, one for each of COLUMNS."""
+    """The texts of a line, one for each of COLUMNS."""
     if row.ratio is None:
         numbers = [NOT_MEASURED, "", row.units, "", ""]
     else:
@@ -112,12 +108,12 @@ def cells(row: Measurement) -> list[str]:
 
 
 def _short(value: float) -> str:
-    """Four digits, and no exponent for what is read by people."""
+    """Four significant digits, and no exponent for large numbers."""
     return f"{value:.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 
 
 def text_table(rows: Sequence[Measurement]) -> str:
-    """Columns in line, a note below its row."""
+    """Aligned columns, each note below its row."""
     table = [list(COLUMNS), *(cells(row) for row in rows)]
     widths = [max(len(line[column]) for line in table) for column in range(len(COLUMNS))]
     lines = []
@@ -130,7 +126,7 @@ def text_table(rows: Sequence[Measurement]) -> str:
 
 
 def markdown_table(rows: Sequence[Measurement]) -> str:
-    """The same as Markdown, the notes as a list below."""
+    """The same table as Markdown, with the notes in a list below."""
     lines = [f"| {' | '.join(COLUMNS)} |", "|" + "---|" * len(COLUMNS)]
     lines += [f"| {' | '.join(cells(row))} |" for row in rows]
     notes = [f"- {row.number}, {row.what}: {row.note}" for row in rows if row.note]
@@ -147,7 +143,7 @@ def describe(where: dict[str, object]) -> str:
 
 
 def write(output: Path, name: str, rows: Sequence[Measurement], where: dict[str, object]) -> None:
-    """results_<name>.txt, .md and .json in the output folder; every line of the JSON stands alone."""
+    """Writes results_<name>.txt, .md and .json; each JSON entry repeats the environment."""
     output.mkdir(parents=True, exist_ok=True)
     header = describe(where)
     (output / f"results_{name}.txt").write_text(f"{header}\n\n{text_table(rows)}\n")
@@ -157,5 +153,5 @@ def write(output: Path, name: str, rows: Sequence[Measurement], where: dict[str,
 
 
 def show_progress(message: str) -> None:
-    """What is being measured right now, apart from the table on stdout."""
+    """Print to stderr, so that stdout holds only the tables."""
     print(message, file=sys.stderr, flush=True)

@@ -1,4 +1,4 @@
-"""All rows of the speed and memory table: `python -m benchmarks.run`, see benchmarks/README.md."""
+"""All rows of the speed table: `python -m benchmarks.run`, see benchmarks/README.md."""
 
 import sys
 import tempfile
@@ -10,16 +10,8 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import evaluating, loading, memory, steps
-from benchmarks.report import (
-    Measurement,
-    describe,
-    environment,
-    not_measured,
-    show_progress,
-    text_table,
-    write,
-)
+from benchmarks import evaluating, loading, steps
+from benchmarks.report import Measurement, describe, environment, not_measured, show_progress, text_table, write
 from benchmarks.setting import Setting
 from utils.runtime.command_line import Parser, expanded_path
 from utils.runtime.processes import run_script
@@ -32,30 +24,30 @@ ROWS: dict[int, Callable[[Setting], Iterable[Measurement]]] = {
     5: loading.cached_training,
     6: loading.first_epoch,
     7: loading.cached_epoch,
-    8: memory.host_memory,
+    # Row 8, host memory, has no script any more; see README.md.
     9: evaluating.evaluation,
 }
 
 
 def build_parser() -> Parser:
     parser = Parser(__doc__, prog="python -m benchmarks.run")
-    parser.add_argument("--device", choices=("cpu", "cuda"), help="None: cuda where there is one")
-    parser.add_argument("--quick", action="store_true", help="tiny sizes, which only show that everything runs")
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda if available")
+    parser.add_argument("--quick", action="store_true", help="tiny sizes, only to check that everything runs")
     parser.add_argument("--rows", type=int, nargs="+", choices=sorted(ROWS), default=sorted(ROWS))
-    parser.add_argument("--repeats", type=int, help="of each row; None: 9, and 2 with --quick")
+    parser.add_argument("--repeats", type=int, help="per row; default: 9, or 2 with --quick")
+    parser.add_argument("--data", type=expanded_path, help="real images in DATA/train/<class>; default: generated ones")
     parser.add_argument(
-        "--data", type=expanded_path, help="DATA/train/<class>/<image>, real images; None: generated ones"
+        "--output", type=expanded_path, default=Path("benchmarks/results"), help="folder for the tables"
     )
-    parser.add_argument("--output", type=expanded_path, default=Path("benchmarks/results"), help="folder of the tables")
     return parser
 
 
 def measure(number: int, setting: Setting) -> Iterator[Measurement]:
-    """One row's lines; an error becomes a line that tells of it, so that the other rows are measured all the same."""
+    """Yields the lines of one row. An error becomes a line that reports it, so that the other rows still run."""
     start = time.perf_counter()
     try:
         for line in ROWS[number](setting):
-            yield replace(line, met=None) if setting.quick else line  # tiny sizes meet no target and miss none
+            yield replace(line, met=None) if setting.quick else line  # targets do not apply to --quick
             show_progress(f"row {number}: {line.what}: {time.perf_counter() - start:.0f} s")
     except Exception as error:
         traceback.print_exc()
@@ -63,7 +55,7 @@ def measure(number: int, setting: Setting) -> Iterator[Measurement]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Measure, print and write the tables; 1 if a row failed."""
+    """Measure, print and write the tables; returns 1 if a row failed."""
     argv = sys.argv[1:] if argv is None else list(argv)
     options = build_parser().parse_args(argv)
     device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -75,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         for number in options.rows:
             for line in measure(number, setting):
                 rows.append(line)
-                write(options.output, device.type, rows, where)  # what is there survives whatever comes next
+                write(options.output, device.type, rows, where)  # after each line, so that a crash loses nothing
     print(f"{describe(where)}\n\n{text_table(rows)}")
     return int(any(row.note.startswith("failed:") for row in rows))
 

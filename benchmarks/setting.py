@@ -1,4 +1,4 @@
-"""On what the rows are measured: the device, the sizes, the images, the number of repeats."""
+"""Common settings of all rows: device, sizes, images, number of repeats."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,10 +15,10 @@ QUICK_POLICY = {"grid": 8, "kernel": 5, "sigma": 2.0}
 
 @dataclass(frozen=True)
 class Setting:
-    """`quick`: tiny networks, images and counts, which only show that everything runs.
+    """What the rows are measured with.
 
-    data: DATA/train/<class>/<image> with real images, None for generated ones; work: a folder for what is made on the
-    way, removed at the end.
+    quick: tiny networks, images and counts, only to check that everything runs; data: real images in
+    DATA/train/<class>/<image>, None for generated ones; work: a folder for intermediate files, removed at the end.
     """
 
     device: torch.device
@@ -46,40 +46,48 @@ class Setting:
         return self.device.type == "cuda"
 
     def model(self, name: str) -> str:
-        """The model's name, or that of the smallest one."""
+        """The given model, or the smallest one with `quick`."""
         return "test_resnet" if self.quick else name
 
     def flags(self, model: str, batch_size: int | None = None, workers: int = 0) -> list[object]:
-        """The command line that both scripts share here; all else stays as users find it."""
-        return [
-            *("--device", self.device.type, "--model", self.model(model), "--workers", workers),
-            *("--batch-size", batch_size or self.batch_size, "--train-crop-size", self.size),
-            *("--val-resize-size", self.size * 8 // 7, "--val-crop-size", self.size, "--lr", 1e-3),
-        ]
+        """Command-line flags for either script; everything else keeps its default."""
+        flags = {
+            "--device": self.device.type,
+            "--model": self.model(model),
+            "--workers": workers,
+            "--batch-size": batch_size or self.batch_size,
+            "--train-crop-size": self.size,
+            "--val-resize-size": self.size * 8 // 7,
+            "--val-crop-size": self.size,
+            "--lr": 1e-3,
+        }
+        return [word for flag in flags.items() for word in flag]
 
     def policy_flags(self) -> list[object]:
-        """What `_policy_gradient` takes beside `flags`."""
-        masks = [part for name, value in self.policy.items() for part in (f"--{name}", value)]
+        """Additional flags for `_policy_gradient`."""
+        masks = [word for name, value in self.policy.items() for word in (f"--{name}", value)]
         return ["--policy-model", self.model("resnet10t"), *masks]
 
     def generated(self) -> Path:
-        """A set of generated images, for rows where only their shape counts; made once."""
+        """Generated images, for rows in which only their shape matters; made once."""
         root = self.work / "phantoms"
         if not root.exists():
-            phantoms.generate(root, size=64, scale=0.05 if self.quick else 0.3)  # as quickly made as may be
+            phantoms.generate(root, size=64, scale=0.05 if self.quick else 0.3)  # small, so that this is quick
         return root
 
     def new_folder(self, name: str) -> Path:
-        """A folder that is not there yet, for a run's files."""
-        number = sum(1 for _ in self.work.glob(f"{name}-*"))
+        """A path that does not exist yet, for the files of a run."""
+        number = len(list(self.work.glob(f"{name}-*")))
         return self.work / f"{name}-{number}"
 
     def time(self, sides: Mapping[str, Work], warmups: int = 2, repeats: int | None = None) -> dict[str, list[float]]:
-        """Seconds of each side at each repeat; repeats: None for the usual number."""
+        """Seconds of each side at each repeat; repeats None: `self.repeats`."""
         warmups = 1 if self.quick else warmups
         wait = synchronizer(self.device)
         return interleaved(sides, repeats or self.repeats, warmups=warmups, synchronize=wait)
 
     def steps(self, on_cpu: int, on_gpu: int) -> int:
-        """How many steps one repeat takes."""
-        return 2 if self.quick else on_gpu if self.on_gpu else on_cpu
+        """Number of training steps in one repeat."""
+        if self.quick:
+            return 2
+        return on_gpu if self.on_gpu else on_cpu

@@ -1,4 +1,4 @@
-"""Rows 1 to 4: masks and training steps, each against the least that it could take."""
+"""Rows 1 to 4: masks and training steps, each against the published or the minimum work."""
 
 from collections.abc import Callable
 from functools import partial
@@ -23,7 +23,7 @@ from utils.training.models import create_classifier
 
 
 def smooth_mask(setting: Setting) -> list[Measurement]:
-    """Row 1: masks from cells, by our two matrix products and by interpolate + gaussian_blur at full size."""
+    """Row 1: masks from cells, our two matrix products against interpolate + gaussian_blur at full size."""
     size, batch_size, policy = setting.size, setting.batch_size, setting.policy
     ours = SmoothMask(size, **policy).to(setting.device)
     theirs = partial(published_mask, size=size, **policy)
@@ -50,39 +50,39 @@ def repeat(times: int, function: nn.Module, *inputs: Tensor) -> None:
 def bare_steps(
     steps: int, network: nn.Module, optimizer: Optimizer, images: Tensor, targets: Tensor, loop: Loop
 ) -> None:
-    """The least that trains a network on one batch: forward, cross-entropy, backward, the optimiser's step."""
-    optimizer.grad_scale = optimizer.found_inf = None  # left by our guarded update
+    """The minimum work of training a network on one batch: forward, cross-entropy, backward, optimiser step."""
+    optimizer.grad_scale = optimizer.found_inf = None  # set by our guarded update
     network.train()
     for _ in range(steps):
         optimizer.zero_grad(set_to_none=True)
-        with loop.autocast():
+        with loop.training.settings.autocast():
             logits = network(images)  # (B, C)
         F.cross_entropy(logits.float(), targets).backward()
         optimizer.step()
 
 
 def bare_policy(steps: int, policy: nn.Module, images: Tensor, loop: Loop) -> None:
-    """The policy network's own arithmetic: both heads forward, and backward from a trivial scalar."""
+    """The policy network's arithmetic: forward through both heads, and backward from a trivial scalar."""
     for _ in range(steps):
         policy.zero_grad(set_to_none=True)
-        with loop.autocast():
+        with loop.training.settings.autocast():
             head_alpha, head_beta = policy(images)  # (B, G*G) each
         (head_alpha.mean() + head_beta.mean()).backward()
 
 
 def optimizer_steps(steps: int, optimizer: Optimizer) -> None:
-    """Updates from the gradients that are there."""
+    """Updates from the current gradients."""
     optimizer.grad_scale = optimizer.found_inf = None
     for _ in range(steps):
         optimizer.step()
 
 
 def policy_price(setting: Setting) -> list[Measurement]:
-    """Row 2: our joint step over its parts, which are timed alone.
+    """Row 2: our joint step over its parts, each timed alone.
 
-    The parts are the classifier's whole training step and the policy network's forward and backward pass, as the issue
-    has it: the policy's optimiser step is in ours only. It is timed apart, and the note says what the ratio is when it
-    counts as a part too. Both sides run the same networks, of the same format, precision and compilation.
+    The parts are the classifier's whole training step and the policy network's forward and backward pass. The policy's
+    optimiser step is only in ours; it is timed separately, and the note gives the ratio with it as a third part. Both
+    sides run the same networks in the same memory format, precision and compilation.
     """
     cases = [("resnet10t", [])]
     if setting.on_gpu:
@@ -98,9 +98,9 @@ def _policy_price(setting: Setting, model: str, flags: list[str]) -> Measurement
     steps = setting.steps(on_cpu=1, on_gpu=30)
     loader = FixedLoader(loop, steps)
     images, targets = network_input(loop, loader)
-    policy, optimizers = distributed.unwrap(loop.training["policy"]), loop.update.optimizers
+    policy, optimizers = distributed.unwrap(loop.masking.policy), loop.training.update.optimizers
     sides = {
-        "ours": lambda: loop.run(loader),
+        "ours": lambda: loop.train_epoch(loader),
         "classifier": lambda: bare_steps(steps, loop.classifier, optimizers["classifier"], images, targets, loop),
         "policy": lambda: bare_policy(steps, policy, images, loop),
         "optimizer": lambda: optimizer_steps(steps, optimizers["policy"]),
@@ -115,12 +115,14 @@ def _policy_price(setting: Setting, model: str, flags: list[str]) -> Measurement
 
 
 def against_published(setting: Setting) -> list[Measurement]:
-    """Row 3: our joint step against the published one, with the same networks and first weights."""
+    """Row 3: our joint step against the published one, with the same networks and initial weights."""
     target = Target(True, 3.0 if setting.on_gpu else 1.2)
     faster = ["--amp"] if setting.on_gpu else ["--channels-last"]
-    variants = [[], faster, [*faster, "--compile"]] + ([] if setting.on_gpu else [["--compile"]])
-    if setting.quick:  # compiling takes longer than all else
-        variants = variants[:2]
+    variants = [[], faster]
+    if not setting.quick:  # compiling takes longer than everything else
+        variants.append([*faster, "--compile"])
+        if not setting.on_gpu:
+            variants.append(["--compile"])
     return (_against_published(setting, flags, target) for flags in variants)
 
 
@@ -132,18 +134,18 @@ def _against_published(setting: Setting, flags: list[str], target: Target) -> Me
     theirs = published_step_of(setting, loop)
     images, targets = (tensor.contiguous() for tensor in network_input(loop, loader))
     sides = {
-        "ours": lambda: loop.run(loader),
+        "ours": lambda: loop.train_epoch(loader),
         "theirs": lambda: with_default_allocator(lambda: [theirs(images, targets) for _ in range(steps)]),
     }
     seconds = setting.time(sides)
     comparison = compare(*(rates(seconds[name], loader.images) for name in ("ours", "theirs")))
     what = f"_policy_gradient step against the published one, {setting.model('resnet10t')} {describe(flags)}"
-    note = "theirs: float32, NCHW, nothing compiled, glibc's allocator as it is"
+    note = "theirs: float32, NCHW, nothing compiled, glibc's default allocator settings"
     return measured(3, f"{what}, B={setting.batch_size}", "images/s", comparison, target, note)
 
 
 def with_default_allocator(work: Callable[[], object]) -> None:
-    """As a plain script runs; ours keeps freed memory on the CPU."""
+    """Run with glibc's default settings; ours keeps freed memory on the CPU."""
     keep_freed_memory(False)
     try:
         work()
@@ -152,8 +154,8 @@ def with_default_allocator(work: Callable[[], object]) -> None:
 
 
 def published_step_of(setting: Setting, loop: Loop) -> PublishedStep:
-    """The published step on copies of a loop's networks, NCHW."""
-    policy = distributed.unwrap(loop.training["policy"])
+    """The published step on NCHW copies of a loop's networks."""
+    policy = distributed.unwrap(loop.masking.policy)
     classes = loop.classifier.get_classifier().out_features
     classifier = create_classifier(setting.model("resnet10t"), classes, setting.size)
     heads = ConcentrationNetwork(setting.model("resnet10t"), setting.policy["grid"], setting.size)
@@ -161,12 +163,12 @@ def published_step_of(setting: Setting, loop: Loop) -> PublishedStep:
     heads.load_state_dict(policy.heads.state_dict())
     for network in (classifier, heads):
         network.to(setting.device, memory_format=torch.contiguous_format)
-    lr = loop.update.optimizers["classifier"].param_groups[0]["lr"]
+    lr = loop.training.update.optimizers["classifier"].param_groups[0]["lr"]
     return PublishedStep(classifier, heads, policy.prior, lr=lr, **setting.policy)
 
 
 def plain_step(setting: Setting) -> list[Measurement]:
-    """Row 4: our `_normal` step against a bare loop of the same network, optimiser and precision."""
+    """Row 4: our `_normal` step against a bare loop with the same network, optimiser and precision."""
     if setting.on_gpu:
         cases = [(model, size, ["--amp"]) for size in (64, 256) for model in ("resnet50", "resnet18")]
         cases.insert(1, ("resnet18", 64, ["--amp", "--compile"]))
@@ -184,9 +186,9 @@ def _plain_step(setting: Setting, model: str, batch_size: int | None, flags: lis
     steps = setting.steps(on_cpu=1, on_gpu=30)
     loader = FixedLoader(loop, steps)
     images, targets = network_input(loop, loader)
-    optimizer = loop.update.optimizers["classifier"]
+    optimizer = loop.training.update.optimizers["classifier"]
     sides = {
-        "ours": lambda: loop.run(loader),
+        "ours": lambda: loop.train_epoch(loader),
         "theirs": lambda: bare_steps(steps, loop.classifier, optimizer, images, targets, loop),
     }
     seconds = setting.time(sides)
@@ -196,5 +198,5 @@ def _plain_step(setting: Setting, model: str, batch_size: int | None, flags: lis
 
 
 def describe(flags: list[object]) -> str:
-    """The flags that set a variant apart."""
+    """The name of a variant: its flags, or float32."""
     return " ".join(map(str, flags)) or "float32"

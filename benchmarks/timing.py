@@ -1,4 +1,4 @@
-"""Two or more pieces of work timed in turns, so that a drift of the machine hits all of them alike."""
+"""Times two or more pieces of work in turns, so that machine drift affects all of them equally."""
 
 import gc
 import time
@@ -8,11 +8,11 @@ from typing import NamedTuple
 
 import torch
 
-Work = Callable[[], object]  # what gives a float has timed itself, in seconds
+Work = Callable[[], object]  # work that returns a float has timed itself, in seconds
 
 
 class Comparison(NamedTuple):
-    """Medians over the repeats of ours, of theirs and of their ratio, and the range of the ratios."""
+    """Medians over the repeats of ours, theirs and their ratio, and the range of the ratios."""
 
     ours: float
     theirs: float
@@ -30,10 +30,10 @@ def interleaved(
     synchronize: Callable[[], None] = lambda: None,
     clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, list[float]]:
-    """Seconds of each side at each repeat, in turns (A B A B ...); the first `warmups` rounds are thrown away.
+    """Seconds of each side at each repeat, in turns (A B A B ...). The first `warmups` rounds are discarded.
 
-    synchronize: waits until the device is idle; called before each reading of the clock. No rubbish is collected in
-    between, but before each side.
+    synchronize: waits until the device is idle; called before each reading of the clock. Garbage collection runs before
+    each side, not during it.
     """
     seconds: dict[str, list[float]] = {name: [] for name in sides}
     collects = gc.isenabled()
@@ -44,9 +44,9 @@ def interleaved(
                 gc.disable()
                 synchronize()
                 start = clock()
-                own = work()
+                result = work()
                 synchronize()
-                spent = own if isinstance(own, float) else clock() - start
+                spent = result if isinstance(result, float) else clock() - start
                 if turn >= warmups:
                     seconds[name].append(spent)
     finally:
@@ -56,21 +56,21 @@ def interleaved(
 
 
 def synchronizer(device: torch.device) -> Callable[[], None]:
-    """What waits for the device; nothing on the CPU, where all work is done when a call returns."""
+    """A function that waits for the device; on the CPU it does nothing."""
     return torch.cuda.synchronize if device.type == "cuda" else lambda: None
 
 
 def rates(seconds: Sequence[float], items: int) -> list[float]:
-    """Items a second at each repeat."""
+    """Items per second at each repeat."""
     return [items / spent for spent in seconds]
 
 
 def milliseconds(seconds: Sequence[float], steps: int) -> list[float]:
-    """Milliseconds a step at each repeat of so many steps."""
+    """Milliseconds per step at each repeat."""
     return [1000 * spent / steps for spent in seconds]
 
 
 def compare(ours: Sequence[float], theirs: Sequence[float]) -> Comparison:
     """Ours over theirs, repeat by repeat: both sides of a ratio were measured one right after the other."""
-    ratios = [mine / other for mine, other in zip(ours, theirs, strict=True)]
+    ratios = [numerator / denominator for numerator, denominator in zip(ours, theirs, strict=True)]
     return Comparison(median(ours), median(theirs), median(ratios), min(ratios), max(ratios), len(ratios))

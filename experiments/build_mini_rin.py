@@ -1,12 +1,13 @@
-"""Make mini-RIN, 5,981 radiology images of 13 classes, from its three public downloads, with the very same splits.
+"""Build mini-RIN, 5,981 radiology images in 13 classes, from its three public downloads, with the original splits.
 
-An image's id is the first 12 hex digits of the SHA-1 of its path among the downloads, such as
-`busi/data/benign/images/benign (2).png`: names alone tell which image belongs where. mini_rin.csv, the manifest, was
-read off the copy that the experiments use. The downloads were not at hand when this was written and this command never
-saw them; but run over their files' numbers, the three layouts of LAYOUTS give every id of the manifest again.
+An image's id is the first 12 hex digits of the SHA-1 of its path in the downloads, such as
+`busi/data/benign/images/benign (2).png`, so the file names alone decide where each image belongs. The manifest,
+mini_rin.csv, was taken from the copy that the experiments use. The downloads themselves were not available when this
+command was written, and it was never run on them. But the three layouts in LAYOUTS, with the downloads' file numbers,
+reproduce every id in the manifest.
 
-The copy is 8-bit grey, with the quantisation tables of Pillow's JPEG of quality 85; how it was resampled is not
-documented. Lanczos, and rounding the longer side, are the choice of this command: pixels may differ from the copy's.
+The copy is 8-bit grey with the quantisation tables of Pillow's JPEG quality 85. Its resampling is not documented. This
+command uses Lanczos and rounds the longer side, so pixels may differ from the copy.
 """
 
 import csv
@@ -33,7 +34,7 @@ from utils.runtime.processes import run_script
 from utils.runtime.text import print_line
 
 MANIFEST = Path(__file__).with_name("mini_rin.csv")
-LAYOUTS = {  # by download: the path that an id is made of; {} stand for the last names of a file's path
+LAYOUTS = {  # by download, the path from which an id is computed; {} stand for the last parts of a file's path
     "brain": "brain/{}/{}/{}",
     "busi": "busi/data/{}/images/{}",
     "mednist": "mednist/resized/{}/{}",
@@ -46,14 +47,14 @@ EXPECTED = {
 }
 SHORTER_SIDE = 224
 QUALITY = 85
-NAMES_SHOWN = 5  # of missing images
+NAMES_SHOWN = 5  # number of missing images that are named
 
 
 def build(downloads: dict[str, Path], output: Path, manifest: Path = MANIFEST) -> None:
-    """Write OUTPUT/<split>/<class>/<id>.jpg of each image of the manifest that is not there yet.
+    """Write OUTPUT/<split>/<class>/<id>.jpg for each image in the manifest that is not there yet.
 
-    downloads: the folders of "brain", "busi" and "mednist". Raises UserError for bad input, for an OUTPUT that holds
-    anything else in these folders, and, when all the rest is done, for images that the downloads lack.
+    downloads: the folders of "brain", "busi" and "mednist". Raises UserError for bad input, for other files in the
+    folders of OUTPUT, and, after writing all other images, for images that the downloads lack.
     """
     places = read_manifest(manifest)
     sources: dict[str, str] = {}
@@ -65,26 +66,26 @@ def build(downloads: dict[str, Path], output: Path, manifest: Path = MANIFEST) -
     for image, place in tqdm(wanted.items(), desc="mini-RIN", unit=" images", disable=None):
         write_atomically(output / place, as_jpeg(read_image(Path(sources[image]), gray=True)))
     missing = [place for image, place in absent.items() if image not in sources]
-    here = len(places) - len(missing)
-    print_line(f"{output}: {here} of {len(places)} images, {len(wanted)} of them written now")
+    complete = len(places) - len(missing)
+    print_line(f"{output}: {complete} of {len(places)} images, {len(wanted)} of them written now")
     if missing:
+        names = ", ".join(f"{place.parent.name} {place.stem}" for place in missing[:NAMES_SHOWN])
         raise UserError(
-            f"{output}: {len(missing)} of {len(places)} images are missing, such as "
-            f"{', '.join(f'{place.parent.name} {place.stem}' for place in missing[:NAMES_SHOWN])}: check that the "
-            "downloads are whole and their files named as in --help, then start again: it goes on."
+            f"{output}: {len(missing)} of {len(places)} images are missing, such as {names}. Check that the downloads "
+            "are complete and their files named as in --help, then start again to add the missing images."
         )
 
 
 def read_manifest(path: Path) -> dict[str, Path]:
-    """By id, in the manifest's order, the image's place in OUTPUT: <split>/<class>/<id>.jpg."""
+    """The path of each image in OUTPUT, <split>/<class>/<id>.jpg, by id, in the manifest's order."""
     with path.open(newline="", encoding="utf-8-sig") as file:
         return {row["id"]: Path(row["split"], row["class"], f"{row['id']}.jpg") for row in csv.DictReader(file)}
 
 
 def find_sources(download: str, folder: Path, wanted: Collection[str]) -> dict[str, str]:
-    """By id the paths of those images below a download's folder that are wanted.
+    """The paths of the wanted images below a download's folder, by id.
 
-    Raises UserError if there is none, or one twice, and as `find_images`.
+    Raises UserError if there are none, if an image occurs twice, and as `find_images` does.
     """
     sources: dict[str, str] = {}
     passed_over = PassedOver()
@@ -92,17 +93,17 @@ def find_sources(download: str, folder: Path, wanted: Collection[str]) -> dict[s
         image = image_id(source_path(download, path))
         if image in wanted:
             if image in sources:
-                raise UserError(f"{path}: by its name the same image as {sources[image]}; give a folder that has one.")
+                raise UserError(f"{path}: has the name of the same image as {sources[image]}. Remove one of them.")
             sources[image] = path
     if content := passed_over.describe():
         print_line(f"--{download} {folder}: {content}")
     if not sources:
-        raise UserError(f"--{download} {folder}: holds no image of mini-RIN; expected {EXPECTED[download]}.")
+        raise UserError(f"--{download} {folder}: holds no image of mini-RIN. Expected {EXPECTED[download]}.")
     return sources
 
 
 def source_path(download: str, path: str) -> str:
-    """What an image's path is among the downloads, whatever folders its own download has around it."""
+    """The path from which an image's id is computed, regardless of other folders around it."""
     layout = LAYOUTS[download]
     names = Path(path).parts
     if download == "busi" and names[-2:-1] == ("images",):
@@ -111,31 +112,33 @@ def source_path(download: str, path: str) -> str:
 
 
 def image_id(source: str) -> str:
-    """The first 12 hex digits of the SHA-1 of a path among the downloads."""
+    """The first 12 hex digits of the SHA-1 of a path in the downloads."""
     return hashlib.sha1(os.fsencode(source)).hexdigest()[:12]
 
 
 def prepare_folders(output: Path, places: Collection[Path]) -> None:
-    """Make the folders of all classes, and remove what a kill has left half-written.
+    """Create the folders of all classes, and remove half-written files left by a kill.
 
-    Raises UserError for what is there and not of mini-RIN: a training would take it for images of the set.
+    Raises UserError for files that do not belong to mini-RIN, because a training would use them as images of the set.
     """
-    contents: dict[Path, set[str]] = defaultdict(set)  # by folder, what it may hold
+    contents: dict[Path, set[str]] = defaultdict(set)  # by folder, the names that it may hold
     for place in places:
         contents[place.parent.parent].add(place.parent.name)
         contents[place.parent].add(place.name)
     for folder, names in contents.items():
         others = find_there(str(output / folder), PassedOver()) - names
         if others:
-            raise UserError(f"{output / folder / min(others)}: is not of mini-RIN; remove it, or give another OUTPUT.")
+            raise UserError(
+                f"{output / folder / min(others)}: does not belong to mini-RIN. Remove it, or give another OUTPUT."
+            )
         try:
             (output / folder).mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise UserError(f"{error.filename}: cannot be made ({error.strerror}); give another OUTPUT.") from None
+            raise UserError(f"{error.filename}: cannot be created ({error.strerror}). Give another OUTPUT.") from None
 
 
 def as_jpeg(image: Image.Image) -> bytes:
-    """A grey image's file, the shorter side brought down to 224 px if it is longer; no metadata is kept."""
+    """The JPEG file of a grey image, its shorter side reduced to at most 224 pixels, without metadata."""
     scale = SHORTER_SIDE / min(image.size)
     if scale < 1:
         width, height = (round(side * scale) for side in image.size)
@@ -148,10 +151,10 @@ def as_jpeg(image: Image.Image) -> bytes:
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = Parser(
-        description="Make OUTPUT/{train,val,test}/<class>/<id>.jpg of mini-RIN from its three public downloads, "
-        "unpacked, with the files' names as they came: an image is found by its name and the last folders above it, "
-        "whatever stands around these. Killed, or with images missing, it goes on when started again; an image that is "
-        "there is left as it is."
+        description="Write mini-RIN to OUTPUT/{train,val,test}/<class>/<id>.jpg from its three public downloads, "
+        "unpacked, with their original file names. An image is found by its name and the last folders above it; other "
+        "folders around these do not matter. Started again after a kill or with missing images, the command adds what "
+        "is missing and leaves existing images unchanged."
     )
     for download, title in (
         ("brain", "Brain Tumor Classification (MRI)"),
@@ -163,9 +166,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             required=True,
             type=expanded_path,
             metavar="FOLDER",
-            help=f"{title}: holds {EXPECTED[download]}",
+            help=f"{title}: contains {EXPECTED[download]}",
         )
-    parser.add_argument("output", type=expanded_path, metavar="OUTPUT", help="folder to make, or to go on with")
+    parser.add_argument("output", type=expanded_path, metavar="OUTPUT", help="folder to create or to complete")
     options = parser.parse_args(argv)
     build({download: getattr(options, download) for download in LAYOUTS}, options.output)
 

@@ -1,6 +1,6 @@
-"""Is one arm better than another by more than chance? Arrays in, numbers out; what is compared are paired differences.
+"""Statistics of paired differences between arms: intervals, effect sizes, tests. Arrays in, numbers out.
 
-A difference is one seed's: this arm's metric less the baseline's of the same seed, on the same test images.
+A difference belongs to one seed: the arm's metric minus the baseline's for the same seed and the same test images.
 """
 
 import math
@@ -17,16 +17,15 @@ ALPHA, POWER = 0.05, 0.8
 def scores(
     targets: np.ndarray, predictions: np.ndarray, hard: np.ndarray, weights: np.ndarray | None = None
 ) -> np.ndarray:
-    """SCORES of R runs on the same N images when image n counts weights[n] times, (R, 6), NaN where undefined.
+    """SCORES of R runs on the same N images, (R, 6); NaN where undefined.
 
-    targets: (N,) classes below C; predictions: (R, N); hard: (C,) bool; weights: (N,) integers; None: each image once.
-    hard_top1 and hard_balanced_accuracy are of the images of hard classes, wherever the prediction falls; hard_f1 is
-    the mean F1 of the hard classes, to which the predictions of all images count. As in
-    `utils.results.intervals.metrics_of`, a class counts if it occurs in targets.
+    targets: (N,) classes below C; predictions: (R, N); hard: (C,) bool; weights: (N,) integers, how often each image
+    counts (None: once). hard_top1 and hard_balanced_accuracy cover the images of hard classes; hard_f1 is the mean F1
+    of the hard classes over all images. As in `utils.results.metrics`, a class counts if it occurs in targets.
     """
     weights = np.ones(len(targets)) if weights is None else weights.astype(float)
     runs, classes = len(predictions), len(hard)
-    # For each run the wrong predictions of each class, then the right ones: one count gives both.
+    # One count for both: for each run, the wrong predictions of each class, then the right ones.
     cells = 2 * classes * np.arange(runs)[:, None] + classes * (predictions == targets) + predictions  # (R, N)
     counted = np.broadcast_to(weights, cells.shape).ravel()
     wrong, right = np.bincount(cells.ravel(), counted, minlength=2 * classes * runs).reshape(runs, 2, -1).swapaxes(0, 1)
@@ -49,7 +48,7 @@ def scores(
 def bootstrap_scores(
     targets: np.ndarray, predictions: np.ndarray, hard: np.ndarray, resamples: int, seed: int = 0
 ) -> np.ndarray:
-    """`scores` on `resamples` draws of N images with replacement, each the same for all runs, (resamples, R, 6)."""
+    """`scores` on `resamples` draws of N images with replacement, the same for all runs, (resamples, R, 6)."""
     generator = np.random.default_rng(seed)
     n = len(targets)
     draws = (np.bincount(generator.integers(n, size=n), minlength=n) for _ in range(resamples))
@@ -57,13 +56,13 @@ def bootstrap_scores(
 
 
 def hierarchical_interval(differences: np.ndarray, seed: int = 0) -> tuple[float, float]:
-    """95 % percentile interval of the mean difference, of a bootstrap over test images and over seeds (training runs).
+    """95 % percentile interval of the mean difference, from a bootstrap over test images and seeds (training runs).
 
-    differences: (resamples, n), those of n seeds in each resample of the images; here n seeds are drawn from them with
-    replacement. With few seeds it is too narrow: of three there are ten different resamples, and the interval over
-    seeds alone spans no more than from the least to the greatest difference. Measured with 2000 draws of n normal
-    differences and 2000 resamples of seeds only, it held the true mean 76 % of the time with 3 seeds, 84 % with 5,
-    89 % with 8 and 92 % with 16; `t_interval` 95 % (but the choice of test images is not in it).
+    differences: (resamples, n), the differences of n seeds in each resample of the images; this function resamples the
+    seeds. With few seeds the interval is too narrow: three seeds have ten different resamples, and the interval over
+    seeds alone spans at most the range of the differences. Measured with 2000 draws of n normal differences and 2000
+    resamples of seeds only, it contained the true mean 76 % of the time with 3 seeds, 84 % with 5, 89 % with 8 and 92 %
+    with 16. `t_interval` contains it 95 % of the time, but ignores the choice of test images.
     """
     resamples, n = differences.shape
     picks = np.random.default_rng([seed, 1]).integers(n, size=(resamples, n))  # not the stream that drew the images
@@ -75,18 +74,18 @@ def hierarchical_interval(differences: np.ndarray, seed: int = 0) -> tuple[float
 def t_interval(differences: np.ndarray) -> tuple[float, float] | None:
     """95 % interval of the mean difference over seeds (Student's t), differences (n,).
 
-    None with a single one, and where they do not vary, which with few seeds is chance.
+    None for a single difference, and if all are equal, which with few seeds is a coincidence.
     """
     if len(differences) < 2 or _constant(differences):
         return None
-    half = stats.t.ppf((1 + LEVEL) / 2, len(differences) - 1) * differences.std(ddof=1) / math.sqrt(len(differences))
-    return float(differences.mean() - half), float(differences.mean() + half)
+    lower, upper = stats.ttest_1samp(differences, 0).confidence_interval(LEVEL)
+    return float(lower), float(upper)
 
 
 def effect_size(differences: np.ndarray) -> float | None:
-    """Cohen's d_z, the mean difference in standard deviations of the differences (n,).
+    """Cohen's d_z: the mean difference in standard deviations of the differences (n,).
 
-    None with fewer than three, and where they do not vary.
+    None for fewer than three differences, and if all are equal.
     """
     if len(differences) < 3 or _constant(differences):
         return None
@@ -94,40 +93,37 @@ def effect_size(differences: np.ndarray) -> float | None:
 
 
 def seeds_needed(differences: np.ndarray, true_difference: float) -> int | None:
-    """Least number of seeds with which a paired t-test, two-sided at 5 %, sees this difference in 80 % of studies.
+    """Smallest number of seeds at which a paired t-test (two-sided, 5 %) detects this difference with 80 % power.
 
-    differences: (n,), for their standard deviation; None with fewer than three, and where they do not vary.
+    differences: (n,), for their standard deviation. None for fewer than three, and if all are equal.
     """
     if len(differences) < 3 or _constant(differences):
         return None
     d = true_difference / differences.std(ddof=1)
-    of_known_deviation = ((stats.norm.ppf(1 - ALPHA / 2) + stats.norm.ppf(POWER)) / d) ** 2  # never too many
-    n = max(2, math.floor(of_known_deviation))
+    with_known_deviation = ((stats.norm.ppf(1 - ALPHA / 2) + stats.norm.ppf(POWER)) / d) ** 2  # a lower bound
+    n = max(2, math.floor(with_known_deviation))
     while power_of_t_test(d, n) < POWER:
         n += 1
     return n
 
 
 def power_of_t_test(d: float, n: int) -> float:
-    """With which probability n differences of mean d standard deviations give p < 5 % (noncentral t, both sides)."""
+    """Probability that n differences with a mean of d standard deviations give p < 5 % (noncentral t, two-sided)."""
     critical, noncentrality = stats.t.ppf(1 - ALPHA / 2, n - 1), d * math.sqrt(n)
     return float(stats.nct.sf(critical, n - 1, noncentrality) + stats.nct.cdf(-critical, n - 1, noncentrality))
 
 
 def sign_flip_p(differences: np.ndarray) -> float:
-    """Exact two-sided p of the mean of n differences, were the sign of each by chance: over all 2^n flips.
+    """Exact two-sided p-value of the mean of n >= 2 differences under random signs, over all 2^n sign flips.
 
-    Takes 8 * 2^n bytes: 20 differences are easy, 30 too many.
+    Memory grows with n * 2^n.
     """
-    sums = np.abs(differences[:1])  # a flip of all signs gives the same |sum|, so that the first one can stay
-    for difference in differences[1:]:
-        sums = np.concatenate((sums + difference, sums - difference))
-    rounding = 1e-9 * np.abs(differences).sum()
-    return float(np.mean(np.abs(sums) >= abs(differences.sum()) - rounding))
+    test = stats.permutation_test((differences,), np.mean, permutation_type="samples", n_resamples=np.inf)
+    return min(float(test.pvalue), 1.0)
 
 
 def holm(p_values: list[float]) -> list[float]:
-    """p-values adjusted for their number (Holm 1979), in the order given."""
+    """p-values adjusted for their number (Holm 1979), in the given order."""
     order = np.argsort(p_values)
     adjusted = np.array(p_values)[order] * np.arange(len(p_values), 0, -1)
     result = np.empty(len(p_values))
@@ -136,5 +132,5 @@ def holm(p_values: list[float]) -> list[float]:
 
 
 def _constant(differences: np.ndarray) -> bool:
-    """True where what they vary by is rounding."""
+    """Whether the differences vary by rounding only."""
     return bool(np.ptp(differences) <= 1e-12)

@@ -1,4 +1,4 @@
-"""Paired differences of each arm to the baseline, task by task, with intervals, effect sizes and tests."""
+"""Paired differences of each arm to the baseline, by task, with intervals, effect sizes and tests."""
 
 from typing import NamedTuple
 
@@ -14,23 +14,23 @@ from experiments.comparisons import (
     sign_flip_p,
     t_interval,
 )
+from experiments.finished import RunKey, Task, task_names
 from experiments.plan import Plan
-from experiments.results import Task, task_names
 from utils.runtime.errors import UserError
 
 COMPARED = ("hard_f1", "f1", "balanced_accuracy", "top1")
 SEEDS_FOR_P = 8
 POINT = 0.01
-Resamples = dict[tuple[str, int], np.ndarray]  # by arm and seed, (resamples, 6)
+Resamples = dict[RunKey, np.ndarray]  # (resamples, 6) each
 
 
 class Comparison(NamedTuple):
-    """One arm less the baseline in one task and metric, of the seeds that both have. All as fractions, not points.
+    """One arm minus the baseline in one task and metric, over the seeds that both have. Fractions, not points.
 
-    differences: (n,), one for each of `seeds`; interval: of the bootstrap over seeds and test images; t: over seeds;
-    effect: d_z; needed: seeds to see one point; all three None where too few seeds tell nothing of their spread. p:
-    None with fewer than 8 seeds, and of metrics that are not tested; primary: it is of the test that was named before
-    the runs, and not adjusted.
+    differences: (n,), one per seed; interval: bootstrap over seeds and test images; t: t-interval over seeds; effect:
+    d_z; needed: seeds to detect one point; t, effect and needed are None if too few seeds show their spread; p: None
+    with fewer than SEEDS_FOR_P seeds, and for metrics without a test; primary: whether p belongs to the test that was
+    fixed before the runs, and is not adjusted.
     """
 
     task: str
@@ -47,56 +47,58 @@ class Comparison(NamedTuple):
 
 
 def tested_metric(task: Task) -> str:
-    """The one that p-values are of: macro F1 of the hard classes."""
+    """The metric that p-values are computed for: macro F1 of the hard classes."""
     return "hard_f1" if task.has_easy else "f1"
 
 
 def compare(plan: Plan, tasks: list[Task], resamples: int) -> list[Comparison]:
-    """Task by task, metric by metric, arm by arm; none where no seed is there of both an arm and the baseline.
+    """Comparisons by task, metric and arm, without arms that have no seed in common with the baseline.
 
     Raises UserError if no run of the baseline has finished.
     """
     if not any(arm == plan.baseline for task in tasks for arm, _ in task.runs):
-        raise UserError(f"no run of the baseline {plan.baseline!r} has finished and was tested; run it first.")
-    found = [one for task in tasks for one in _compare_in(plan, task, resamples)]
+        raise UserError(f"no run of the baseline {plan.baseline!r} has finished and was tested. Run it first.")
+    comparisons = [comparison for task in tasks for comparison in _compare_in(plan, task, resamples)]
     tested = {task.name: tested_metric(task) for task in tasks}
-    testable = [n for n, one in enumerate(found) if one.metric == tested[one.task] and len(one.seeds) >= SEEDS_FOR_P]
-    p_values = {n: sign_flip_p(found[n].differences) for n in testable}
-    primary = [n for n in testable if (found[n].task, found[n].arm) == (task_names(plan)[0], plan.primary)]
-    secondary = [n for n in testable if n not in primary]
-    p_values |= dict(zip(secondary, holm([p_values[n] for n in secondary]), strict=True))
-    return [one._replace(p=p_values.get(n), primary=n in primary) for n, one in enumerate(found)]
+    p_values: dict[int, float] = {}  # by index in comparisons
+    secondary = []
+    for index, comparison in enumerate(comparisons):
+        if comparison.metric == tested[comparison.task] and len(comparison.seeds) >= SEEDS_FOR_P:
+            p_values[index] = sign_flip_p(comparison.differences)
+            primary = (comparison.task, comparison.arm) == (task_names(plan)[0], plan.primary)
+            comparisons[index] = comparison._replace(primary=primary)
+            if not primary:
+                secondary.append(index)
+    p_values |= dict(zip(secondary, holm([p_values[index] for index in secondary]), strict=True))
+    return [comparison._replace(p=p_values.get(index)) for index, comparison in enumerate(comparisons)]
 
 
 def _compare_in(plan: Plan, task: Task, resamples: int) -> list[Comparison]:
     resampled = _resample(task, resamples)
-    seeds_of = {
-        arm.name: [seed for seed in range(arm.seeds) if {(arm.name, seed), (plan.baseline, seed)} <= task.runs.keys()]
-        for arm in plan.arms
-        if arm.name != plan.baseline
-    }
-    return [
-        _comparison(task, metric, arm, plan.baseline, seeds, resampled)
-        for metric in COMPARED
-        if task.has_easy or not metric.startswith("hard_")
-        for arm, seeds in seeds_of.items()
-        if seeds
-    ]
+    comparisons = []
+    for metric in COMPARED:
+        for arm in plan.arms:
+            pairs = [((arm.name, seed), (plan.baseline, seed)) for seed in range(arm.seeds)]
+            pairs = [pair for pair in pairs if task.runs.keys() >= set(pair)]
+            if pairs and arm.name != plan.baseline and (task.has_easy or not metric.startswith("hard_")):
+                comparisons.append(_comparison(task, metric, arm.name, pairs, resampled))
+    return comparisons
 
 
-def _comparison(task: Task, metric: str, arm: str, baseline: str, seeds: list[int], resampled: Resamples) -> Comparison:
+def _comparison(
+    task: Task, metric: str, arm: str, pairs: list[tuple[RunKey, RunKey]], resampled: Resamples
+) -> Comparison:
+    """pairs: a run of the arm and one of the baseline for each seed."""
     column = SCORES.index(metric)
-    differences = np.array(
-        [task.runs[arm, seed].metrics[metric] - task.runs[baseline, seed].metrics[metric] for seed in seeds]
-    )
-    of_resamples = [resampled[arm, seed][:, column] - resampled[baseline, seed][:, column] for seed in seeds]
+    differences = np.array([task.runs[run].metrics[metric] - task.runs[base].metrics[metric] for run, base in pairs])
+    resampled_differences = [resampled[run][:, column] - resampled[base][:, column] for run, base in pairs]
     return Comparison(
         task.name,
         metric,
         arm,
-        seeds,
+        [seed for (_, seed), _ in pairs],
         differences,
-        hierarchical_interval(np.stack(of_resamples, axis=1)),
+        hierarchical_interval(np.stack(resampled_differences, axis=1)),
         t_interval(differences),
         effect_size(differences),
         seeds_needed(differences, POINT),
@@ -104,8 +106,8 @@ def _comparison(task: Task, metric: str, arm: str, baseline: str, seeds: list[in
 
 
 def _resample(task: Task, resamples: int) -> Resamples:
-    """The scores of each run, means over its draws, on the same resamples of the test images for all."""
+    """The scores of each run, means over its draws, on the same resamples of the test images for all runs."""
     stacked = np.concatenate([tested.predictions for tested in task.runs.values()])
     values = bootstrap_scores(task.targets, stacked, task.hard, resamples)  # (resamples, rows, 6)
     ends = np.cumsum([len(tested.predictions) for tested in task.runs.values()])[:-1]
-    return {of: rows.mean(1) for of, rows in zip(task.runs, np.split(values, ends, axis=1), strict=True)}
+    return {key: rows.mean(1) for key, rows in zip(task.runs, np.split(values, ends, axis=1), strict=True)}

@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# As many whole runs as fit MINUTES on the GPUs of this machine, several side by side: bash experiments/gpu.sh DATA [PLAN...]
-# Small results go to $OUT (experiments/results). What is finished there, or in experiments/results, is not run again, so
-# that the same command goes on with what is missing, on another machine too if its results were copied back.
-# DATA holds {train,val,test}/<class>/<image>, mini-RIN; PLANs are names in experiments/plans, the most important first.
-# A plan of which a run fails does not keep the others from running; the exit code is then 1.
+# Run plans on the GPUs of this machine for MINUTES, several runs at a time: bash experiments/gpu.sh DATA [PLAN...]
+# DATA: mini-RIN, as {train,val,test}/<class>/<image>; PLANs: names in experiments/plans, the most important first.
+# Results go to $OUT (default: experiments/results). Runs that are finished there or in experiments/results are skipped,
+# and unfinished runs in $OUT are resumed, so the same command continues, also on another machine with a copy of $OUT.
+# If a run of a plan fails, the other plans still run, and the exit code is 1.
 set -euo pipefail
 data=$(realpath "${1:?usage: bash experiments/gpu.sh DATA [PLAN...]}")
 shift
-OUT=${OUT:+$(realpath -m "$OUT")}  # of the folder where this was typed
+OUT=${OUT:+$(realpath -m "$OUT")}  # relative to the folder of the call
 CACHE=${CACHE:+$(realpath -m "$CACHE")}
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python3}
@@ -31,7 +31,7 @@ for plan in "$@"; do
     [ "$left" -gt 0 ] && [ -z "$stopped" ] || break
     for finished in experiments/results/"$plan"/*/seed*/finished.json; do
         from=$(dirname "$finished") to=$OUT/$(dirname "${finished#experiments/results/}")
-        if [ -e "$finished" ] && [ ! -e "$to/finished.json" ]; then  # whole runs only, each at once
+        if [ -e "$finished" ] && [ ! -e "$to/finished.json" ]; then  # whole runs only, each by one rename
             rm -rf "$to" "$to.tmp"
             mkdir -p "$(dirname "$to")"
             cp -r "$from" "$to.tmp"
@@ -43,8 +43,8 @@ for plan in "$@"; do
         --exclude experiments/mini_rin_exclude.txt -o "$OUT/$plan" --jobs "$JOBS" --minutes "$left" \
         --flags "$FLAGS --cache-dir $CACHE" &
     running=$!
-    wait "$running" || wait "$running" || failed=1  # a signal ends the first wait; the runs then save and end
+    wait "$running" || wait "$running" || failed=1  # a signal ends the first wait; the runs then save and exit
     running=""
-    "$PYTHON" experiments/analyse.py "experiments/plans/$plan.py" "$OUT/$plan" || true  # of what is there so far
+    "$PYTHON" experiments/analyse.py "experiments/plans/$plan.py" "$OUT/$plan" || true  # of the runs finished so far
 done
 exit "$failed"

@@ -17,21 +17,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from _policy_gradient.examples import CPU, choose_examples
-from _policy_gradient.gallery import read_run
+from _policy_gradient.gallery import CPU, add_run_arguments, checkpoint_of, choose_examples, read_run
 from _policy_gradient.mask import SmoothMask
 from _policy_gradient.masking import build_mask, build_policy, draw_masks
 from _policy_gradient.objective import leave_one_out_baseline
 from _policy_gradient.policy import Policy, create_policy
 from utils import arguments
-from utils.checkpoints import checkpoint
-from utils.data import splits as wiring_data
+from utils.data.splits import open_splits
 from utils.data.transforms import Normalize
 from utils.flags import positive_float, positive_int
-from utils.runtime.command_line import Parser, expanded, expanded_path
+from utils.runtime.command_line import Parser
 from utils.runtime.errors import UserError
 from utils.runtime.processes import run_script
-from utils.training import build as wiring
+from utils.training import build
 
 SHUFFLES = 20
 
@@ -136,12 +134,7 @@ def uniform(args: argparse.Namespace, options: argparse.Namespace) -> Policy:
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = Parser(__doc__, prog="python experiments/learning_signal.py")
-    parser.add_argument(
-        "run", type=expanded_path, metavar="RUN", help="the --output-dir of a run, or a checkpoint of it"
-    )
-    parser.add_argument("--data-path", type=expanded, metavar="FOLDER", help="with {train,val,test}/<class>/"
-        "<image>; default: the run's own")  # fmt: skip
-    parser.add_argument("--split", default="val", choices=("train", "val", "test"), help="default: val")
+    add_run_arguments(parser)
     parser.add_argument("--images-per-class", type=positive_int, default=8, help="the first ones; default: 8")
     parser.add_argument("--masks-per-image", type=positive_int, default=256, help="default: 256")
     parser.add_argument("--seed", type=int, default=0, help="of the masks; default: 0")
@@ -154,11 +147,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise UserError(f"--masks-per-image {options.masks_per_image}: expected an even number of at least 4.")
     if options.grid is None and (options.kernel or options.sigma):
         raise UserError("--kernel and --sigma: are of the uniform masks of --grid; give that too.")
-    path = options.run / checkpoint.CHECKPOINT if options.run.is_dir() else options.run
+    path = checkpoint_of(options.run)
     args, state = read_run(path, options.data_path, options.split)
-    split = wiring_data.open_splits(args, state["classes"], str(path)).evaluation
+    split = open_splits(args, state["classes"], str(path)).evaluation
     examples = choose_examples(split, None, options.images_per_class)
-    classifier = wiring.classifier(args, split.classes, state, None, CPU).eval()
+    classifier = build.classifier(args, split.classes, state, None, CPU).eval()
     policy = build_policy(args, state, None, CPU) if options.grid is None else uniform(args, options)
     images = Normalize(args.mean, args.std)(examples.images)  # (N, 3, S, S)
     targets = torch.as_tensor(split.targets)[examples.indices].long()

@@ -1,6 +1,7 @@
-"""What a plan says: arms, each a chain of trainings through the two scripts, and how they are to be compared."""
+"""Plans: arms, each a chain of trainings with the two scripts, and how to compare them."""
 
 import json
+import math
 import runpy
 import shlex
 from dataclasses import asdict, dataclass
@@ -8,13 +9,17 @@ from pathlib import Path
 from typing import Any
 
 from utils.runtime.errors import UserError
+from utils.runtime.reading import read_json
+
+FINISHED = "finished.json"  # of a finished run: its stages, and the seconds that they took
 
 
 @dataclass(frozen=True)
 class Subset:
-    """A part of the data: classes by shell patterns, and images of `train` by number and draw.
+    """A part of the data.
 
-    shots: images of each class in `train`; None: all. draw: which of them, the same for all arms and seeds.
+    classes, without: shell patterns of classes to include and exclude, separated by commas; shots: images per class in
+    `train`, None for all; draw: number of the random choice of these images, the same for all arms and seeds.
     """
 
     classes: str = "*"
@@ -24,19 +29,23 @@ class Subset:
 
     @property
     def name(self) -> str:
-        """Such as "us-breast-*-5-draw0", a folder's name with no two subsets alike."""
-        shots = "" if self.shots is None else f"-{self.shots}-draw{self.draw}"
-        return f"{self.classes}{f'-but-{self.without}' if self.without else ''}{shots}".replace("*", "any")
+        """A unique folder name, such as "us-breast-any-5-draw0"."""
+        name = self.classes
+        if self.without:
+            name += f"-but-{self.without}"
+        if self.shots is not None:
+            name += f"-{self.shots}-draw{self.draw}"
+        return name.replace("*", "any")
 
 
 @dataclass(frozen=True)
 class Stage:
     """One training, in the folder `name` of its run.
 
-    script: _normal or _policy_gradient; flags: as typed; start: what it fine-tunes, relative to the run's folder;
-    average: write average.pth, the mean of so many last epochs; test: evaluate model_best.pth, chosen on `val`, on
-    `test`, as part of the task of this name (stages of a run with one task, several draws of few images, say, are
-    averaged); subset: of the data.
+    script: _normal or _policy_gradient; flags: as typed; start: weights to fine-tune, relative to the run's folder;
+    average: number of last epochs whose mean is written to average.pth, 0 for none; test: name of a task, for which
+    model_best.pth (chosen on `val`) is evaluated on `test`; subset: part of the data, None for all.
+    Results of several stages with the same task, such as several draws of few images, are averaged.
     """
 
     name: str
@@ -49,14 +58,14 @@ class Stage:
 
     @property
     def epochs(self) -> int:
-        """As the flags say."""
+        """Number of epochs, from the flags."""
         words = shlex.split(self.flags)
         return int(words[words.index("--epochs") + 1])
 
 
 @dataclass(frozen=True)
 class Arm:
-    """What is compared: stages one after the other, once for each seed."""
+    """A variant to compare: stages one after the other, once per seed."""
 
     name: str
     stages: tuple[Stage, ...]
@@ -64,7 +73,7 @@ class Arm:
 
 
 def heated_arm(name: str, pretraining: str, fine_tuning: str, seeds: int, task: str) -> Arm:
-    """Pretrain with masks, average the last three epochs, fine-tune without masks, test: the route of the README.
+    """An arm that pretrains with masks, averages the last three epochs, fine-tunes without masks, and tests.
 
     pretraining, fine_tuning: flags of the two trainings.
     """
@@ -77,11 +86,11 @@ def heated_arm(name: str, pretraining: str, fine_tuning: str, seeds: int, task: 
 
 @dataclass(frozen=True)
 class Plan:
-    """Arms, and how they are compared.
+    """Arms, and how to compare them.
 
-    baseline: the arm from which differences are taken; primary: the one arm whose test against it was named before the
-    runs: of macro F1 over the hard classes, in the first task; None: all is exploratory. hard: patterns of the classes
-    that are also reported apart.
+    baseline: the arm that is subtracted from the others; primary: the arm whose test against the baseline was fixed
+    before the runs (macro F1 over the hard classes, first task), None if everything is exploratory; hard: patterns of
+    the classes that are also reported separately.
     """
 
     name: str
@@ -92,39 +101,62 @@ class Plan:
     hard: str = "mr-brain-*,us-breast-*"
 
     def runs(self) -> list[tuple[Arm, int]]:
-        """Arm and seed: the primary comparison first, and all arms of a seed before the next.
+        """Arm and seed of all runs: the primary comparison first, then all arms of a seed before the next seed.
 
-        So whatever was done when time ran out is balanced, and the test that was named before has its seeds.
+        If time runs out, the primary test has its seeds, and the arms have about equally many.
         """
         first = {self.baseline, self.primary} if self.primary else set()
         order = [(arm, seed) for seed in range(max(arm.seeds for arm in self.arms)) for arm in self.arms]
         return sorted((run for run in order if run[1] < run[0].seeds), key=lambda run: run[0].name not in first)
 
 
-def run_folder(output: Path, arm: str, seed: int) -> Path:
-    """Where a run's stages have their folders."""
+def folder_of_run(output: Path, arm: str, seed: int) -> Path:
+    """The folder that holds a run's stages."""
     return output / arm / f"seed{seed}"
 
 
 def as_written(arm: Arm) -> list[dict[str, Any]]:
-    """The stages as finished.json holds them."""
+    """The arm's stages in the form that JSON files hold."""
     return json.loads(json.dumps([asdict(stage) for stage in arm.stages]))
 
 
+def read_record(path: Path, arm: Arm) -> dict[str, Any] | None:
+    """A run's finished.json or progress.json; None if there is none.
+
+    Keys: "seconds"; "stages", absent from files of older versions; "done", the number of finished stages, in
+    progress.json only.
+    Raises UserError for a damaged file, and for a run with other stages than the arm's.
+    """
+    try:
+        record = read_json(path)
+        if not 0 <= record["seconds"] < math.inf or not isinstance(record.get("done", 0), int):
+            raise ValueError
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        raise UserError(f"{path}: damaged. Remove the run's folder, and run the plan again.") from None
+    if record.get("stages", as_written(arm)) != as_written(arm):
+        raise UserError(
+            f"{path}: the run has other stages than the plan. Give the plan that was run or another --output, or "
+            "remove the run's folder."
+        )
+    return record
+
+
 def read_plan(path: Path) -> Plan:
-    """The `PLAN` of a Python file; raises UserError if there is none, or one that contradicts itself."""
+    """The `PLAN` of a Python file. Raises UserError if there is none, or if it contradicts itself."""
     if not path.is_file():
-        raise UserError(f"{path}: no such file; expected a plan, such as experiments/plans/classification.py.")
+        raise UserError(f"{path}: no such file. Expected a plan, such as experiments/plans/classification.py.")
     plan = runpy.run_path(str(path)).get("PLAN")
     if not isinstance(plan, Plan):
-        raise UserError(f"{path}: defines no PLAN; expected PLAN = Plan(...), as in experiments/plans.")
+        raise UserError(f"{path}: defines no PLAN. Expected PLAN = Plan(...), as in experiments/plans.")
     names = [arm.name for arm in plan.arms]
     if len(set(names)) < len(names):
-        raise UserError(f"{path}: two arms have one name; give each its own.")
+        raise UserError(f"{path}: two arms have the same name. Rename one.")
     for arm in plan.arms:
         if len({stage.name for stage in arm.stages}) < len(arm.stages):
-            raise UserError(f"{path}: two stages of the arm {arm.name!r} have one name, and so one folder; rename one.")
-    for name in filter(None, (plan.baseline, plan.primary)):
-        if name not in names:
-            raise UserError(f"{path}: compares {name!r}, which is none of its arms ({', '.join(names)}).")
+            raise UserError(f"{path}: two stages of the arm {arm.name!r} have the same name. Rename one.")
+    for name in (plan.baseline, plan.primary):
+        if name is not None and name not in names:
+            raise UserError(f"{path}: compares {name!r}, which is not one of its arms ({', '.join(names)}).")
     return plan

@@ -1,4 +1,4 @@
-"""Draw the method at a glance as figures/pipeline.svg: `python figures/pipeline.py`."""
+"""Draws the overview of the method, figures/pipeline.svg: `python figures/pipeline.py`."""
 
 import sys
 from pathlib import Path
@@ -17,14 +17,14 @@ from _policy_gradient.policy import sample_action
 from utils.data.transforms import Normalize
 from utils.phantoms.dataset import render
 
-SIZE, GRID, KERNEL, SIGMA = 224, 16, 13, 6.0  # cells of the default grid, 64, would be too small to be seen
-WIDTH, HEIGHT = 9.375, 4.26  # inches, as are all coordinates; on a page 900 CSS pixels, where 8 pt are 8 pt
-SIDE, LINE = 0.84, 0.158  # of a picture; from one line of text to the next
-INK, REINFORCE, GRADIENT = "0.15", "#b34700", "#00609c"  # dashes and labels say the same as the colours
+SIZE, GRID, KERNEL, SIGMA = 224, 16, 13, 6.0  # the cells of the default grid, 64, would be too small to see
+WIDTH, HEIGHT = 9.375, 4.26  # inches, the unit of all coordinates; 900 CSS pixels on a page, so that 8 pt stay 8 pt
+SIDE, LINE = 0.84, 0.158  # side of a picture; distance between lines of text
+INK, REINFORCE, GRADIENT = "0.15", "#b34700", "#00609c"  # dashes and labels carry the same meaning as the colours
 
 
 def hand_made_concentrations() -> tuple[Tensor, Tensor]:
-    """log alpha and log beta, (1, G*G), made by hand so that the means visibly differ: no trained policy's."""
+    """log alpha and log beta, (1, G*G), chosen by hand so that the means visibly differ; not a trained policy."""
     axis = torch.linspace(-1, 1, GRID)
     hill = torch.exp(-((axis - 0.25) ** 2 + (axis[:, None] - 0.1) ** 2) / 0.35)  # (G, G)
     log_ratio = (3 * hill - 1.3).view(1, -1)
@@ -32,7 +32,7 @@ def hand_made_concentrations() -> tuple[Tensor, Tensor]:
 
 
 def compute_pictures() -> tuple[Tensor, ...]:
-    """An image, the means of its cells, sampled cells, their mask and the masked image: each (height, width)."""
+    """An image, the means of its cells, sampled cells, their mask, and the masked image; each (height, width)."""
     torch.manual_seed(0)
     phantom = torch.from_numpy(render("mr-brain-tumour", np.random.default_rng(4), SIZE))
     image = Normalize((0.3162,), (0.3213,))(phantom.expand(1, 3, SIZE, SIZE))  # (1, 3, S, S)
@@ -44,42 +44,51 @@ def compute_pictures() -> tuple[Tensor, ...]:
 
 
 def show(ax: Axes, left: float, y: float, picture: Tensor, caption: str) -> None:
-    """A picture centred at height y, its caption above it."""
-    # Normalising an image has made -0.98 to 2.13 of 0 to 1.
+    """Draw a picture centred at height y, with its caption above."""
+    # A normalised image ranges from -0.98 to 2.13.
     colours, low, high = ("gray", -0.98, 2.13) if picture.min() < 0 else ("cividis", 0, 1)
-    interpolation = "none" if len(picture) == GRID else "auto"  # cells stay crisp at any zoom
+    interpolation = "none" if len(picture) == GRID else "auto"  # so that cells stay crisp at any zoom
     extent = (left, left + SIDE, y - SIDE / 2, y + SIDE / 2)
     ax.imshow(picture.numpy(), colours, vmin=low, vmax=high, extent=extent, interpolation=interpolation, zorder=2)
-    ax.text(left + SIDE / 2, y + SIDE / 2 + 0.08, caption, ha="center")  # its last baseline is what is placed
+    ax.text(left + SIDE / 2, y + SIDE / 2 + 0.08, caption, ha="center")  # y is that of its last baseline
 
 
 def box(ax: Axes, left: float, y: float, width: float, height: float, *lines: str, bold: int = 1, **style) -> None:
-    """A frame centred at height y around lines: the first `bold` ones a title, others with a - or _ in them code."""
+    """Draw a frame centred at height y around lines of text.
+
+    The first `bold` lines are a title; other lines that contain - or _ are code.
+    """
     style = {"facecolor": "white", "edgecolor": INK, "zorder": 2} | style
     ax.add_patch(FancyBboxPatch((left, y - height / 2), width, height, "round,pad=0,rounding_size=0.05", **style))
     for i, line in enumerate(lines):
-        font = {"weight": "bold"} if i < bold else {"family": "monospace", "size": 8} if set("-_") & set(line) else {}
+        font = {}
+        if i < bold:
+            font = {"weight": "bold"}
+        elif "-" in line or "_" in line:
+            font = {"family": "monospace", "size": 8}
         ax.text(left + width / 2, y - 0.042 + LINE * ((len(lines) - 1) / 2 - i), line, ha="center", **font)
 
 
 def arrow(ax: Axes, *points: tuple[float, float], color: str = INK, dashes: str | tuple = "-") -> None:
-    """An arrow in straight pieces from the first point to the last."""
+    """Draw an arrow in straight pieces from the first point to the last."""
     before, end = np.array(points[-2:])
-    neck = end - 0.07 * (end - before) / np.linalg.norm(end - before)  # dashes end here, or they would fray the head
+    neck = end - 0.07 * (end - before) / np.linalg.norm(
+        end - before
+    )  # where dashes end, so that they do not fray the head
     ax.plot(*zip(*points[:-1], neck, strict=True), color=color, linestyle=dashes, linewidth=1.2, zorder=1)
     head = {"arrowstyle": "-|>,head_length=4,head_width=2", "mutation_scale": 1.4, "shrinkA": 0, "shrinkB": 0}
     ax.annotate("", end, neck, arrowprops=head | {"color": color})
 
 
 def panel(ax: Axes, y: float, height: float, title: str, script: str) -> None:
-    """The ground of a row, headed by its title and its script."""
+    """Draw the background of a row, with its title and script on top."""
     box(ax, 0.04, y, WIDTH - 0.08, height, facecolor="0.955", edgecolor="none", zorder=0)
     ax.text(4.6, y + height / 2 - 0.22, title, ha="right", size=10, weight="bold")
     ax.text(4.72, y + height / 2 - 0.22, script, size=9, family="monospace")
 
 
 def draw_pretraining(ax: Axes, y: float) -> None:
-    """The upper row, its pictures centred at height y."""
+    """Draw the upper row, its pictures centred at height y."""
     top, bottom, low, high = y + SIDE / 2, y - SIDE / 2, y + 0.62, y + 0.9
     network, plus, times, weights = 1.82, 2.625, 6.105, 7.83
     image, means, cells, mask, masked = compute_pictures()
@@ -111,8 +120,8 @@ def draw_pretraining(ax: Axes, y: float) -> None:
 
 
 def draw_finetuning(ax: Axes, y: float) -> None:
-    """The lower row, its boxes centred at height y."""
-    for shift in (0.08, 0.04):  # one file behind the other
+    """Draw the lower row, its boxes centred at height y."""
+    for shift in (0.08, 0.04):  # files behind one another
         box(ax, 0.16 + shift, y + shift, 1.5, 0.7)
     box(ax, 0.16, y, 1.5, 0.7, "last epochs' weights", "model_87.pth", "model_88.pth", "model_89.pth")
     box(ax, 2.06, y, 1.64, 0.7, "average", "utils.weight_averaging")
@@ -124,7 +133,7 @@ def draw_finetuning(ax: Axes, y: float) -> None:
 
 
 def main() -> None:
-    # Without a salt of their own the ids in the file are random.
+    # Without a fixed salt, the ids in the file are random.
     plt.rcParams.update({"svg.hashsalt": "pipeline", "font.size": 8.5, "text.color": INK})
     figure = plt.figure(figsize=(WIDTH, HEIGHT))
     ax = figure.add_axes((0, 0, 1, 1), xlim=(0, WIDTH), ylim=(0, HEIGHT))

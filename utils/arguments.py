@@ -10,30 +10,30 @@ from typing import Any
 from utils.runtime.command_line import Parser
 from utils.runtime.errors import UserError
 
-# What a resumed run may be given anew, since the trajectory does not depend on it (`epochs` rebuilds the schedule; of
-# `exclude` and `data_path` the images left are compared).
+# What a resumed run may change, because training does not depend on it. `epochs` rebuilds the schedule; for `exclude`
+# and `data_path` the remaining images are compared.
 FREE_ON_RESUME = {
     "bad_images", "cache_dir", "checkpoint_steps", "data_path", "device", "epochs", "exclude", "finetune",
     "max_bad_images", "num_classes", "output_dir", "plot_every", "print_freq", "resume", "split", "tensorboard",
     "test_only", "timeout", "upper_8_bits", "use_ema", "workers",
 }  # fmt: skip
-# What a checkpoint never decides: where and on what a start runs, what it writes to, and what it evaluates.
+# What a checkpoint never determines: where a start runs, what it writes to, and what it evaluates.
 OF_EACH_START = {"device", "output_dir", "resume", "split", "test_only", "timeout", "use_ema"}
-# What weights were made for: taken from their file when it says so.
+# What weights were trained for: taken from their file if it records them.
 MODEL_FLAGS = (
     "model", "policy_model", "mask_policy", "head_weight", "grid", "kernel", "sigma", "mask_range",
     "train_crop_size", "val_resize_size", "val_crop_size", "interpolation", "gray", "upper_8_bits", "backend",
     "mean", "std",
 )  # fmt: skip
-# What a fine-tuning may choose anew although the file says otherwise.
+# What --finetune may choose although the file says otherwise.
 FREE_ON_FINETUNE = {
     "train_crop_size", "val_resize_size", "val_crop_size", "interpolation", "gray", "upper_8_bits", "backend",
 }  # fmt: skip
-# What an evaluation may choose although the file says otherwise: it changes which images are read, not their pixels.
+# What an evaluation may choose although the file says otherwise: it affects which images are read, not their pixels.
 FREE_ON_EVALUATION = {"upper_8_bits"}
 
 
-LARGEST = {  # far above what any run uses, and below what takes all memory or processes of a machine
+LARGEST = {  # far above what any run uses, and below what exhausts the memory or processes of a machine
     **{"epochs": 100_000, "workers": 1_024, "batch_size": 1_000_000, "masks_per_image": 10_000, "ra_reps": 1_000},
     **{"train_crop_size": 8_192, "val_resize_size": 8_192, "val_crop_size": 8_192, "grid": 1_024, "kernel": 8_191},
     **{"images_per_class": 100_000, "jobs": 1_024, "resamples": 1_000_000},
@@ -41,20 +41,20 @@ LARGEST = {  # far above what any run uses, and below what takes all memory or p
 
 
 def parse_given(parser: Parser, argv: Sequence[str] | None = None) -> dict[str, Any]:
-    """Only what the command line says, without defaults."""
+    """The values that were typed, without defaults."""
     absent = object()
     blank = argparse.Namespace(**dict.fromkeys(_actions(parser), absent))
     parsed = vars(parser.parse_args(argv, namespace=blank))
     given = {name: value for name, value in parsed.items() if value is not absent}
     check_limits(given)
-    for name in ("mean", "std"):  # three equal values are one
+    for name in ("mean", "std"):  # three equal values mean one
         if len(given.get(name, ())) == 3 and len(set(given[name])) == 1:
             given[name] = given[name][:1]
     return given
 
 
 def check_limits(values: dict[str, Any]) -> None:
-    """Raise UserError for a number that no machine could use."""
+    """Raise UserError for a number that no machine can handle."""
     for name, largest in LARGEST.items():
         value = values.get(name)
         if value is not None and value > largest:
@@ -74,66 +74,67 @@ def for_fresh_start(parser: Parser, given: dict[str, Any]) -> argparse.Namespace
 
 
 def for_resume(parser: Parser, given: dict[str, Any], saved: dict[str, Any], source: str) -> argparse.Namespace:
-    """All from the checkpoint, but what is free.
+    """The checkpoint's values, except those that a resumed run may change.
 
-    Raises UserError for a flag that would change the trajectory, and for a value that no flag could have given it.
+    Raises UserError for a flag that would change the training, and for a saved value that its flag does not accept.
     """
     actions = _actions(parser)
-    again = {name: saved[name] for name in actions if name in saved and name not in OF_EACH_START}
-    for name, value in again.items():
+    restored = {name: saved[name] for name in actions if name in saved and name not in OF_EACH_START}
+    for name, value in restored.items():
         if not _could_be_given(actions[name], value):
             raise UserError(
-                f"{flag(name)}: {source} says {reprlib.repr(value)}, which this flag does not take; the file was not "
-                "written by this code, or was changed: take another checkpoint."
+                f"{flag(name)}: {source} says {reprlib.repr(value)}, which this flag does not accept; the file was not "
+                "written by this code, or was changed: use another checkpoint."
             )
     for name in given.keys() - FREE_ON_RESUME:
-        began = saved.get(name, actions[name].default)
-        if given[name] != began:
+        original = saved.get(name, actions[name].default)
+        if given[name] != original:
             raise UserError(
-                f"{typed(name, given[name])}: {source} was trained {_with(name, began)}, and a resumed run must "
-                "go on as it began; leave the flag out, or start a new run."
+                f"{typed(name, given[name])}: {source} was trained {_with(name, original)}, and a resumed run cannot "
+                "change this; leave the flag out, or start a new run."
             )
     output_dir = given.get("output_dir", str(Path(source).parent))
-    return _namespace({**defaults(parser), **again, **given, "output_dir": output_dir})
+    return _namespace({**defaults(parser), **restored, **given, "output_dir": output_dir})
 
 
 def for_weights(
     parser: Parser, given: dict[str, Any], saved: dict[str, Any], source: str, *, test_only: bool
 ) -> argparse.Namespace:
-    """What the weights were made for comes from their file; raises UserError for a flag that contradicts it.
+    """The values for weights from a file, which determines what they were trained for.
 
-    `saved` may be the arguments of other code: only values that the flag takes are taken. A fine-tuning may choose
-    other crops (and other classes: the caller renews the head); an evaluation may not.
+    `saved` may come from other code: only values that the flag accepts are used. --finetune may choose other crops, and
+    other classes (the caller reinitialises the head); an evaluation may not. Raises UserError for a flag that
+    contradicts the file.
     """
     actions = _actions(parser)
-    told = {
+    from_file = {
         name: saved[name]
         for name in MODEL_FLAGS
         if name in actions and name in saved and _could_be_given(actions[name], saved[name])
     }
-    for name in (given.keys() & told.keys()) - (FREE_ON_EVALUATION if test_only else FREE_ON_FINETUNE):
-        if given[name] != told[name]:
+    for name in (given.keys() & from_file.keys()) - (FREE_ON_EVALUATION if test_only else FREE_ON_FINETUNE):
+        if given[name] != from_file[name]:
             raise UserError(
-                f"{typed(name, given[name])}: {source} was made {_with(name, told[name])}; leave the flag out."
+                f"{typed(name, given[name])}: {source} was made {_with(name, from_file[name])}; leave the flag out."
             )
     output_dir = str(Path(source).parent) if test_only and "resume" in given else "."
-    return _namespace({**defaults(parser), "output_dir": output_dir, **told, **given})
+    return _namespace({**defaults(parser), "output_dir": output_dir, **from_file, **given})
 
 
 def _could_be_given(action: argparse.Action, value: Any) -> bool:
-    """True if a value out of a file is one that this flag could have been given."""
+    """Whether a value from a file is one that this flag accepts."""
     if value is None:
         return action.default is None
     if action.nargs == 0:  # a switch
         return isinstance(value, bool)
-    if action.nargs is not None:  # several: so many, or any number
+    if action.nargs is not None:  # several values: a fixed number, or any
         right_number = isinstance(value, list) and (len(value) == action.nargs or (action.nargs == "+" and value))
-        return bool(right_number) and all(_could_be_typed(action, one) for one in value)
+        return bool(right_number) and all(_could_be_typed(action, item) for item in value)
     return _could_be_typed(action, value)
 
 
 def _could_be_typed(action: argparse.Action, value: Any) -> bool:
-    """True if typing this value after the flag gives it back; a whole number will do for a flag that takes any."""
+    """Whether typing this value after the flag gives it back; an int also counts for a flag that takes floats."""
     if not isinstance(value, (str, int, float)):
         return False
     try:
@@ -153,18 +154,18 @@ def _with(name: str, value: Any) -> str:
 
 
 def typed(name: str, value: Any) -> str:
-    """A flag as it was typed."""
+    """The flag and value as typed on the command line."""
     if isinstance(value, bool):
         return flag(name) if value else f"--no-{flag(name)[2:]}"
     return f"{flag(name)} {' '.join(map(str, value)) if isinstance(value, list) else value}"
 
 
 def _namespace(values: dict[str, Any]) -> argparse.Namespace:
-    """The final values; raises UserError where two of them do not go together."""
+    """The final values; raises UserError if two of them contradict each other."""
     check_limits(values)
     args = argparse.Namespace(**values)
     args.output_dir = args.output_dir or "."
-    args.cache_dir = args.cache_dir and os.path.abspath(args.cache_dir)  # the same when resumed from another folder
+    args.cache_dir = args.cache_dir and os.path.abspath(args.cache_dir)  # valid from any folder
     for name in ("mean", "std"):
         if len(getattr(args, name)) not in (1, 3):
             raise UserError(f"--{name}: expected one value or three, got {len(getattr(args, name))}.")
@@ -178,13 +179,13 @@ def _namespace(values: dict[str, Any]) -> argparse.Namespace:
             "evaluation would pad the images; give a larger --val-resize-size."
         )
     if args.lr_scheduler == "cosineannealinglr" and args.lr_min > args.lr:
-        raise UserError(f"--lr-min {args.lr_min:g}: above --lr {args.lr:g}, so that the learning rate would rise.")
+        raise UserError(f"--lr-min {args.lr_min:g}: above --lr {args.lr:g}, so the learning rate would rise.")
     for name in ("weight_decay", "norm_weight_decay", "bias_weight_decay", "transformer_embedding_decay"):
         decay = getattr(args, name)
         if args.opt != "rmsprop" and decay is not None and args.lr * decay >= 1:
             raise UserError(
-                f"{typed(name, decay)}: times --lr {args.lr:g} it is {args.lr * decay:g}, the share that "
-                "each step takes off the weights; expected a product below 1 (usual are 1e-4 for sgd, 0.05 for adamw)."
+                f"{typed(name, decay)}: multiplied by --lr {args.lr:g} it is {args.lr * decay:g}, the fraction of "
+                "the weights that each step removes; expected a product below 1 (usual: 1e-4 for sgd, 0.05 for adamw)."
             )
     if args.opt == "sgd_nesterov" and args.momentum == 0:
         raise UserError("--opt sgd_nesterov: Nesterov momentum needs --momentum above 0.")

@@ -1,6 +1,5 @@
 """Average the weights of several files: `python -m utils.weight_averaging A.pth B.pth C.pth -o OUT.pth`."""
 
-import hashlib
 import os
 import re
 from collections.abc import Sequence
@@ -9,23 +8,23 @@ from pathlib import Path
 import torch
 
 from utils import arguments
-from utils.checkpoints import verify as verification
 from utils.checkpoints.checkpoint import FORMAT_VERSION, StateDict, Weights, read_weights, save
+from utils.checkpoints.verify import check_state_dict
 from utils.flags import Switch
 from utils.runtime.command_line import Parser, expanded
 from utils.runtime.errors import UserError
+from utils.runtime.files import check_absent
 from utils.runtime.processes import run_script
 from utils.runtime.text import print_line, printable
 
 LAST = 3  # epochs that the published recipe averages
 EPOCH = re.compile(r"model_\d+\.pth")
-MISSING = object()  # an argument that this file does not say: it is older than the flag, or of other code
 
 
 def average(files: list[Weights]) -> StateDict:
     """The mean of each floating-point tensor, summed in float64; integer buffers are the last file's, as integers.
 
-    The released code averages the integers too, and makes floats of them. The files must pass `_check_fit`.
+    The released code averages integers too, and turns them into floats. The files must pass `_check_fit`.
     """
     averaged = {}
     for key, value in files[-1].model.items():
@@ -36,94 +35,87 @@ def average(files: list[Weights]) -> StateDict:
 
 
 def _check_fit(files: list[Weights]) -> None:
-    """Raise UserError for files of other tensors or classes than the first one."""
+    """Raise UserError for a file whose tensors or classes differ from the first one's."""
     first = files[0]
-    for other in files[1:]:
-        differing = [key for key in first.model if key not in other.model] + [
+    for weights in files[1:]:
+        missing = [key for key in first.model if key not in weights.model]
+        differing = [
             key
-            for key, value in other.model.items()
+            for key, value in weights.model.items()
             if key not in first.model or (first.model[key].shape, first.model[key].dtype) != (value.shape, value.dtype)
         ]
-        if differing:
-            raise UserError(f"{other.path}: does not fit {first.path}: {differing[0]} differs; average one model only.")
-        if (other.averaged is None) != (first.averaged is None):
+        if missing or differing:
+            key = (missing + differing)[0]
+            raise UserError(f"{weights.path}: does not fit {first.path}: {key} differs; average one model only.")
+        if (weights.averaged is None) != (first.averaged is None):
             raise UserError(
-                f"{other.path}: only one of this and {first.path} holds a moving average; average one run only."
+                f"{weights.path}: only one of this and {first.path} has a moving average; average one run only."
             )
-        if other.classes != first.classes:
-            raise UserError(f"{other.path}: was trained on other classes than {first.path}; average one run only.")
+        if weights.classes != first.classes:
+            raise UserError(f"{weights.path}: was trained on other classes than {first.path}; average one run only.")
+
+
+def _check_epochs(files: list[Weights]) -> None:
+    """Raise UserError for full states among weights, and for equal weights in two files; lists the usable files."""
+    full_states = [weights.path for weights in files if weights.full_state]
+    if len(full_states) == len(files):  # they may be averaged with each other
+        full_states = []
+    epochs = [weights for weights in files if weights.path not in full_states]
+    repeated = _repeated(epochs)
+    problems = [f"{path} is the full state of a run, not the weights of an epoch" for path in full_states]
+    problems += [f"{path} holds the same weights as {kept}" for path, kept in repeated.items()]
+    if problems:
+        usable = [weights.path for weights in epochs if weights.path not in repeated]
+        usable.sort(key=lambda path: (len(path), path))  # model_9.pth before model_10.pth
+        message = f"{'; '.join(problems)}. Give the weights of the last epochs only: {' '.join(usable[-LAST:])}"
+        raise UserError(printable(message))
 
 
 def _check_one_run(files: list[Weights]) -> None:
-    """Raise UserError for full states among weights, for equal weights in two files, and for flags that differ."""
-    full_states = [weights.path for weights in files if weights.full_state]
-    full_states = full_states if len(full_states) < len(files) else []
-    rest = [weights for weights in files if weights.path not in full_states]
-    repeated = _repeated(rest)
-    if full_states or repeated:
-        problems = [f"{path} is the state of a run that goes on, not the weights of an epoch" for path in full_states]
-        problems += [f"{path} holds the same weights as {other}" for path, other in repeated.items()]
-        left = sorted((weights.path for weights in rest if weights.path not in repeated), key=_natural)
-        raise UserError(
-            f"{'; '.join(map(printable, problems))}. Give the last epochs' weights only: "
-            f"{printable(' '.join(left[-LAST:]))}"
-        )
+    """Raise UserError for files that were trained with different flags of the model."""
     first = files[0]
-    for other in files[1:]:
-        if _is_heated(first) != _is_heated(other):
-            heated, plain = (first, other) if _is_heated(first) else (other, first)
+    for weights in files[1:]:
+        if _is_heated(first) != _is_heated(weights):
+            heated, plain = (first, weights) if _is_heated(first) else (weights, first)
             raise UserError(
                 f"{heated.path}: was trained with masks, and {plain.path} without; average the files of one run only."
             )
-        for name in arguments.MODEL_FLAGS:
-            values = [weights.args.get(name, MISSING) for weights in (first, other)]
-            if MISSING not in values and values[0] != values[1]:
-                ours, theirs = (arguments.typed(name, value) for value in values)
-                raise UserError(
-                    printable(
-                        f"{other.path}: was made with {theirs}, and {first.path} with {ours}; average the files of one "
-                        "run only."
-                    )
-                )
+        for name in arguments.MODEL_FLAGS:  # a file of older or other code may not record all of them
+            if name in first.args and name in weights.args and first.args[name] != weights.args[name]:
+                value, first_value = (arguments.typed(name, args[name]) for args in (weights.args, first.args))
+                message = f"{weights.path}: was made with {value}, and {first.path} with {first_value}"
+                raise UserError(printable(f"{message}; average the files of one run only."))
 
 
 def _repeated(files: list[Weights]) -> dict[str, str]:
-    """The path of each file whose weights another one holds too, with the other's; model_<epoch>.pth is kept."""
-    by_content: dict[bytes, Weights] = {}
+    """The files with the same weights as another one, by path, with the path of the one to keep: model_<epoch>.pth."""
+    kept: list[Weights] = []
     repeated = {}
     for weights in sorted(files, key=lambda weights: EPOCH.fullmatch(Path(weights.path).name) is None):
-        kept = by_content.setdefault(_digest(weights), weights)
-        if kept is not weights:
-            repeated[weights.path] = kept.path
+        same = next((earlier for earlier in kept if _equal(earlier.model, weights.model)), None)
+        if same is None:
+            kept.append(weights)
+        else:
+            repeated[weights.path] = same.path
     return repeated
 
 
-def _digest(weights: Weights) -> bytes:
-    digest = hashlib.sha256(repr(weights.classes).encode())
-    for key in sorted(weights.model):
-        tensor = weights.model[key].contiguous()
-        digest.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}".encode(errors="surrogateescape"))
-        digest.update(tensor.flatten().view(torch.uint8).numpy())
-    return digest.digest()
+def _equal(first: StateDict, second: StateDict) -> bool:
+    return all(torch.equal(value, second[key]) for key, value in first.items())
 
 
 def _is_heated(weights: Weights) -> bool:
     return weights.args.get("grid") is not None and weights.args.get("mask_policy", "learned") != "none"
 
 
-def _natural(path: str) -> list[tuple[int, str]]:
-    """A key that sorts model_9.pth before model_10.pth."""
-    return [(int(part), "") if part.isdecimal() else (0, part) for part in re.split(r"(\d+)", path)]
-
-
 def _check_different(paths: list[str]) -> None:
-    """Raise UserError for a file that is given twice, under another name too, and would count twice."""
+    """Raise UserError for a file that is given twice, also under another name: it would count twice."""
     seen = set()
     for path in paths:
-        real = os.path.realpath(path)
-        if real in seen:
+        target = os.path.realpath(path)
+        if target in seen:
             raise UserError(f"{path}: is given twice; give each file once.")
-        seen.add(real)
+        seen.add(target)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -132,28 +124,28 @@ def main(argv: Sequence[str] | None = None) -> None:
         "files", nargs="+", type=expanded, metavar="FILE", help="weights of one model, usually of its last epochs"
     )
     parser.add_argument(
-        "-o", "--output", type=expanded, required=True, help="where to write; --finetune and --test-only read it"
+        "-o", "--output", type=expanded, required=True, help="the file to write; --finetune and --test-only read it"
     )
-    parser.add_argument("--overwrite", action="store_true", help="write over a file that is there already")
-    parser.add_argument("--use-ema", action=Switch, help="of files with a moving average: "
-        "average those (the default), or the trained weights")  # fmt: skip
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing file")
+    parser.add_argument("--use-ema", action=Switch, help="average the moving averages of files that have them "
+        "(the default), or the trained weights")  # fmt: skip
     options = parser.parse_args(argv)
     output = Path(options.output)
-    if output.exists() and not options.overwrite:
-        raise UserError(f"{output}: already exists; give another --output, or --overwrite.")
+    check_absent(output, options.overwrite)
     if not output.parent.is_dir():
-        raise UserError(f"{output.parent}: no such folder.")
+        raise UserError(f"--output {output.parent}: no such folder; create it, or give another one.")
     _check_different(options.files)
     files = [read_weights(path, options.use_ema) for path in options.files]
     for weights in files:
-        verification.check_state_dict(weights.path, weights.model)
+        check_state_dict(weights.path, weights.model)
         for note in weights.notes:
             print_line(note)
     _check_fit(files)
+    _check_epochs(files)
     _check_one_run(files)
     last = files[-1]
     state = {"model": average(files), "args": last.args}
-    if last.classes is not None:  # which the authors' files do not name
+    if last.classes is not None:  # the authors' files do not name them
         state |= {"format_version": FORMAT_VERSION, "classes": last.classes}
     save(output, state)
     print_line(f"{output}: the average of {len(files)} files")

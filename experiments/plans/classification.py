@@ -1,8 +1,8 @@
 """Plan A: does a heated model, fine-tuned, classify better than conventional training of equal length?
 
-For a GPU: resnet18 at 112 pixels, the published policy network, grid and objective, the blur in the published relation
-to the image. All arms see 40 epochs in batches of 32; those of `reinforce` with a leave-one-out baseline see each image
-with two masks, in as many updates, as their control does.
+For a GPU: resnet18 at 112 pixels, the published policy network, grid and objective, and the published blur in
+proportion to the image. All arms train for 40 epochs in batches of 32. The `reinforce` arms with a leave-one-out
+baseline, and their control, see each image with two masks, in the same number of updates.
 """
 
 import math
@@ -20,7 +20,7 @@ MASK = "--policy-model resnet10t --grid 64 --kernel 7 --sigma 3"
 PRETRAINING = f"{COMMON} {MASK} --epochs {PRETRAINING_EPOCHS} --lr {LEARNING_RATE}"
 FINE_TUNING = f"{COMMON} --epochs {FINE_TUNING_EPOCHS} --lr {LEARNING_RATE / 10:g}"
 CONVENTIONAL = f"{COMMON} --epochs {PRETRAINING_EPOCHS + FINE_TUNING_EPOCHS} --lr {LEARNING_RATE}"
-SCALE = math.log(64 * 64)  # of the classifier's gradient under `published`, but not of its weight decay
+SCALE = math.log(64 * 64)  # factor of `published` on the classifier's gradient, but not on its weight decay
 SCALED_RATE = f"--lr {LEARNING_RATE * SCALE:.4g} --wd {1e-4 / SCALE:.4g}"
 UNIFORM = "--mask-policy uniform --objective published-unscaled"
 REINFORCE = "--objective reinforce"
@@ -28,12 +28,12 @@ TWO_MASKS = "--masks-per-image 2"
 
 
 def conventional(name: str, flags: str = "", seeds: int = SEEDS) -> Arm:
-    """One training without masks, as long as the others' two."""
+    """One training without masks, as long as the two trainings of other arms."""
     return Arm(name, (Stage("training", "_normal", f"{CONVENTIONAL} {flags}".strip(), test="mini-RIN"),), seeds)
 
 
 def heated(name: str, flags: str, seeds: int = SEEDS) -> Arm:
-    """Pretrained with these flags, fine-tuned like all."""
+    """Pretrained with these flags, fine-tuned like all other arms."""
     return heated_arm(name, f"{PRETRAINING} {flags}", FINE_TUNING, seeds, "mini-RIN")
 
 
@@ -46,7 +46,7 @@ PLAN = Plan(
         heated("none", "--mask-policy none"),
         heated("none-scaled-rate", f"--mask-policy none {SCALED_RATE}"),
         heated("uniform", UNIFORM),
-        heated("uniform-published", "--mask-policy uniform --objective published"),  # whose loss is scaled alike
+        heated("uniform-published", "--mask-policy uniform --objective published"),  # the same scaled loss
         heated("uniform-two-masks", f"{UNIFORM} {TWO_MASKS}"),
         heated("prior", f"--mask-policy prior {REINFORCE}"),
         heated("published-unscaled", "--objective published-unscaled"),

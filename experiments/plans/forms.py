@@ -1,8 +1,9 @@
-"""Better forms: which change of the mask or of its objective makes a heated model worth its price?
+"""Better forms: which change of the mask or of the objective makes a heated model worth its cost?
 
-Each arm differs from `reinforce` or `uniform` of Plan A in what its name says. Why these: the loss hardly moves with
-the published mask, so that the policy has nothing to learn from (experiments/learning_signal.py); an image's own heads
-have a tenth of the weight; the mask halves the contrast, so that a heated model has never seen a clean image.
+Each arm differs from `reinforce` or `uniform` of Plan A as its name says. Reasons for these changes: the loss hardly
+depends on the published mask, so the policy has nothing to learn from (experiments/learning_signal.py); the
+image-specific heads have only a tenth of the weight; the mask halves the contrast, so a heated model never sees a clean
+image.
 """
 
 from experiments.plan import Arm, Plan
@@ -13,7 +14,7 @@ OWN_ADVERSARY = f"{LEAVE_ONE_OUT} --policy-sign adversarial --head-weight 1 --gr
 
 
 def pair(name: str, flags: str) -> tuple[Arm, Arm]:
-    """One change, to masks that are learned and, as their control, to uniform ones."""
+    """The same change for learned masks and, as their control, for uniform masks."""
     return heated(f"reinforce-{name}", f"{REINFORCE} {flags}"), heated(f"uniform-{name}", f"{UNIFORM} {flags}")
 
 

@@ -1,7 +1,7 @@
-"""Plan C: which grid, blur, policy learning rate and batch does the method want? One seed each, to choose defaults by.
+"""Plan C: which grid, blur, policy learning rate and batch size suit the method? One seed each, to choose defaults.
 
-Each arm differs from `reinforce` of Plan A in what its name says; `published` would move the learning rate with the
-grid. `batch-128` takes a quarter of the updates in pretraining. Nothing here is a test.
+Each arm differs from `reinforce` of Plan A as its name says; with `published`, the grid would also change the effective
+learning rate. `batch-128` takes a quarter of the updates in pretraining. Nothing here is a test.
 """
 
 from experiments.plan import Arm, Plan
@@ -9,7 +9,7 @@ from experiments.plans.classification import LEARNING_RATE, REINFORCE, heated
 
 
 def variant(name: str, flags: str = "") -> Arm:
-    """`reinforce` but for these flags, one seed."""
+    """`reinforce` with these flags, one seed."""
     return heated(name, f"{REINFORCE} {flags}".strip(), seeds=1)
 
 

@@ -1,10 +1,11 @@
-"""Plan B: does a heated model carry over better to a concept it has never seen, from few images of it?
+"""Plan B: does a heated model transfer better to an unseen concept, from few images of it?
 
-Twice: trained on all classes but those of breast ultrasound, then transferred to these; and the same with brain MR. The
-transfer follows the authors' protocol: 15 epochs, batch 8, AdamW at 1e-3, random crops and flips; with the backbone
-frozen, and whole. Few images are drawn three times, the same for all arms and seeds, and the results of a seed averaged
-over the draws. With 5 images of each class an epoch is one or two updates, as it is in theirs. Epochs are chosen on the
-whole `val` of the concept, which a real user with five images has not; it is so for all arms.
+Done twice: trained on all classes except breast ultrasound, then transferred to these; and the same with brain MR. The
+transfer follows the authors' protocol: 15 epochs, batch size 8, AdamW at 1e-3, random crops and flips; with a frozen
+backbone, and with the whole network. Few images are drawn three times, the same for all arms and seeds, and the results
+of a seed are averaged over the draws. With 5 images per class an epoch is one or two updates, as in the authors'
+protocol. The best epoch is chosen on the whole `val` of the concept, for all arms; a real user with five images would
+not have it.
 """
 
 from experiments.plan import Arm, Plan, Stage, Subset
@@ -18,7 +19,7 @@ HEADS = {"linear": "--freeze-backbone", "whole": ""}
 
 
 def transfers(concept: str, start: str) -> list[Stage]:
-    """All transfers of one trained model to a concept."""
+    """All transfers of a trained model to a concept."""
     stages = []
     for shots in SHOTS:
         for draw in range(DRAWS if shots else 1):
@@ -42,7 +43,7 @@ def conventional() -> Arm:
 
 
 def heated(name: str, flags: str) -> Arm:
-    """Pretrained with masks on all other classes, fine-tuned on these without, then the transfers."""
+    """Pretrained with masks on all other classes, fine-tuned on them without masks, then the transfers."""
     stages: list[Stage] = []
     for concept, pattern in CONCEPTS.items():
         first, second, others = f"without-{concept}-heated", f"without-{concept}", Subset(without=pattern)

@@ -320,7 +320,7 @@ def training_state(script: str = "_normal", **more: nn.Module) -> dict:
     """What a run's saver writes; `more`: further modules by the name of their entry."""
     model = network()
     update = GuardedUpdate({"classifier": build_optimizer("sgd", parameter_groups(model, 1e-4), 0.1, 0.9)}, CPU)
-    training = TrainingState({"model": model, **more}, update, None, RunningMean(CPU))
+    training = TrainingState({"model": model, **more}, update, RunningMean(CPU))
     saver = Saver(
         Path(),
         training,

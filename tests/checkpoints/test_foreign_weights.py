@@ -181,7 +181,7 @@ def test_only_the_models_name_is_taken_from_the_arguments_of_timm(tmp_path, caps
     assert (found.interpolation, found.gray) == ("bilinear", False)
     printed = capsys.readouterr().out
     assert "used of its arguments: --model test_resnet\n" in printed
-    assert "taken for it: --val-resize-size 256 --val-crop-size 224 --interpolation bilinear" in printed
+    assert "assumed: --val-resize-size 256 --val-crop-size 224 --interpolation bilinear" in printed
 
 
 def test_the_arguments_beside_model_are_used_as_before_and_printed(tmp_path, capsys):

@@ -30,7 +30,7 @@ def test_a_resumed_run_goes_on_as_it_began():
     args = arguments.for_resume(parser, again, saved, "f")
     assert (args.lr, args.epochs, args.workers, args.data_path) == (0.3, 9, 0, "elsewhere")
     for flag in (("--lr", 0.2), ("--seed", 1), ("--batch-size", 8), ("--amp",), ("--model", "resnet18")):
-        with pytest.raises(UserError, match=f"^{flag[0]}.*f was trained with.*{flag[0]}.* must go on as it began"):
+        with pytest.raises(UserError, match=f"^{flag[0]}.*f was trained with.*{flag[0]}.* cannot change this"):
             arguments.for_resume(parser, given("_normal", "--resume", "f", *flag), saved, "f")
 
 
@@ -96,9 +96,9 @@ def test_values_of_other_code_are_taken_only_if_they_fit():
         (("--epochs", "0"), "at least 1"),
         (("--lr", "-1"), "above 0"),
         (("--lr", "nan"), "above 0"),
-        (("--momentum", "1"), "--momentum: .1.: expected a number from 0 to below 1, at which no step is forgotten"),
-        (("--label-smoothing", "1"), "from 0 to below 1, at which every class is as right as any other"),
-        (("--model-ema-decay", "1"), "from 0 to below 1, at which the average never moves"),
+        (("--momentum", "1"), "--momentum: .1.: expected a number of at least 0 and below 1"),
+        (("--label-smoothing", "1"), "of at least 0 and below 1, at which all classes would be equally right"),
+        (("--model-ema-decay", "1"), "of at least 0 and below 1, at which the average would never change"),
         (("--mean", "80.6"), "--mean: .80.6.: expected a number from 0 to 1, .* divide a mean of levels .* by 255"),
         (("--std", "81.9"), "--std: .81.9.: expected a number from 0.001 to 1, since .* by 255"),
         (("--std", "1e-9"), "a number from 0.001 to 1"),
@@ -116,10 +116,10 @@ def test_values_of_other_code_are_taken_only_if_they_fit():
         (("--val-crop-size", "300"), "larger than --val-resize-size 256"),
         (("--ra-magnitude", "31"), "--ra-magnitude 31: expected 0 to 30"),
         (("--augmix-severity", "11"), "--augmix-severity 11: expected 1 to 10"),
-        (("--lr-gamma", "10"), "--lr-gamma: .10.: expected a number above 0, at most 1, above which the learning rate"),
+        (("--lr-gamma", "10"), "--lr-gamma: .10.: expected a number above 0 and at most 1; above 1 the learning rate"),
         (("--lr-scheduler", "cosineannealinglr", "--lr-min", "0.2"), "--lr-min 0.2: above --lr 0.1"),
-        (("--wd", "100"), "--weight-decay 100.0: times --lr 0.1 it is 10, .* expected a product below 1"),
-        (("--bias-weight-decay", "1e30"), "--bias-weight-decay 1e.30: times --lr 0.1"),
+        (("--wd", "100"), "--weight-decay 100.0: multiplied by --lr 0.1 it is 10, .* expected a product below 1"),
+        (("--bias-weight-decay", "1e30"), "--bias-weight-decay 1e.30: multiplied by --lr 0.1"),
         (("--ra-reps", "10000000000"), "--ra-reps 10000000000: expected at most 1000"),
         (("--workers", "100000"), "--workers 100000: expected at most 1024"),
         (("--val-resize-size", "1000000"), "--val-resize-size 1000000: expected at most 8192"),

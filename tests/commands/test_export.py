@@ -1,9 +1,11 @@
-"""Exported weights: timm reads the folder, ours reads the file, ONNX agrees, and files of others need to be told."""
+"""utils.export: timm and this code read the folder alike; names, checksums, and replacing as a whole or not at all."""
 
-import importlib.util
+import hashlib
 import json
 import math
+import os
 import re
+import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -17,15 +19,23 @@ from safetensors.torch import load_file
 
 from _normal import train as normal
 from tests.conftest import SMALL
-from tests.helpers.exports import CLASSES, MASKS, logits_of, random_model, run_export, safetensors_of, write_checkpoint
+from tests.helpers.exports import (
+    CLASSES,
+    MASKS,
+    logits_of,
+    random_model,
+    run_export,
+    safetensors_of,
+    write_bare,
+    write_checkpoint,
+)
 from tests.helpers.parsing import parse
 from tests.helpers.states import assert_equal_states
 from utils import export
 from utils.checkpoints import checkpoint
 from utils.checkpoints.checkpoint import read_weights
-from utils.data import splits as wiring_data
+from utils.data.splits import transform_for_evaluation
 from utils.data.transforms import Normalize
-from utils.inference import onnx as onnx_file
 from utils.runtime.errors import UserError
 
 
@@ -34,7 +44,12 @@ def images():
     return torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(1))
 
 
-# Read by timm and by us
+@pytest.fixture
+def source(tmp_path):
+    return write_checkpoint(tmp_path / "model_0.pth")
+
+
+# Reading an export
 
 
 @pytest.mark.parametrize("name", ["test_resnet", "test_vit"])
@@ -43,23 +58,22 @@ def test_timm_reads_the_folder_and_the_file_and_gives_the_same_logits(tmp_path, 
     folder = run_export(source, tmp_path / "out")
     expected = logits_of(source, images)
     code = re.search(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)[1]
-    by_name, by_folder = code.split("# or")
+    by_file, by_folder = code.split("# or")
+    variables: dict = {}
     monkeypatch.chdir(folder)
-    found: dict = {}
-    exec(by_name, found)
-    assert torch.equal(found["model"](images), expected)
+    exec(by_file, variables)
+    assert torch.equal(variables["model"](images), expected)
     monkeypatch.chdir(folder.parent)
-    exec("import timm\n#" + by_folder, found := {})
-    assert torch.equal(found["model"](images), expected)
-    assert found["model"].pretrained_cfg["label_names"] == CLASSES
+    exec("import timm\n#" + by_folder, variables := {})
+    assert torch.equal(variables["model"](images), expected)
+    assert variables["model"].pretrained_cfg["label_names"] == CLASSES
 
 
 @pytest.mark.skipif(
     tuple(map(int, timm.__version__.split(".")[:3])) < (1, 0, 31),
     reason="1.0.26 reads a file that config.json names as a pickle",
 )
-def test_timm_reads_the_folder_from_the_hub(tmp_path, images, monkeypatch):
-    source = write_checkpoint(tmp_path / "model_0.pth")
+def test_timm_reads_the_folder_from_the_hub(tmp_path, source, images, monkeypatch):
     folder = run_export(source, tmp_path / "out")
     monkeypatch.setattr("timm.models._hub.hf_hub_download", lambda repo_id, filename, **_: str(folder / filename))
     model = timm.create_model("hf-hub:somebody/something", pretrained=True).eval()
@@ -67,42 +81,41 @@ def test_timm_reads_the_folder_from_the_hub(tmp_path, images, monkeypatch):
 
 
 @pytest.mark.parametrize("flags", [(), ("--gray", "--interpolation", "bicubic"), ("--mean", 0.1, 0.2, 0.3)])
-def test_timm_prepares_images_as_the_evaluation_does(tmp_path, flags):
-    """Grey images: of colour ones --gray makes the luma, which timm does not (the card says so)."""
+def test_timm_prepares_gray_images_as_the_evaluation_does(tmp_path, flags):
+    """Not colour images with --gray: it makes their luma, timm does not (the card says so)."""
     source = write_checkpoint(tmp_path / "model_0.pth", *flags)
     config = json.loads((run_export(source, tmp_path / "out") / "config.json").read_text())
-    pixels = np.random.default_rng(0).integers(0, 256, (50, 61), dtype=np.uint8)
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (50, 61), dtype=np.uint8))
     args = parse("_normal", *SMALL, *flags)
-    ours = Image.fromarray(pixels) if args.gray else Image.fromarray(pixels).convert("RGB")
-    expected = Normalize(args.mean, args.std)(wiring_data.transform_for_evaluation(args)(ours)[None])[0]
+    pixels = transform_for_evaluation(args)(image if args.gray else image.convert("RGB"))
     data_config = timm.data.resolve_data_config(pretrained_cfg=config["pretrained_cfg"])
-    found = timm.data.create_transform(**data_config)(Image.fromarray(pixels).convert("RGB"))
-    assert torch.allclose(found, expected, atol=1e-6)
+    actual = timm.data.create_transform(**data_config)(image.convert("RGB"))
+    assert torch.allclose(actual, Normalize(args.mean, args.std)(pixels[None])[0], atol=1e-6)
 
 
 @given(st.integers(1, 1500).flatmap(lambda resize: st.tuples(st.just(resize), st.integers(1, resize))))
-def test_timms_size_of_the_resize_is_ours(sizes):
+def test_timm_computes_the_same_resize_size(sizes):
     resize, crop = sizes
-    share = export.crop_pct(resize, crop)
-    assert math.floor(crop / share) == resize
-    assert share == pytest.approx(crop / resize)
+    ratio = export.crop_pct(resize, crop)
+    assert math.floor(crop / ratio) == resize
+    assert ratio == pytest.approx(crop / resize)
 
 
 def test_the_file_alone_is_as_good_as_the_pth(tmp_path, image_folder):
-    """Metrics of --test-only, without a flag that says model, crops, mean or std; and a fine-tuning from it."""
+    """--test-only gives the same metrics without flags for model, crops, mean or std; --finetune works too."""
     flags = ("--mean", 0.5, "--std", 0.2, 0.3, 0.4, "--gray", "--interpolation", "nearest")
     source = write_checkpoint(tmp_path / "model_0.pth", *flags)
     exported = safetensors_of(run_export(source, tmp_path / "out"))
-    ours, theirs = read_weights(source), read_weights(exported)
-    assert_equal_states({key: theirs.model[key] for key in ours.model}, ours.model)
-    assert theirs.classes == ours.classes == CLASSES
+    pth, safetensors = read_weights(source), read_weights(exported)
+    assert_equal_states({key: safetensors.model[key] for key in pth.model}, pth.model)
+    assert safetensors.classes == pth.classes == CLASSES
     common = ["--device", "cpu", "--workers", "0", "--data-path", str(image_folder)]
-    found = {}
-    for name, path in (("pth", source), ("safetensors", exported)):
-        output = tmp_path / name
+    metrics = {}
+    for path in (source, exported):
+        output = tmp_path / f"tested{path.suffix}"
         normal.main([*common, "--resume", str(path), "--test-only", "--output-dir", str(output)])
-        found[name] = json.loads((output / "metrics.json").read_text())["metrics"]
-    assert found["pth"] == found["safetensors"]
+        metrics[path] = json.loads((output / "metrics.json").read_text())["metrics"]
+    assert metrics[source] == metrics[exported]
     flags = ["--finetune", str(exported), "--epochs", "1", "--batch-size", "8", "--output-dir", str(tmp_path / "tuned")]
     normal.main([*common, *flags])
     args = read_weights(tmp_path / "tuned" / "model_0.pth").args
@@ -111,15 +124,8 @@ def test_the_file_alone_is_as_good_as_the_pth(tmp_path, image_folder):
         normal.main([*common, "--resume", str(exported)])
 
 
-def test_the_same_bytes_each_time(tmp_path):
-    source = write_checkpoint(tmp_path / "model_0.pth")
-    first, again = (safetensors_of(run_export(source, tmp_path / name)).read_bytes() for name in "ab")
-    assert first == again
-
-
-def test_of_a_full_state_the_moving_average_is_exported(tmp_path, images):
-    """Unless --no-use-ema asks for the trained weights; integers that an averaging made floats are integers again."""
-    source = write_checkpoint(tmp_path / "model_0.pth")
+def test_the_moving_average_is_exported_unless_no_use_ema(tmp_path, source, images):
+    """Integers that averaging turned into floats are integers again."""
     state = torch.load(source, weights_only=True)
     average = {key: value.float() for key, value in random_model(seed=5).state_dict().items()}
     checkpoint.save(tmp_path / "checkpoint.pth", {**state, "model_ema": average})
@@ -130,86 +136,143 @@ def test_of_a_full_state_the_moving_average_is_exported(tmp_path, images):
     assert torch.equal(load_file(trained)["fc.weight"], state["model"]["fc.weight"])
 
 
-# Files of others
+# Names
 
 
-def write_bare(path: Path) -> Path:
-    torch.save(random_model().state_dict(), path)
-    return path
+@pytest.mark.parametrize(
+    ("script", "flags", "name"),
+    [
+        ("_policy_gradient", MASKS, "test_resnet_gradientp_RIN_8_8_k5_s2"),
+        ("_policy_gradient", (*MASKS[:-1], 2.5), "test_resnet_gradientp_RIN_8_8_k5_s2.5"),
+        ("_policy_gradient", (*MASKS, "--mask-policy", "prior"), "test_resnet_prior_RIN_8_8_k5_s2"),
+        ("_policy_gradient", (*MASKS, "--mask-policy", "uniform"), "test_resnet_uniform_RIN_8_8_k5_s2"),
+        ("_policy_gradient", (*MASKS, "--mask-policy", "none"), "test_resnet_conventional_RIN"),
+        ("_normal", (), "test_resnet_conventional_RIN"),
+        ("_normal", ("--finetune", "heated.pth"), "test_resnet_finetuned_RIN"),
+        ("_normal", ("--weights", "r160_in1k"), "test_resnet_finetuned_RIN"),
+        ("_normal", ("--data-path", "../My data, 2/"), "test_resnet_conventional_My-data-2"),
+        ("_normal", ("--model", "test_resnet.r160_in1k"), "test_resnet_conventional_RIN"),
+    ],
+)
+def test_the_name_tells_how_the_weights_were_trained(tmp_path, script, flags, name):
+    weights = read_weights(write_checkpoint(tmp_path / "model_0.pth", *flags, script=script))
+    args = parse(script, *SMALL, *flags)
+    args.__dict__.update({key: getattr(args, key, None) for key in ("grid", "kernel", "sigma", "mask_policy")})
+    assert export.export_name(args, weights, export.choose_data_name(None, weights)) == name
 
 
-def test_a_file_that_says_nothing_needs_to_be_told(tmp_path, images, capsys):
-    source = write_bare(tmp_path / "bare.pth")
-    (tmp_path / "names.txt").write_text("dark\nbright\nstriped\n")
-    told = ["--model", "test_resnet", "--classes", tmp_path / "names.txt", "--data-name", "RIN"]
-    for missing, match in (
-        (0, "bare.pth: does not say which model these weights are of; give --model NAME"),
-        (2, r"bare.pth: names no classes; give --classes FILE \(one name a line\) or --classes FOLDER"),
-        (4, "bare.pth: does not say what data it was trained on; give --data-name NAME"),
-    ):
-        with pytest.raises(UserError, match=match):
-            run_export(source, tmp_path / "none", *told[:missing], *told[missing + 2 :])
-    folder = run_export(source, tmp_path / "out", *told, "--mean", 0.25, "--val-crop-size", 32, "--val-resize-size", 36)
+def test_weights_of_other_code_need_a_data_name(tmp_path):
+    source, names = write_bare(tmp_path / "bare.pth"), tmp_path / "names.txt"
+    names.write_text("dark\nbright\nstriped\n")
+    known = ("--model", "test_resnet", "--classes", names, "--train-crop-size", 32)
+    with pytest.raises(UserError, match=r"bare.pth: does not record its training data; give --data-name NAME"):
+        run_export(source, tmp_path / "none", *known)
+    folder = run_export(source, tmp_path / "out", *known, "--data-name", "RIN")
     assert folder.name == "test_resnet_RIN"
-    assert "bare.pth does not say how its images were prepared; taken for it: --interpolation bilinear --no-gray " in (
-        capsys.readouterr().err
-    )
-    found = read_weights(safetensors_of(folder))
-    assert found.classes == ["dark", "bright", "striped"]
-    assert (found.args["model"], found.args["mean"], found.args["val_crop_size"]) == ("test_resnet", [0.25], 32)
-    assert torch.equal(logits_of(safetensors_of(folder), images), random_model()(images))
-    heated = run_export(source, tmp_path / "heated", *told, *MASKS)
+    exported = read_weights(safetensors_of(folder))
+    assert (exported.classes, exported.args["model"]) == (["dark", "bright", "striped"], "test_resnet")
+    heated = run_export(source, tmp_path / "heated", *known, "--data-name", "RIN", *MASKS)
     assert heated.name == "test_resnet_gradientp_RIN_8_8_k5_s2"
     assert "pretrained on images of RIN multiplied by noise masks" in (heated / "README.md").read_text()
+    with pytest.raises(UserError, match=r"^--grid: a heated model has .*; give all three\."):
+        run_export(source, tmp_path / "none", *known, "--grid", 8)
 
 
-def test_a_flag_against_the_file_is_an_error(tmp_path):
-    source = write_checkpoint(tmp_path / "model_0.pth")
-    (tmp_path / "names.txt").write_text("a\nb\nc\n")
-    for flags, match in (
-        (("--model", "resnet18"), "^--model resnet18: .* was made with --model test_resnet; leave the flag out"),
-        (("--mean", 0.1), "^--mean 0.1: .* was made with --mean 0.3162"),
-        (("--classes", tmp_path / "names.txt"), "names.txt: .* names other classes; leave the flag out"),
-        (("--grid", 8), "^--grid: a heated model has all of --grid, --kernel and --sigma"),
-    ):
-        with pytest.raises(UserError, match=match):
-            run_export(source, tmp_path / "out", *flags)
-    assert not list((tmp_path / "out").iterdir())
+@pytest.mark.parametrize(
+    ("path", "given", "name"),
+    [("/secret/RIN", "other-1", "other-1"), (None, None, "phantoms"), ("/", None, None), ("..", None, None)],
+)
+def test_the_data_name_comes_from_the_flag_or_the_data_path(source, path, given, name):
+    weights = read_weights(source)
+    weights = weights._replace(args=weights.args | {"data_path": path})
+    if name is not None:
+        assert export.choose_data_name(given, weights) == name
+        return
+    with pytest.raises(UserError, match="does not record its training data; give --data-name"):
+        export.choose_data_name(given, weights)
 
 
-@pytest.mark.parametrize("content", ["a\n\nb\n", "", "a\nb\na\n"])
-def test_names_of_classes_that_are_none(tmp_path, content):
-    (tmp_path / "names.txt").write_text(content)
-    with pytest.raises(UserError, match=r"names.txt: (is empty|names 'a' 2 times).*; expected one class name a line"):
-        run_export(write_bare(tmp_path / "bare.pth"), tmp_path / "o", "--model=test_resnet", "--classes",
-                   tmp_path / "names.txt")  # fmt: skip
+@pytest.mark.parametrize("value", ["", "mit\ntags: x", "cc by", "mit: x", "-mit", "../up", "."])
+def test_licenses_and_data_names_are_plain_words(source, value):
+    for flag in ("--license", "--data-name"):
+        message = rf"(?s)^{flag} .*expected letters and digits, with \. _ - between them\.$"
+        with pytest.raises(UserError, match=message):
+            export.main([str(source), f"{flag}={value}"])
 
 
-# ONNX
+# The folder
 
 
-def test_onnx_without_its_packages_is_said_before_anything_is_done(tmp_path, monkeypatch):
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"^--onnx: needs onnx and onnxscript: pip install onnx onnxscript"):
-        export.main([str(tmp_path / "absent.pth"), "--onnx"])
+def test_checksums_are_right_and_bytes_are_the_same_each_time(tmp_path, source):
+    folder, again = run_export(source, tmp_path / "a"), run_export(source, tmp_path / "b")
+    assert contents(folder) == contents(again)
+    lines = [line.split("  ") for line in (folder / "SHA256SUMS").read_text().splitlines()]
+    assert {name for _, name in lines} == {path.name for path in folder.iterdir()} - {"SHA256SUMS"}
+    for digest, name in lines:
+        assert hashlib.sha256((folder / name).read_bytes()).hexdigest() == digest
+    subprocess.run(["sha256sum", "-c", "--strict", "--quiet", "SHA256SUMS"], cwd=folder, check=True)
 
 
-@pytest.mark.slow
-def test_onnx_gives_torchs_logits_for_any_batch(tmp_path, images, monkeypatch, capsys):
-    for package in ("onnx", "onnxscript", "onnxruntime"):
-        pytest.importorskip(package, reason="one of the optional packages in requirements-dev.txt is missing")
-    import onnxruntime
+def test_no_file_tells_where_the_training_ran(tmp_path):
+    paths = (
+        "--output-dir",
+        "/home/alice/secret",
+        "--cache-dir",
+        "/scratch/secret",
+        "--finetune",
+        "/home/alice/hot.pth",
+    )
+    folder = run_export(write_checkpoint(tmp_path / "model_0.pth", *paths), tmp_path / "out", "--data-name", "X")
+    for path in folder.iterdir():
+        content = path.read_bytes()
+        if path.suffix == ".safetensors":
+            content = content[: 8 + int.from_bytes(content[:8], "little")]  # the header, without the numbers
+        for word in (b"secret", b"alice", b"scratch", b"RIN"):
+            assert word not in content, path.name
+    assert read_weights(safetensors_of(folder)).args["finetune"] == "hot.pth"
 
-    source = write_checkpoint(tmp_path / "model_0.pth")
-    folder = run_export(source, tmp_path / "out", "--onnx")
-    assert re.search(r"RIN.onnx: its logits equal torch's within \S+ of the largest", capsys.readouterr().out)
-    path = folder / f"{folder.name}.onnx"
-    assert path.name in (folder / "SHA256SUMS").read_text()
-    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-    for batch in (1, 3):
-        (found,) = session.run(["logits"], {"images": images[:batch].numpy()})
-        torch.testing.assert_close(torch.from_numpy(found), logits_of(source, images[:batch]), atol=1e-5, rtol=1e-4)
-    with pytest.raises(UserError, match="the exported logits differ from torch's by"):
-        onnx_file.check(random_model(seed=9), 32, path)
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    assert onnx_file.check(random_model(), 32, path).endswith("not checked, since onnxruntime is not installed")
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_an_export_is_replaced_only_with_overwrite(tmp_path, source):
+    folder = run_export(source, tmp_path / "out")
+    before = contents(folder)
+    with pytest.raises(UserError, match="test_resnet_conventional_RIN: already exists; give another --output, or"):
+        run_export(source, tmp_path / "out")
+    (folder / "notes.txt").write_text("precious")
+    with pytest.raises(UserError, match=r"contains notes.txt, which no export wrote; move it away"):
+        run_export(source, tmp_path / "out", "--overwrite")
+    (folder / "notes.txt").unlink()
+    assert contents(folder) == before
+    run_export(source, tmp_path / "out", "--overwrite", "--license", "mit")
+    assert contents(folder).keys() == before.keys()
+    assert "license: mit\n" in (folder / "README.md").read_text()
+    for output in (tmp_path / "absent", source):
+        with pytest.raises(UserError, match=f"--output {output}: no such folder; create it"):
+            export.main([str(source), "-o", str(output)])
+
+
+@pytest.mark.parametrize("function", ["write", "fsync", "rename"])
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_failure_leaves_the_previous_state(tmp_path, source, monkeypatch, function, overwrite):
+    if overwrite:
+        run_export(source, tmp_path / "out", "--license", "mit")
+    else:
+        (tmp_path / "out").mkdir()
+    before = contents(tmp_path / "out")
+    real_rename = os.rename
+
+    def refuse(first=None, *rest):
+        if function != "rename" or Path(first).name == "draft":
+            raise OSError(28, "No space left on device")
+        return real_rename(first, *rest)
+
+    message = r"cannot be written \(No space left on device\); what was there is unharmed"
+    with monkeypatch.context() as patch:
+        patch.setattr(os, function, refuse)
+        with pytest.raises(UserError, match=message):
+            export.main([str(source), "-o", str(tmp_path / "out"), "--overwrite"])
+    assert contents(tmp_path / "out") == before
+    assert len(list((tmp_path / "out").iterdir())) == overwrite

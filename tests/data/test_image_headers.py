@@ -1,4 +1,4 @@
-"""Bits and frames as an image's header gives them: refused before a pixel is decoded, whatever mode Pillow opens."""
+"""Bits and frames by an image's header: refused before decoding, whatever mode Pillow reports."""
 
 import re
 import struct
@@ -8,14 +8,13 @@ import pytest
 from PIL import Image, TiffImagePlugin
 
 from _normal import train as normal
-from tests.conftest import SMALL
+from tests.helpers.caches import splits
 from tests.helpers.exports import write_checkpoint
 from tests.helpers.image_files import png, saved
 from utils import arguments
 from utils.audit import __main__ as audit_command
 from utils.audit.images import measure
 from utils.checkpoints.checkpoint import read_weights
-from utils.data import splits as wiring_data
 from utils.data.images import read_image
 from utils.runtime.errors import UserError
 
@@ -30,12 +29,12 @@ def wide(*channels: np.ndarray, order: str = ">") -> bytes:
 def tiff(pixels: bytes, bits: tuple[int, ...], *, width: int = 5, extra: int | None = None, order: str = "<",
          signed: bool = False, planes: bool = False, white_is_zero: bool = False,
          next_directory: int = 0) -> bytes:  # fmt: skip
-    """A TIFF written by hand, of one row and one strip (or one a channel), its only directory at offset 8."""
+    """A TIFF written by hand: one row, one strip (or one per channel), its only directory at offset 8."""
     many = len(bits)
-    tags = [(256, 3, [width]), (257, 3, [1]), (258, 3, list(bits)), (259, 3, [1]), (262, 3, [1 if many < 3 else 2])]
     strips = many if planes else 1
     size = len(pixels) // strips
-    tags[-1] = (262, 3, [0]) if white_is_zero else tags[-1]
+    photometric = 0 if white_is_zero else 1 if many < 3 else 2
+    tags = [(256, 3, [width]), (257, 3, [1]), (258, 3, list(bits)), (259, 3, [1]), (262, 3, [photometric])]
     tags += [(273, 4, [1000 + size * strip for strip in range(strips)]), (277, 3, [many]), (278, 3, [1])]
     tags += [(279, 4, [size] * strips), (284, 3, [2 if planes else 1])]
     tags += [(338, 3, [extra])] if extra is not None else []
@@ -77,7 +76,7 @@ DEEP = {
     "ppm in text": (b"P3 1 1 256\n0 1 256\n", 9),
     "pfm": (b"Pf 1 1 -1.0\n" + struct.pack("<f", 0.5), 32),
 }  # fmt: skip
-# What --upper-8-bits makes of them; the others it refuses too.
+# The results of --upper-8-bits, which refuses the others too.
 UPPER = {
     "png grey": [[v] * 3 for v in NARROW],
     "png grey and alpha": [[v] * 3 for v in NARROW],
@@ -90,7 +89,7 @@ UPPER |= {name: UPPER["png RGB"] for name in ("png RGBA", "tiff RGB", "tiff RGB,
 
 
 @pytest.mark.parametrize("name", DEEP)
-def test_more_than_8_bits_a_channel_are_refused_whatever_the_mode(name, tmp_path):
+def test_more_than_8_bits_are_refused_whatever_the_mode(name, tmp_path):
     content, bits = DEEP[name]
     path = tmp_path / "a.png"
     path.write_bytes(content)
@@ -101,11 +100,11 @@ def test_more_than_8_bits_a_channel_are_refused_whatever_the_mode(name, tmp_path
 
 
 @pytest.mark.parametrize("name", DEEP)
-def test_the_upper_8_bits_are_kept_when_asked_for_or_refused(name, tmp_path):
+def test_upper_8_bits_are_kept_on_request_or_refused(name, tmp_path):
     path = tmp_path / "a.png"
     path.write_bytes(DEEP[name][0])
     if name not in UPPER:
-        with pytest.raises(UserError, match="bits a channel, of which --upper-8-bits reduces unsigned ones in PNG"):
+        with pytest.raises(UserError, match="bits a channel; --upper-8-bits reduces only unsigned PNG"):
             read_image(path, upper_8_bits=True)
         return
     assert np.asarray(read_image(path, upper_8_bits=True)).tolist() == [UPPER[name]]
@@ -115,7 +114,7 @@ def test_the_upper_8_bits_are_kept_when_asked_for_or_refused(name, tmp_path):
     np.testing.assert_allclose(record["mean"][:3], np.mean(UPPER[name], axis=0))
 
 
-def test_8_bits_and_fewer_are_read_as_before(tmp_path):
+def test_8_bits_and_fewer_are_read(tmp_path):
     contents = [
         (tiff(bytes([0, 7, 255, 1, 2]), (8,)), [0, 7, 255, 1, 2]),
         (tiff(bytes([0x0F, 0xF0, 0x80]), (4,)), [0, 255, 255, 0, 136]),
@@ -133,7 +132,7 @@ def test_8_bits_and_fewer_are_read_as_before(tmp_path):
 def test_signed_levels_of_8_bits_are_refused(tmp_path):
     (tmp_path / "a.tif").write_bytes(tiff(bytes([0, 7, 255, 1, 2]), (8,), signed=True))
     for upper_8_bits in (False, True):
-        with pytest.raises(UserError, match="signed levels, which Pillow takes for unsigned ones"):
+        with pytest.raises(UserError, match="signed levels, which Pillow reads as unsigned"):
             read_image(tmp_path / "a.tif", upper_8_bits=upper_8_bits)
 
 
@@ -161,21 +160,11 @@ def deep_folder(tmp_path):
 
 
 def test_a_cache_of_upper_8_bits_is_another_cache(deep_folder, tmp_path):
-    parser = normal.build_parser()
-    found = []
-    for flags in (["--bad-images", "skip"], ["--upper-8-bits", "--bad-images", "skip"]):
-        typed = [*SMALL, "--data-path", str(deep_folder), "--cache-dataset", "host", "--cache-dir", str(tmp_path)]
-        args = arguments.for_fresh_start(parser, arguments.parse_given(parser, [*typed, *flags]))
-        splits = wiring_data.open_splits(args)
-        build = wiring_data._cache_build(args, splits.evaluation)
-        found.append(build.folder)
-        if "--upper-8-bits" in flags:
-            list(build.build())
-            assert np.unique(np.asarray(build.open("pil")[0])).size > 2
-        else:
-            with pytest.raises(UserError, match="none of its 8 images can be read"):
-                list(build.build())
-    assert found[0] != found[1]
+    with pytest.raises(UserError, match="all 8 images are unreadable"):
+        splits(deep_folder, "--bad-images", "skip", cache_dir=tmp_path)
+    cached = splits(deep_folder, "--upper-8-bits", "--bad-images", "skip", cache_dir=tmp_path)
+    assert np.unique(np.asarray(cached.evaluation.read(0))).size > 2
+    assert len(list(tmp_path.glob("train-*"))) == 2
 
 
 def test_weights_remember_upper_8_bits_and_may_be_evaluated_with_it(tmp_path):
@@ -188,7 +177,7 @@ def test_weights_remember_upper_8_bits_and_may_be_evaluated_with_it(tmp_path):
         assert args.upper_8_bits == expected
 
 
-def test_a_run_that_began_before_the_flag_was_there_may_be_given_it():
+def test_a_run_from_before_the_flag_can_be_given_it():
     parser = normal.build_parser()
     saved = arguments.defaults(parser)
     del saved["upper_8_bits"]
@@ -202,14 +191,14 @@ def test_the_audit_reads_as_the_training_does(deep_folder, tmp_path, capsys):
         rows = (tmp_path / f"audit{readable}" / "images.csv").read_text().splitlines()
         assert sum("PNG" in row for row in rows) == readable
         page = (tmp_path / f"audit{readable}" / "report.html").read_text()
-        assert ("data:image/jpeg" in page) == bool(readable)  # pictures of the copies
+        assert ("data:image/jpeg" in page) == bool(readable)  # thumbnails of the copies
 
 
 # Frames
 
 
 def directories(number: int, loop: bool = False) -> bytes:
-    """A TIFF of this many directories, each an image; the last leads nowhere, or back to the first."""
+    """A TIFF of several directories, each an image; the last leads nowhere, or back to the first."""
     first = tiff(bytes(5), (8,), next_directory=1008)
     content = bytearray(first.ljust(1008, b"\0"))
     directory = first[8:1000]
@@ -221,7 +210,7 @@ def directories(number: int, loop: bool = False) -> bytes:
 
 
 @pytest.mark.parametrize("loop", [False, True])
-def test_of_a_tiffs_directories_only_the_first_is_read(loop, tmp_path, monkeypatch):
+def test_only_the_first_directory_of_a_tiff_is_read(loop, tmp_path, monkeypatch):
     path = tmp_path / "a.tif"
     path.write_bytes(directories(5000, loop))
     loads = []
@@ -229,7 +218,7 @@ def test_of_a_tiffs_directories_only_the_first_is_read(loop, tmp_path, monkeypat
     monkeypatch.setattr(
         TiffImagePlugin.ImageFileDirectory_v2, "load", lambda self, fp: loads.append(fp.tell()) or load(self, fp)
     )
-    with pytest.raises(UserError, match="it holds several frames; save each as a file of its own"):
+    with pytest.raises(UserError, match="it holds several frames; save each as a separate file"):
         read_image(path)
     assert set(loads) == {8}
 
@@ -237,11 +226,3 @@ def test_of_a_tiffs_directories_only_the_first_is_read(loop, tmp_path, monkeypat
 def test_a_tiff_directory_that_leads_to_itself_is_one_frame(tmp_path):
     (tmp_path / "a.tif").write_bytes(tiff(bytes([1, 2, 3, 4, 5]), (8,), next_directory=8))
     assert np.asarray(read_image(tmp_path / "a.tif"))[0, :, 0].tolist() == [1, 2, 3, 4, 5]
-
-
-@pytest.mark.parametrize(("kind", "name"), [("PNG", "a.png"), ("WEBP", "a.webp"), ("TIFF", "a.tif")])
-def test_two_frames_of_any_format_are_refused(kind, name, tmp_path):
-    first, second = (Image.new("RGB", (4, 4), (level, 0, 0)) for level in (0, 255))
-    (tmp_path / name).write_bytes(saved(first, kind, save_all=True, append_images=[second]))
-    with pytest.raises(UserError, match="it holds several frames"):
-        read_image(tmp_path / name)

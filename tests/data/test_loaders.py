@@ -1,4 +1,4 @@
-"""Loader workers that are killed, stopped or refused end in a sentence, and leave no process behind."""
+"""Loader workers that are killed, stopped or refused: one sentence, and no process left behind."""
 
 import errno
 import multiprocessing
@@ -14,11 +14,10 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from _normal import train as normal
 from tests.conftest import SMALL
+from tests.helpers.runs import assert_same
 from utils.audit.images import measure_all
 from utils.checkpoints import checkpoint
-from utils.data import cache_build
-from utils.data import dataset as data
-from utils.data.cache_build import CacheBuild
+from utils.data import dataset
 from utils.data.folders import ImageFiles
 from utils.data.loaders import in_shared_memory, loaded
 from utils.data.samplers import TrainingSampler
@@ -29,27 +28,13 @@ from utils.runtime.processes import EXIT_CODE, run_script
 from utils.runtime.signals import EXIT_CODE as INTERRUPTED
 from utils.runtime.signals import ride_out_signals, wait_for
 
-CPU = torch.device("cpu")
-
-
-def in_worker(act):
-    """A replacement of read_image that acts in a loader worker, and reads in the training process."""
-    read = data.read_image
-
-    def read_or_act(path, *how):
-        if get_worker_info() is not None:
-            act()
-        return read(path, *how)
-
-    return read_or_act
-
 
 def send_oneself(number):
     os.kill(os.getpid(), number)
 
 
 class Acting(Dataset):
-    """Ten items; the fourth is fetched by `act`."""
+    """Ten items; the fourth calls `act`."""
 
     def __init__(self, act):
         self.act = act
@@ -64,12 +49,7 @@ class Acting(Dataset):
 
 
 def acting_loader(act, workers=1):
-    return DataLoader(
-        Acting(act),
-        num_workers=workers,
-        persistent_workers=True,
-        worker_init_fn=ride_out_signals,
-    )
+    return DataLoader(Acting(act), num_workers=workers, persistent_workers=True, worker_init_fn=ride_out_signals)
 
 
 def daemons():
@@ -80,12 +60,12 @@ def daemons():
     ("number", "expected"),
     [
         (signal.SIGKILL, r"^DataLoader worker .*the node's memory is used up; give fewer --workers\.$"),
-        (signal.SIGSTOP, r"^no batch came from the loader's workers within 5 seconds: .*larger --timeout\.$"),
+        (signal.SIGSTOP, r"^no batch came from the loader's workers within 2 seconds: .*larger --timeout\.$"),
     ],
 )
 def test_a_worker_that_is_killed_or_stopped_ends_in_a_sentence(number, expected):
     with pytest.raises(UserError, match=expected):
-        list(loaded(acting_loader(partial(send_oneself, number)), partial(wait_for, seconds=5)))
+        list(loaded(acting_loader(partial(send_oneself, number)), partial(wait_for, seconds=2)))
     assert daemons() == []
 
 
@@ -117,7 +97,7 @@ def test_a_refused_thread_ends_in_a_sentence(monkeypatch):
         list(loaded(loader))
 
 
-def test_an_error_of_the_program_itself_is_not_turned_into_a_sentence():
+def test_a_bug_is_not_turned_into_a_sentence():
     def fail():
         raise RuntimeError("a bug")
 
@@ -137,7 +117,7 @@ def test_an_error_of_the_program_itself_is_not_turned_into_a_sentence():
         ("DataLoader worker (pid 7) is killed by signal: Segmentation fault. ", "--workers 0"),
     ],
 )
-def test_torchs_own_words_become_advice(text, expected, monkeypatch):
+def test_errors_of_torch_become_advice(text, expected, monkeypatch):
     monkeypatch.setattr(node_limits, "free_shared_memory", lambda: 3_000_000)
     assert expected in explain(RuntimeError(text))
     nested = RuntimeError("over it")
@@ -152,30 +132,38 @@ def test_torchs_own_words_become_advice(text, expected, monkeypatch):
     ("free", "batches", "workers", "processes", "fitting"),
     [
         (64, 100, 16, 1, 5),  # 33 batches of 5 MB; 11 fit
-        (165, 100, 16, 1, None),
         (164, 100, 16, 1, 15),
-        (64, 11, 16, 1, None),  # an epoch of 11 batches: 12 at most
         (64, 100, 2, 4, 1),  # 4 x 5 batches
         (9, 100, 1, 1, 0),
-        (0, 100, 0, 1, None),  # without workers nothing is shared
-        (None, 100, 16, 1, None),  # no limit
     ],
 )
-def test_the_workers_that_fit_shared_memory(free, batches, workers, processes, fitting, monkeypatch):
-    free = None if free is None else free * 1_000_000 if batches != 11 else 60_000_000
-    monkeypatch.setattr(node_limits, "free_shared_memory", lambda: free)
+def test_workers_that_exceed_shared_memory_get_a_number_that_fits(
+    free, batches, workers, processes, fitting, monkeypatch
+):
+    monkeypatch.setattr(node_limits, "free_shared_memory", lambda: free * 1_000_000)
     problem = shared_memory_problem(5_000_000, batches, workers, processes)
-    if fitting is None:
-        assert problem is None
-    else:
-        assert f"has {free / 1e6:.0f} MB free" in problem
-        assert f"{processes * (2 * workers + 1) * 5} MB of batches" in problem
-        assert f"give --workers {fitting}, or" in problem
-        assert shared_memory_problem(5_000_000, batches, fitting, processes) is None
+    assert f"has {free} MB free" in problem
+    assert f"{processes * (2 * workers + 1) * 5} MB of batches" in problem
+    assert f"give --workers {fitting}, or" in problem
+    assert shared_memory_problem(5_000_000, batches, fitting, processes) is None
+
+
+@pytest.mark.parametrize(
+    ("free", "batches", "workers"),
+    [
+        (165_000_000, 100, 16),
+        (60_000_000, 11, 16),  # an epoch of 11 batches: at most 12
+        (0, 100, 0),  # without workers nothing is shared
+        (None, 100, 16),  # no limit
+    ],
+)
+def test_workers_that_fit_shared_memory_are_accepted(free, batches, workers, monkeypatch):
+    monkeypatch.setattr(node_limits, "free_shared_memory", lambda: free)
+    assert shared_memory_problem(5_000_000, batches, workers, processes=1) is None
 
 
 def run_to_its_end(arguments, capfd):
-    """Run the script in this process; returns its exit code and its sentence on stderr, if there is one."""
+    """Run the script in this process; returns its exit code and its errors on stderr."""
     with pytest.raises(SystemExit) as exit_:
         run_script(lambda: normal.main(list(map(str, arguments))))
     lines = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error: ")]
@@ -189,14 +177,14 @@ def test_too_little_shared_memory_is_refused_at_the_start(image_folder, tmp_path
     folder = tmp_path / "run"
     cache = (*cache, tmp_path / "cache") if cache else ()
     flags = (*SMALL, "--workers", 2, "--data-path", image_folder, "--output-dir", folder, "--epochs", 1, *cache)
-    code, said = run_to_its_end(flags, capfd)
+    code, error = run_to_its_end(flags, capfd)
     assert code == EXIT_CODE
-    assert "/dev/shm has 0 MB free" in said
+    assert "/dev/shm has 0 MB free" in error
     assert not list(tmp_path.glob("run/*.pth"))
-    assert ("to be built" in said) == bool(cache)
+    assert ("to be built" in error) == bool(cache)
 
 
-def test_a_batch_that_shared_memory_cannot_take_ends_at_once(monkeypatch):
+def test_a_batch_without_room_in_shared_memory_is_an_error(monkeypatch):
     def refuse(_):
         raise RuntimeError("unable to allocate shared memory(shm) for file </torch_1>: No space left on device (28)")
 
@@ -211,11 +199,18 @@ def test_a_batch_that_shared_memory_cannot_take_ends_at_once(monkeypatch):
 
 
 def test_a_run_names_the_worker_that_was_killed(image_folder, tmp_path, capfd, monkeypatch):
-    monkeypatch.setattr(data, "read_image", in_worker(partial(send_oneself, signal.SIGKILL)))
+    read = dataset.read_image
+
+    def die_in_a_worker(*arguments):
+        if get_worker_info() is not None:
+            send_oneself(signal.SIGKILL)
+        return read(*arguments)
+
+    monkeypatch.setattr(dataset, "read_image", die_in_a_worker)
     flags = (*SMALL, "--workers", 1, "--data-path", image_folder, "--output-dir", tmp_path, "--epochs", 1)
-    code, said = run_to_its_end(flags, capfd)
+    code, error = run_to_its_end(flags, capfd)
     assert code == EXIT_CODE
-    assert "error: DataLoader worker " in said
+    assert "error: DataLoader worker " in error
     assert daemons() == []
 
 
@@ -225,16 +220,26 @@ def test_the_audit_names_the_worker_that_was_killed(image_folder, monkeypatch):
         measure_all(ImageFiles.find(image_folder / "val"), workers=1)
 
 
+@pytest.fixture(scope="module")
+def undisturbed(image_folder, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("undisturbed")
+    flags = (*SMALL, "--batch-size", 6, "--data-path", image_folder, "--epochs", 2, "--output-dir", folder)
+    normal.main(list(map(str, flags)))
+    return folder
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("epoch_of_stop", [0, 1])
-def test_a_signal_during_a_wait_saves_the_last_step(image_folder, tmp_path, capfd, monkeypatch, epoch_of_stop):
-    """A worker that stops in the middle of an epoch; the run resumed from the checkpoint equals one undisturbed."""
+def test_a_signal_during_a_wait_saves_the_last_step(
+    epoch_of_stop, undisturbed, image_folder, tmp_path, capfd, monkeypatch
+):
+    """A worker stops within an epoch. The resumed run equals an undisturbed one."""
     common = (*SMALL, "--batch-size", 6, "--data-path", image_folder, "--epochs", 2, "--timeout", 60)
-    normal.main(list(map(str, (*common, "--output-dir", tmp_path / "whole"))))
-    item = data.ImageFolder.__getitem__
+    item = dataset.ImageFolder.__getitem__
 
     def stop_at_the_third_step(split, key):
         if get_worker_info() is not None and key.epoch == epoch_of_stop and key.index == third[0]:
-            time.sleep(1)  # until the training process waits for this batch
+            time.sleep(0.5)  # until the training process waits for this batch
             os.kill(os.getppid(), signal.SIGTERM)
             send_oneself(signal.SIGSTOP)
         return item(split, key)
@@ -244,69 +249,11 @@ def test_a_signal_during_a_wait_saves_the_last_step(image_folder, tmp_path, capf
     third = [list(sampler)[2][0].index]
     folder = tmp_path / "stopped"
     with monkeypatch.context() as patch:
-        patch.setattr(data.ImageFolder, "__getitem__", stop_at_the_third_step)
-        code, *said = run_to_its_end((*common, "--workers", 1, "--output-dir", folder), capfd)
-    assert (code, said) == (INTERRUPTED, [])
+        patch.setattr(dataset.ImageFolder, "__getitem__", stop_at_the_third_step)
+        result = run_to_its_end((*common, "--workers", 1, "--output-dir", folder), capfd)
+    assert result == (INTERRUPTED,)
     state = checkpoint.read(folder / checkpoint.CHECKPOINT)
     assert (state["epoch"], state["step"]) == (epoch_of_stop, 2)
     assert daemons() == []
     normal.main(list(map(str, (*common, "--output-dir", folder, "--resume", "auto"))))
-    whole, again = (checkpoint.read(path / "model_1.pth")["model"] for path in (tmp_path / "whole", folder))
-    assert all(torch.equal(whole[name], again[name]) for name in whole)
-
-
-# A cache that another process builds
-
-
-class Clock:
-    """Time that passes only by `sleep`, which does more besides."""
-
-    def __init__(self, at_sleep):
-        self.now, self.at_sleep = 0.0, at_sleep  # 0.001 seconds pass by a look at it
-
-    def monotonic(self):
-        self.now += 0.001
-        return self.now
-
-    def sleep(self, seconds):
-        self.now += seconds
-        self.at_sleep(self)
-
-
-def build_beside_another(folder, cache_dir, monkeypatch, at_sleep):
-    """A build (timeout 100 s) of a locked folder: messages, build, clock. at_sleep: gets clock, build and lock."""
-    build = CacheBuild(
-        cache_dir,
-        ImageFiles.find(folder / "val"),
-        lambda image: torch.zeros(1, 2, 2, dtype=torch.uint8),
-        gray=True,
-        parameters={},
-        max_bad_images=None,
-        workers=0,
-        timeout=100,
-    )
-    build.folder.mkdir(parents=True)
-    with open(build.folder / "lock", "a+") as lock:
-        assert cache_build._acquire(lock)
-        cache_build._name_holder(lock)
-        clock = Clock(lambda clock: at_sleep(clock, build, lock))
-        monkeypatch.setattr(cache_build, "time", clock)
-        return list(build.build()), build, clock
-
-
-def test_a_builder_that_makes_no_progress_is_named(image_folder, tmp_path, monkeypatch):
-    with pytest.raises(UserError, match=rf"val-\w+: process {os.getpid()} on .*added nothing for 90 seconds"):
-        build_beside_another(image_folder, tmp_path, monkeypatch, lambda *_: None)
-
-
-def test_a_builder_that_makes_progress_is_waited_for(image_folder, tmp_path, monkeypatch):
-    def go_on(clock, build, lock):
-        with open(build.folder / cache_build.SIZES, "ab") as sizes:
-            sizes.write(b"\0" * 8 * (int(clock.now) // 2 % 40 == 0))
-        if clock.now >= 500:
-            lock.close()
-
-    said, build, clock = build_beside_another(image_folder, tmp_path, monkeypatch, go_on)
-    assert clock.now >= 500
-    assert build.is_whole()
-    assert said[0].endswith("another process builds this cache; waiting for it.")
+    assert_same(checkpoint.read(undisturbed / "model_1.pth")["model"], checkpoint.read(folder / "model_1.pth")["model"])

@@ -1,4 +1,4 @@
-"""The analysis of a plan: tables against numbers by hand, runs that are missing or damaged, and the command itself."""
+"""The analysis of a plan: tables compared with numbers by hand, missing and damaged runs, and the command."""
 
 import json
 import re
@@ -13,9 +13,8 @@ import torch
 
 from experiments import analyse, pictures
 from experiments.differences import compare
-from experiments.pictures import chains
+from experiments.finished import read_runs, read_tasks
 from experiments.plan import Arm, Plan, Stage, as_written, read_plan
-from experiments.results import read_runs, read_tasks
 from tests.conftest import ROOT
 from tests.helpers.finished_runs import finish, write_stage, write_test
 from utils.runtime.errors import UserError
@@ -34,6 +33,7 @@ def arm(name, pretraining):
 ARMS = (arm("plain", "_normal"), arm("learned", "_policy_gradient"))
 PLAN = Plan("A plan", "Does it help?", ARMS, "plain", "learned")
 """
+DASH = "\N{EN DASH}"
 
 
 def write_plan(folder: Path, seeds: int) -> Path:
@@ -42,11 +42,11 @@ def write_plan(folder: Path, seeds: int) -> Path:
     return path
 
 
-def guess(right: tuple[int, int, int]) -> torch.Tensor:
-    """Logits of which so many of the four images of each class are right, and the others class 0, or 1 for class 0."""
-    predictions = [
-        number if image < right[number] else int(number == 0) for number in range(3) for image in range(4)
-    ]  # fmt: skip
+def logits(right: tuple[int, int, int]) -> torch.Tensor:
+    """(12, 3): of the four images of each class, `right` are recognised; the others get class 0, or 1 for class 0."""
+    predictions = []
+    for number, count in enumerate(right):
+        predictions += [number] * count + [int(number == 0)] * (4 - count)
     return 3.0 * torch.eye(3)[predictions]
 
 
@@ -56,13 +56,13 @@ def write_run(results: Path, arm: str, seed: int, right: tuple[int, int, int], *
     log = [{"val_f1": 0.25, "val_top1": 0.25, **policy}, {"val_f1": 0.5, "val_top1": 0.375 + 0.25 * seed, **policy}]
     write_stage(folder / "heated", log, **start)
     write_stage(folder / "finetuned", log[:1], **start)
-    write_test(folder / "finetuned", guess(right), TARGETS, CLASSES, **start)
+    write_test(folder / "finetuned", logits(right), TARGETS, CLASSES, **start)
     finish(results, arm, seed)
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two arms of three seeds; "learned" gets 0, 1 and 2 images of us-breast-cyst more."""
+    """Two arms with three seeds; "learned" recognises 0, 1 and 2 more images of us-breast-cyst."""
     folder = tmp_path_factory.mktemp("finished")
     for seed in range(3):
         write_run(folder, "plain", seed, (4, 4, 1))
@@ -72,172 +72,157 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def results(finished: Path, tmp_path: Path) -> Path:
-    """A copy to break."""
+    """A copy that a test may change."""
     return shutil.copytree(finished, tmp_path / "runs")
 
 
-def tables_of(path: Path, results: Path) -> str:
-    """The page without the figures, which take longer."""
-    plan = read_plan(path)
+@pytest.fixture
+def plan(tmp_path: Path) -> Plan:
+    return read_plan(write_plan(tmp_path, 3))
+
+
+def page_of(plan: Plan, results: Path) -> str:
+    """tables.md, with few resamples and without the figures, which take longer."""
     runs = read_runs(plan, results)
     tasks = read_tasks(plan, runs)
     return analyse.page(plan, runs, tasks, compare(plan, tasks, 20), 20)
 
 
 def cells(text: str, *beginning: str) -> list[str]:
-    """The other cells of the only row of a table that begins with these."""
+    """The remaining cells of the one table row that begins with these."""
     rows = [[cell.strip() for cell in line.strip("| ").split(" | ")] for line in text.splitlines() if line[:1] == "|"]
     (row,) = [row for row in rows if tuple(row[: len(beginning)]) == beginning]
     return row[len(beginning) :]
 
 
-def test_a_run_of_other_stages_is_not_told_as_the_plans(finished, tmp_path):
-    results = shutil.copytree(finished, tmp_path / "results")
-    plan = read_plan(write_plan(tmp_path, 3))
-    path = results / "plain" / "seed1" / "finished.json"
-    path.write_text(json.dumps({"seconds": 1, "stages": as_written(plan.arms[0])}))
-    assert len(read_runs(plan, results)) == 6
-    path.write_text(json.dumps({"seconds": 1, "stages": as_written(plan.arms[1])}))
-    with pytest.raises(UserError, match=r"plain/seed1/finished.json: is of other stages than the plan says now"):
-        read_runs(plan, results)
-
-
-def test_the_tables_by_hand(results, tmp_path, capsys):
+def test_the_tables_equal_numbers_by_hand(finished, tmp_path, capsys):
     out = tmp_path / "new" / "out"
-    analyse.main([str(write_plan(tmp_path, 3)), str(results), "-o", str(out), "--resamples", "200"])
-    assert sorted(path.name for path in out.iterdir()) == sorted([*analyse.FIGURES, "tables.md"])
+    analyse.main([str(write_plan(tmp_path, 3)), str(finished), "-o", str(out), "--resamples", "200"])
+    assert {path.name for path in out.iterdir()} == {*analyse.FIGURES, "tables.md"}
+    assert all((out / name).read_bytes()[:4] == b"\x89PNG" for name in analyse.FIGURES)
     text = (out / "tables.md").read_text()
     assert capsys.readouterr().out.strip() == text.strip()
     # us-breast-cyst: recall r / 4, F1 2 r / (4 + r); ct-lung: F1 8 / (8 + 4 - r); mr-brain-normal: all right.
-    f1s = [[8 / (12 - right), 1, 2 * right / (4 + right)] for right in (1, 2, 3)]
-    hard = 100 * np.mean([of[1:] for of in f1s], axis=1)
-    every = 100 * np.mean(f1s, axis=1)
+    f1s = np.array([[8 / (12 - right), 1, 2 * right / (4 + right)] for right in (1, 2, 3)])
+    overall, hard = 100 * f1s.mean(1), 100 * f1s[:, 1:].mean(1)
     row = cells(text, "plain", "3")
     assert row[0] == "75.00 ± 0.00"  # 9 of 12
-    assert [row[2], row[6]] == [f"{every[0]:.2f} ± 0.00", f"{hard[0]:.2f} ± 0.00"]
+    assert [row[2], row[6]] == [f"{overall[0]:.2f} ± 0.00", f"{hard[0]:.2f} ± 0.00"]
     assert row[4:6] == ["62.50 ± 0.00", "62.50 ± 0.00"]  # 5 of 8
     row = cells(text, "learned", "3")
     assert row[0] == f"83.33 ± {100 / 12:.2f}"  # 9, 10 and 11 of 12
-    assert [row[2], row[6]] == [f"{of.mean():.2f} ± {of.std(ddof=1):.2f}" for of in (every, hard)]
-    # One-vs-rest: every us-breast-cyst that is right is above all others, the rest are level with what is not.
+    assert [row[2], row[6]] == [f"{values.mean():.2f} ± {values.std(ddof=1):.2f}" for values in (overall, hard)]
+    # One-vs-rest: every recognised us-breast-cyst is above all other images, the rest are level with them.
     aurocs = [np.mean([1, right / 4 + (1 - right / 4) / 2]) for right in (1, 2, 3)]
     assert row[7] == f"{np.mean(aurocs):.4f} ± {np.std(aurocs, ddof=1):.4f}".replace("0.", ".")
     difference = hard - hard[0]
+    mean, half = difference.mean(), 4.302653 * difference.std(ddof=1) / 3**0.5
     row = cells(text, "hard: macro F1", "learned")
-    assert row[:2] == ["3", f"{difference.mean():+.2f}"]
-    half = 4.302653 * difference.std(ddof=1) / 3**0.5
-    assert row[2] == f"{difference.mean() - half:+.2f} to {difference.mean() + half:+.2f}"
-    assert row[4:] == [f"{difference.mean() / difference.std(ddof=1):+.2f}", row[5], "\N{EN DASH}"]
+    assert row[:3] == ["3", f"{mean:+.2f}", f"{mean - half:+.2f} to {mean + half:+.2f}"]
+    assert row[4] == f"{mean / difference.std(ddof=1):+.2f}" and row[6] == DASH
     assert cells(text, "top-1", "learned")[:2] == ["3", "+8.33"]
     assert "2^(1-n), 0.25 with 3" in text and "primary" not in text
     assert cells(text, "`policy_entropy`") == ["-0.2500 → -0.2500"]
     assert cells(text, "`val_top1`, last epoch") == ["0.6250"]
-    assert cells(text, "`mask_mean`") == ["\N{EN DASH}"]
-    for part in ("12 test images of 3 classes, 2 of them hard", "torch 2.14.1", "commit 0123456789ab", "2026-11-23",
-                 "3.0 hours", "CPU (Linux x86_64, 2 CPU cores)", "6 of 6 planned runs have finished."):  # fmt: skip
-        assert part in text
-    assert all((out / name).read_bytes()[:4] == b"\x89PNG" for name in analyse.FIGURES)
+    assert cells(text, "`mask_mean`") == [DASH]
+    assert "12 test images of 3 classes, 2 of them hard" in text and "6 of 6 planned runs have finished." in text
+    assert "torch 2.14.1; CPU (Linux x86_64, 2 CPU cores); 2026-11-23; commit 0123456789ab; 3.0 hours" in text
 
 
-def test_runs_that_are_not_finished_are_left_out_and_named(results, tmp_path):
+def test_unfinished_runs_are_left_out_and_named(results, tmp_path):
     (results / "learned" / "seed2" / "finished.json").unlink()
     (results / "learned" / "seed2" / "finetuned" / "per_class.csv").unlink()
     (results / "plain" / "seed0" / "finished.json").unlink()
-    text = tables_of(write_plan(tmp_path, 4), results)
+    text = page_of(read_plan(write_plan(tmp_path, 4)), results)
     assert "4 of 8 planned runs have finished." in text
     assert "missing plain seed 0, learned seed 2, plain seed 3, learned seed 3." in text
     row = cells(text, "top-1", "learned")
-    assert row[:3] == ["1", "+8.33", "\N{EN DASH}"]  # of seed 1 alone
-    assert row[4:] == ["\N{EN DASH}"] * 3
+    assert row[:3] == ["1", "+8.33", DASH]  # from seed 1 alone
+    assert row[4:] == [DASH] * 3
 
 
 def test_one_seed_has_no_spread(tmp_path):
     for arm, right in (("plain", (4, 2, 1)), ("learned", (4, 4, 1))):
         write_run(tmp_path / "runs", arm, 0, right)
-    text = tables_of(write_plan(tmp_path, 1), tmp_path / "runs")
-    assert cells(text, "learned", "1")[0] == "75.00 ± \N{EN DASH}"
-    assert cells(text, "top-1", "learned")[:3] == ["1", "+16.67", "\N{EN DASH}"]
+    text = page_of(read_plan(write_plan(tmp_path, 1)), tmp_path / "runs")
+    assert cells(text, "learned", "1")[0] == f"75.00 ± {DASH}"
+    assert cells(text, "top-1", "learned")[:3] == ["1", "+16.67", DASH]
     assert not re.search(r"\bnan\b", text)
 
 
-def test_p_values_only_of_eight_seeds_and_hard_f1(tmp_path):
-    write_run(tmp_path / "runs", "plain", 0, (4, 4, 1))
+def test_p_values_need_eight_seeds_and_are_for_hard_f1_only(tmp_path):
+    results = tmp_path / "runs"
+    write_run(results, "plain", 0, (4, 4, 1))
     for seed in range(2):
-        write_run(tmp_path / "runs", "learned", seed, (4, 4, 1 + seed))
+        write_run(results, "learned", seed, (4, 4, 1 + seed))
     for seed in range(1, 8):
-        (tmp_path / "runs" / "plain" / f"seed{seed}").symlink_to("seed0")
+        (results / "plain" / f"seed{seed}").symlink_to("seed0")
     for seed in range(2, 8):
-        (tmp_path / "runs" / "learned" / f"seed{seed}").symlink_to("seed1")
-    path = write_plan(tmp_path, 8)
-    text = tables_of(path, tmp_path / "runs")
+        (results / "learned" / f"seed{seed}").symlink_to("seed1")
+    plan = read_plan(write_plan(tmp_path, 8))
+    text = page_of(plan, results)
     assert cells(text, "hard: macro F1", "learned")[-1] == "0.016 (primary)"  # 7 equal ones, one 0: 4 of 256
     assert len(re.findall(r"\(primary\)|\(secondary\)", text)) == 1
     assert "Primary: learned in images" in text and "Secondary" not in text
-    # The same, not named before the runs, in two arms: Holm's p of two tests.
-    plan = read_plan(path)
+    # The same arm twice, without a primary test: Holm's p of two tests.
+    (results / "again").symlink_to(results / "learned")
     plan = Plan("", "", (*plan.arms, Arm("again", plan.arms[1].stages, 8)), "plain", None)
-    (tmp_path / "runs" / "again").symlink_to(tmp_path / "runs" / "learned")
-    tasks = read_tasks(plan, read_runs(plan, tmp_path / "runs"))
-    found = [one for one in compare(plan, tasks, 20) if one.p is not None]
-    assert [(one.arm, one.metric, one.p, one.primary) for one in found] == [
-        ("learned", "hard_f1", 2 * 4 / 256, False), ("again", "hard_f1", 2 * 4 / 256, False)
-    ]  # fmt: skip
+    tested = [row for row in compare(plan, read_tasks(plan, read_runs(plan, results)), 20) if row.p is not None]
+    assert [(row.arm, row.metric, row.primary) for row in tested] == [
+        ("learned", "hard_f1", False),
+        ("again", "hard_f1", False),
+    ]
+    assert [row.p for row in tested] == [2 * 4 / 256] * 2
 
 
-def test_the_figure_of_differences_shows_each_seed(results, tmp_path):
-    plan = read_plan(write_plan(tmp_path, 3))
-    tasks = read_tasks(plan, read_runs(plan, results))
-    found = compare(plan, tasks, 5)
-    (axes,) = pictures.differences(plan, tasks, found).axes
-    hard_f1 = next(one for one in found if one.metric == "hard_f1")
+def test_the_figure_of_differences_shows_each_seed(finished, plan):
+    tasks = read_tasks(plan, read_runs(plan, finished))
+    comparisons = compare(plan, tasks, 5)
+    (axes,) = pictures.differences(plan, tasks, comparisons).axes
+    hard_f1 = next(comparison for comparison in comparisons if comparison.metric == "hard_f1")
     assert list(axes.collections[0].get_offsets()[:, 0]) == pytest.approx(list(100 * hard_f1.differences))
     interval, mean, zero = axes.lines
     assert interval.get_xdata() == pytest.approx([100 * end for end in hard_f1.t])
     assert mean.get_xdata() == pytest.approx(100 * hard_f1.differences.mean()) and list(zero.get_xdata()) == [0, 0]
-    one_seed = [one._replace(seeds=[0], differences=one.differences[:1], t=None) for one in found]
+    one_seed = [row._replace(seeds=[0], differences=row.differences[:1], t=None) for row in comparisons]
     (axes,) = pictures.differences(plan, tasks, one_seed).axes
     assert len(axes.lines) == 2
     assert pictures.differences(plan, tasks, []) is None
 
 
-def test_the_validation_is_laid_end_to_end(results, tmp_path):
-    plan = read_plan(write_plan(tmp_path, 3))
-    runs = read_runs(plan, results)
+def test_the_validation_figure_concatenates_stages(finished, plan):
+    runs = read_runs(plan, finished)
     (axes,) = pictures.validation(plan, read_tasks(plan, runs), runs).axes
     lines = [(list(line.get_xdata()), list(line.get_ydata())) for line in axes.lines]
     assert lines == [([0, 1], [0.25, 0.5]), ([2], [0.25])] * 2  # two stages of two arms
 
 
-def test_draws_of_a_task_are_averaged_and_a_task_of_hard_classes_has_one_set_of_columns(tmp_path):
+def test_draws_are_averaged_and_all_hard_tasks_have_one_set_of_columns(tmp_path):
     draws = tuple(Stage(f"draw{n}", "_normal", "--epochs 1", "heated/last.pth", test="few") for n in range(2))
     stages = (Stage("heated", "_normal", "--epochs 1"), *draws, Stage("other", "_normal", "--epochs 1", test="whole"))
     plan = Plan("", "", (Arm("a", stages, 1), Arm("b", stages, 1)), "a", hard="*brain*,us-*")
     for arm, rights in (("a", (1, 2)), ("b", (2, 4))):
+        write_stage(tmp_path / arm / "seed0" / "heated", [{"val_f1": 0.5}])
         for stage, right in zip(stages[1:], (*rights, 0), strict=True):
             folder = tmp_path / arm / "seed0" / stage.name
             write_stage(folder, [{"val_f1": 0.5}])
-            part = slice(4, None) if stage.test == "few" else slice(None)  # of the hard classes only
-            write_test(folder, guess((4, 4, right))[part, :], TARGETS[part], CLASSES)
-        write_stage(tmp_path / arm / "seed0" / "heated", [{"val_f1": 0.5}])
+            part = slice(4, None) if stage.test == "few" else slice(None)  # hard classes only
+            write_test(folder, logits((4, 4, right))[part, :], TARGETS[part], CLASSES)
         finish(tmp_path, arm, 0)
-    runs = read_runs(plan, tmp_path)
-    few, whole = read_tasks(plan, runs)
+    few, whole = read_tasks(plan, read_runs(plan, tmp_path))
     assert [few.runs[arm, 0].metrics["top1"] for arm in "ab"] == [(5 + 6) / 16, (6 + 8) / 16]
     assert whole.has_easy and few.runs["a", 0].predictions.shape == (2, 8)
-    assert {one.metric: one.differences[0] for one in compare(plan, [few], 10)}["top1"] == pytest.approx(3 / 16)
-    assert [[stage.name for stage in chain] for chain in chains(plan.arms[0], "few")] == [
-        ["heated", "draw0"], ["heated", "draw1"]
-    ]  # fmt: skip
-    only_hard = Plan("", "", plan.arms, "a", hard="*")
-    text = analyse.page(only_hard, runs, tasks := read_tasks(only_hard, runs), compare(only_hard, tasks, 10), 10)
+    differences = {comparison.metric: comparison.differences[0] for comparison in compare(plan, [few], 10)}
+    assert differences["top1"] == pytest.approx(3 / 16)
+    chains = pictures.chains(plan.arms[0], "few")
+    assert [[stage.name for stage in chain] for chain in chains] == [["heated", "draw0"], ["heated", "draw1"]]
+    text = page_of(Plan("", "", plan.arms, "a", hard="*"), tmp_path)
     assert "hard:" not in text and "Each run is the mean of 2 draws" in text
 
 
-def test_other_commits_and_versions_are_said(results, tmp_path):
-    write_run(
-        results, "learned", 2, (4, 4, 3), commit=None, versions={"torch": "2.11.0"}, time="2026-11-25T09:00:00+00:00"
-    )
-    plan = read_plan(write_plan(tmp_path, 3))
+def test_different_commits_and_versions_are_reported(results, plan):
+    origin = {"commit": None, "versions": {"torch": "2.11.0"}, "time": "2026-11-25T09:00:00+00:00"}
+    write_run(results, "learned", 2, (4, 4, 3), **origin)
     text = analyse.provenance(read_runs(plan, results))
     assert "torch 2.14.1 and 2.11.0" in text and "commits 0123456789ab, unknown" in text
     assert "2026-11-23 to 2026-11-25" in text
@@ -249,30 +234,39 @@ def swap_two_images(results: Path) -> None:
     path.write_text(path.read_text().replace("ct-lung/0.png", "ct-lung/77.png"))
 
 
+def remove(pattern: str):
+    return lambda results: [path.unlink() for path in results.glob(pattern)]
+
+
+def write(name: str, content: str):
+    return lambda results: (results / name).write_text(content)
+
+
+OTHER_STAGES = json.dumps({"seconds": 1, "stages": as_written(Arm("", (Stage("heated", "_normal", ""),), 1))})
+
+
 @pytest.mark.parametrize(
-    ("break_it", "message"),
+    ("damage", "message"),
     [
         (swap_two_images, r"plain/seed0/finetuned and .*learned/seed1/finetuned: were tested on different images"),
-        (lambda results: [path.unlink() for path in results.glob("plain/*/finished.json")], "baseline 'plain'"),
-        (lambda results: [path.unlink() for path in results.glob("*/*/finished.json")], "no run of the plan 'A plan'"),
-        (lambda results: (results / "plain/seed1/finished.json").write_text("[]"), "seed1/finished.json: expected"),
-        (lambda results: (results / "plain/seed1/finetuned/metrics.json").unlink(), "seed1/finetuned: the run has"),
-        (lambda results: (results / "plain/seed1/heated/log.jsonl").write_text("x\n"), "seed1/heated/log.jsonl: holds"),
-        (lambda results: (results / "tables.md").write_text("my own"), "tables.md: is there and not of this command"),
+        (remove("plain/*/finished.json"), "baseline 'plain'"),
+        (remove("*/*/finished.json"), "no run of the plan 'A plan'"),
+        (write("plain/seed1/finished.json", "[]"), "seed1/finished.json: damaged"),
+        (write("plain/seed1/finished.json", OTHER_STAGES), "seed1/finished.json: the run has other stages"),
+        (remove("plain/seed1/finetuned/metrics.json"), "seed1/finetuned: the run has"),
+        (write("plain/seed1/heated/log.jsonl", "x\n"), "seed1/heated/log.jsonl: holds"),
+        (write("tables.md", "my own"), "tables.md: exists, and was not written by this command"),
+        (write("plan.py", PLAN.replace("SEEDS", "3") + "PLAN = Plan('', '', ARMS, 'plain', hard='mr-liver')"),
+         "hard='mr-liver' matches no class of any task"),
     ],
-)
-def test_what_does_not_fit_is_named(break_it, message, results, tmp_path):
-    break_it(results)
+)  # fmt: skip
+def test_errors_name_the_file_and_nothing_is_written(damage, message, results, tmp_path):
+    write_plan(results, 3)
+    damage(results)
     before = {path: path.read_bytes() for path in results.rglob("*") if path.is_file()}
     with pytest.raises(UserError, match=message):
-        analyse.main([str(write_plan(tmp_path, 3)), str(results), "--resamples", "5"])
+        analyse.main([str(results / "plan.py"), str(results), "--resamples", "5"])
     assert {path: path.read_bytes() for path in results.rglob("*") if path.is_file()} == before
-
-
-def test_patterns_that_fit_no_class_are_named(results, tmp_path):
-    plan = read_plan(write_plan(tmp_path, 3))
-    with pytest.raises(UserError, match="no class of any task is like hard='mr-liver'"):
-        read_tasks(Plan("", "", plan.arms, "plain", hard="mr-liver"), read_runs(plan, results))
 
 
 def test_the_command_starts_from_any_folder(tmp_path, monkeypatch, capsys):

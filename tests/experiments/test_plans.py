@@ -1,4 +1,4 @@
-"""Plans of experiments: the commands a stage stands for, equal budgets, and subsets of the data by links."""
+"""Plans of experiments: commands of a stage, equal budgets, and subsets of the data as links."""
 
 import json
 import math
@@ -33,7 +33,7 @@ def images_of(folder):
 
 
 @pytest.mark.parametrize("path", PLANS, ids=lambda path: path.stem)
-def test_every_flag_of_a_plan_is_one_of_its_script(path):
+def test_every_flag_of_a_plan_is_known_to_its_script(path):
     plan = read_plan(path)
     assert plan.name == path.stem
     for arm in plan.arms:
@@ -44,17 +44,15 @@ def test_every_flag_of_a_plan_is_one_of_its_script(path):
             assert stage.start is None or stage.start in before
 
 
-@pytest.mark.parametrize("name", ["classification", "classification_small"])
-def test_all_arms_take_equally_many_updates(name):
-    """As many epochs in batches of one size: 16 of 32 on the CPU, 40 of 32 on a GPU."""
-    expected = {"classification": (40, 32), "classification_small": (16, 32)}[name]
+@pytest.mark.parametrize(("name", "epochs"), [("classification", 40), ("classification_small", 16)])
+def test_all_arms_take_equally_many_updates(name, epochs):
     for arm in read_plan(ROOT / "experiments" / "plans" / f"{name}.py").arms:
         given = [parse_given(SCRIPTS[stage.script].build_parser(), shlex.split(stage.flags)) for stage in arm.stages]
-        assert sum(flags["epochs"] for flags in given) == expected[0], arm.name
-        assert {flags["batch_size"] for flags in given} == {expected[1]}, arm.name
+        assert sum(flags["epochs"] for flags in given) == epochs, arm.name
+        assert {flags["batch_size"] for flags in given} == {32}, arm.name
 
 
-def test_the_primary_comparison_comes_first_and_all_arms_of_a_seed_before_the_next():
+def test_the_primary_comparison_runs_first_then_seed_by_seed():
     arms = (Arm("a", (), 2), Arm("b", (), 1), Arm("c", (), 2))
     order = [(arm.name, seed) for arm, seed in Plan("p", "?", arms, "a").runs()]
     assert order == [("a", 0), ("b", 0), ("c", 0), ("a", 1), ("c", 1)]
@@ -62,8 +60,8 @@ def test_the_primary_comparison_comes_first_and_all_arms_of_a_seed_before_the_ne
     assert order == [("a", 0), ("c", 0), ("a", 1), ("c", 1), ("b", 0)]
 
 
-def test_the_rate_of_the_control_is_what_published_makes_of_it():
-    """SGD with lr c and decay d / c takes the steps of lr 1 on c times the loss with decay d, for any momentum."""
+def test_the_control_has_the_effective_rate_of_published():
+    """SGD with lr c and decay d / c takes the same steps as lr 1 on c times the loss with decay d."""
     scaled, plain = (torch.nn.Parameter(torch.tensor([1.0, -2.0])) for _ in range(2))
     scale = math.log(64 * 64)
     flags = shlex.split(classification.SCALED_RATE)
@@ -84,16 +82,16 @@ def test_the_rate_of_the_control_is_what_published_makes_of_it():
     ("text", "message"),
     [
         ("", "defines no PLAN"),
-        ("PLAN = Plan('p', '?', (Arm('a', (), 1), Arm('a', (), 1)), 'a')", "two arms have one name"),
+        ("PLAN = Plan('p', '?', (Arm('a', (), 1), Arm('a', (), 1)), 'a')", "two arms have the same name"),
         (
             "PLAN = Plan('p', '?', (Arm('a', (Stage('s', '_normal', ''), Stage('s', '_normal', '')), 1),), 'a')",
-            "two stages of the arm 'a' have one name",
+            "two stages of the arm 'a' have the same name",
         ),
-        ("PLAN = Plan('p', '?', (Arm('a', (), 1),), 'b')", "compares 'b', which is none of its arms"),
-        ("PLAN = Plan('p', '?', (Arm('a', (), 1),), 'a', primary='c')", "compares 'c', which is none of its arms"),
+        ("PLAN = Plan('p', '?', (Arm('a', (), 1),), 'b')", "compares 'b', which is not one of its arms"),
+        ("PLAN = Plan('p', '?', (Arm('a', (), 1),), 'a', primary='c')", "compares 'c', which is not one of its arms"),
     ],
 )
-def test_a_plan_that_is_none_is_refused(text, message, tmp_path):
+def test_an_invalid_plan_is_refused(text, message, tmp_path):
     path = tmp_path / "plan.py"
     path.write_text(f"from experiments.plan import Arm, Plan, Stage\n{text}\n")
     with pytest.raises(UserError, match=message):
@@ -102,7 +100,7 @@ def test_a_plan_that_is_none_is_refused(text, message, tmp_path):
         read_plan(tmp_path / "other.py")
 
 
-def test_commands_of_a_stage_are_as_typed(tmp_path):
+def test_commands_of_a_stage_are_those_of_a_user(tmp_path):
     stage = Stage("second", "_normal", "--epochs 3 --lr 0.1", start="first/average.pth", average=2, test="all")
     train, average, test = run.commands(stage, 7, Path("out/arm/seed7"), Path("DATA"), ["--device", "cpu"])
     script = f"{ROOT}/_normal/train.py --data-path DATA --device cpu"
@@ -119,8 +117,9 @@ def test_commands_of_a_stage_are_as_typed(tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_the_commands_of_a_heated_arm_work(image_folder, tmp_path):
-    """In this process, on tiny data: what is left is what the analysis reads, with the seed in it."""
+    """In this process, on tiny data. What remains is what the analysis reads."""
     flags = " ".join(SMALL[2:])
     mask = " ".join(SMALL_POLICY[len(SMALL) :])
     arm = Arm(
@@ -151,7 +150,7 @@ def test_the_commands_of_a_heated_arm_work(image_folder, tmp_path):
 # Subsets
 
 
-def test_more_images_of_a_draw_hold_fewer_ones_and_draws_differ():
+def test_more_shots_include_fewer_shots_and_draws_differ():
     names = [f"{number:02}.png" for number in range(40)]
     few, more = choose(names, 5, draw=0), choose(reversed(names), 10, draw=0)
     assert len(few) == 5 and len(more) == 10 and set(few) < set(more)
@@ -160,7 +159,7 @@ def test_more_images_of_a_draw_hold_fewer_ones_and_draws_differ():
 
 
 def test_subset_links_to_the_chosen_images(image_folder, tmp_path):
-    """Relative links, so that data and links may be moved together; `val` and `test` keep all images."""
+    """The links are relative, so that data and links can be moved together; `val` and `test` keep all images."""
     data = Path(shutil.copytree(image_folder, tmp_path / "old" / "data"))
     exclude = tmp_path / "exclude.txt"
     exclude.write_text("train/dark/0.png\nval/bright/1.png\n")
@@ -180,8 +179,8 @@ def test_subset_links_to_the_chosen_images(image_folder, tmp_path):
     assert not Path(os.readlink(one)).is_absolute()
 
 
-def test_a_subset_of_other_data_or_another_list_is_made_anew(image_folder, tmp_path):
-    """And one that was copied without its data, whose relative links lead elsewhere; one that fits is left alone."""
+def test_a_subset_with_other_links_is_replaced(image_folder, tmp_path):
+    """Other data, another list, or a copy without its data; a subset with the right links is kept."""
     data, exclude = Path(shutil.copytree(image_folder, tmp_path / "data")), tmp_path / "exclude.txt"
     exclude.write_text("train/dark/0.png\n")
     folder, subset = tmp_path / "links" / "subset", Subset("*r*", without="striped")
@@ -203,7 +202,7 @@ def data_of(links):
     return links.parents[1] / "data"
 
 
-def test_subset_of_no_class_is_refused_and_leaves_nothing(image_folder, tmp_path):
+def test_a_subset_without_classes_is_refused_and_leaves_nothing(image_folder, tmp_path):
     with pytest.raises(UserError, match="has no class like us-\\*"):
         link_subset(image_folder, Subset("us-*"), tmp_path / "subset")
     assert not (tmp_path / "subset").exists()

@@ -1,5 +1,6 @@
-"""Planted data sets for the audit."""
+"""Small data sets for the tests of the audit."""
 
+import csv
 from pathlib import Path
 
 import numpy as np
@@ -10,9 +11,11 @@ from utils.audit.images import RECORD
 from utils.audit.rule import REASONS, Census, take_census
 from utils.data.folders import ImageFiles
 
+LEAK, CONTRADICTS, REPEATS = REASONS[3:]
+
 
 def picture(seed: int, width: int = 48, height: int = 40) -> Image.Image:
-    """A grey image of its own: smooth spots."""
+    """A grey image of smooth spots, different for each seed."""
     spots = np.random.default_rng(seed).integers(30, 220, (7, 7), dtype=np.uint8)
     return Image.fromarray(spots).resize((width, height), Image.Resampling.BICUBIC)
 
@@ -22,19 +25,20 @@ def put(path: Path, image: Image.Image, **options: object) -> None:
     image.save(path, **options)
 
 
-def run(data: Path, folder: Path, *flags: str) -> None:
-    """An audit of data, without workers: its reports in folder/out, its list in folder/list."""
+def run(data: Path, folder: Path, *flags: str) -> str:
+    """Audit data without workers: reports in folder/out, the list in folder/list. Returns the report's text."""
     outputs = ["-o", str(folder / "out"), "--exclude-list", str(folder / "list")]
     audit.main([str(data), *outputs, "-j", "0", *flags])
+    return (folder / "out" / "report.txt").read_text()
 
 
-# --- What the list leaves out
-
-LEAK, CONTRADICTS, REPEATS = REASONS[3:]
+def table(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
 
 
 def census_of(root: Path, images: dict[str, tuple[int, int]], distance: int | None = 3) -> Census:
-    """Of images by <split>/<class>/<image>, of such pixels and such a number of bits set in their hashes."""
+    """Census of images named <split>/<class>/<image>, each with a pixel digest and a number of set bits in its hash."""
     for name in images:
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).touch()
@@ -50,4 +54,5 @@ def census_of(root: Path, images: dict[str, tuple[int, int]], distance: int | No
 
 
 def left_out(census: Census) -> dict[str, str]:
+    """The reason of each image that is left out, by name."""
     return {census.name(index): REASONS[census.reason[index]] for index in np.flatnonzero(census.reason)}

@@ -1,4 +1,4 @@
-"""Weights that no training made, and what the export makes of them."""
+"""Weight files with random weights, as a run saves them, and what the export makes of them."""
 
 from functools import cache
 from pathlib import Path
@@ -19,7 +19,7 @@ RIN = ("--data-path", "/secret/RIN")
 
 @cache
 def random_model(name: str = "test_resnet", classes: int = 3, size: int = 32, seed: int = 0) -> torch.nn.Module:
-    """With statistics of BatchNorm other than fresh ones; made once, so not to be changed."""
+    """A model after one step, so that its BatchNorm statistics are not the initial ones. Shared: do not change it."""
     torch.manual_seed(seed)
     model = models.create_classifier(name, classes, size)
     model.train()(torch.randn(4, 3, size, size))
@@ -27,15 +27,21 @@ def random_model(name: str = "test_resnet", classes: int = 3, size: int = 32, se
 
 
 def write_checkpoint(path: Path, *flags: object, script: str = "_normal", classes: list[str] = CLASSES) -> Path:
-    """A file of weights as a run with these flags saves it, of random weights."""
+    """A weight file as a run with these flags saves it, with random weights."""
     args = parse(script, *SMALL, *RIN, *flags)
     model = random_model(args.model, len(classes), args.train_crop_size)
     checkpoint.save(path, checkpoint.weights_state(model, classes, vars(args)))
     return path
 
 
+def write_bare(path: Path) -> Path:
+    """A state dict alone, which names neither model nor classes."""
+    torch.save(random_model().state_dict(), path)
+    return path
+
+
 def run_export(source: Path, output: Path, *flags: object) -> Path:
-    """The one folder that the export makes in a new folder."""
+    """The only folder that the export creates in a new folder."""
     output.mkdir(exist_ok=True)
     export.main([str(source), "-o", str(output), *map(str, flags)])
     [folder] = output.iterdir()

@@ -1,12 +1,15 @@
-"""What finished runs of a plan leave in their folders, written by hand."""
+"""Writes the files of finished runs by hand, and draws their report without pictures."""
 
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+import pytest
 import torch
 
-from experiments.plan import run_folder
+from experiments.plan import FINISHED, folder_of_run
+from utils import report
 from utils.results.metrics import classification_metrics, per_class_table, prediction_table, table_as_csv
 
 START = {
@@ -20,19 +23,21 @@ START = {
     "epoch": 0,
     "step": 0,
 }
+CLASSES = ["ct-head-normal", "mr-<b>brain</b>", "us-breast-cyst"]
+TARGETS, GUESSES = [0] * 6 + [1] * 3 + [2] * 3, [0] * 5 + [2] + [1, 1, 0] + [0, 0, 2]
 
 
-def write_stage(folder: Path, log: list[dict], **start: object) -> None:
-    """A training's log and origin. start: what differs from START."""
+def write_stage(folder: Path, log: list[dict], *, data: dict[str, Any] | None = None, **start: object) -> None:
+    """The log and run.json of a training. start: values that differ from START."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "log.jsonl").write_text("".join(json.dumps({"epoch": n} | line) + "\n" for n, line in enumerate(log)))
-    (folder / "run.json").write_text(json.dumps({"starts": [START | start], "data": {}}))
+    (folder / "run.json").write_text(json.dumps({"starts": [START | start], "data": data or {}}))
 
 
 def write_test(
     folder: Path, logits: torch.Tensor, targets: torch.Tensor, classes: Sequence[str], **start: object
 ) -> None:
-    """What --test-only leaves of these logits (N, C)."""
+    """The files of --test-only for these logits (N, C)."""
     folder.mkdir(parents=True, exist_ok=True)
     names = [f"{classes[target]}/{number}.png" for number, target in enumerate(targets.tolist())]
     (folder / "per_class.csv").write_bytes(table_as_csv(per_class_table(logits, targets, classes)))
@@ -43,46 +48,33 @@ def write_test(
 
 
 def finish(results: Path, arm: str, seed: int, seconds: float = 1800.0) -> None:
-    """Say that the run is done."""
+    """Mark the run of a plan as finished."""
     content = {"commands": [], "seconds": seconds}
-    (run_folder(results, arm, seed) / "finished.json").write_text(json.dumps(content))
-
-
-CLASSES = ["ct-head-normal", "mr-<b>brain</b>", "us-breast-cyst"]
-TARGETS, GUESSES = [0] * 6 + [1] * 3 + [2] * 3, [0] * 5 + [2] + [1, 1, 0] + [0, 0, 2]
+    (folder_of_run(results, arm, seed) / FINISHED).write_text(json.dumps(content))
 
 
 def write_run(folder: Path, epochs: int = 3, tested: bool = True, policy: bool = True) -> Path:
-    """What a run of these epochs leaves; tested: 12 images, of which 8 are recognised."""
-    folder.mkdir(parents=True)
-    lines = [
-        {"epoch": epoch, "train_loss": 2 - epoch / 4, "lr_classifier": 0.1, "val_f1": [0.5, 0.625, 0.25, 0.3][epoch],
-         "val_top1": 0.75, "val_loss": 1.0, **({"mask_mean": 0.5, "policy_entropy": -0.1} if policy else {})}
-        for epoch in range(epochs)
-    ]  # fmt: skip
-    (folder / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    start = {"command": "_policy_gradient/train.py --lr 0.1", "time": "2026-11-23T10:00:00+00:00", "processes": 8,
-             "device": "a GPU", "machine": "Linux", "versions": {"torch": "9.8.7"}, "commit": "0123456789ab",
-             "epoch": 0, "step": 0}  # fmt: skip
+    """The files of a run of up to four epochs; if tested, on 12 images, of which 8 are recognised."""
+    of_policy = {"mask_mean": 0.5, "policy_entropy": -0.1} if policy else {}
+    log = [
+        {"train_loss": 2.0, "lr_classifier": 0.1, "val_f1": f1, "val_top1": 0.75, "val_loss": 1.0, **of_policy}
+        for f1 in (0.5, 0.625, 0.25, 0.3)[:epochs]
+    ]
+    start = {"command": "_policy_gradient/train.py --lr 0.1", "processes": 8, "device": "a GPU"}
     data = {"train": {"root": "/data/train", "images": dict(zip(CLASSES, (60, 30, 7), strict=True))}}
-    (folder / "run.json").write_text(json.dumps({"starts": [start], "data": data}))
+    write_stage(folder, log, data=data, **start)
     status = {"status": "finished", "epoch": epochs, "step": 0, "message": "", "time": "2026-11-23T11:00:00+00:00"}
     (folder / "status.json").write_text(json.dumps(status))
     if tested:
-        write_result(folder, start)
+        write_test(folder, torch.eye(3)[GUESSES], torch.tensor(TARGETS), CLASSES, **start)
     return folder
 
 
-def write_result(folder: Path, origin: dict) -> None:
-    rows = [{"class": name, "images": TARGETS.count(number), "precision": 0.5, "recall": recall, "f1": 0.25 * number}
-            for number, (name, recall) in enumerate(zip(CLASSES, (5 / 6, 2 / 3, 1 / 3), strict=True))]  # fmt: skip
-    (folder / "per_class.csv").write_bytes(table_as_csv(rows))
-    images = [
-        {"image": f"{number}.png", "target": CLASSES[target], "prediction": CLASSES[guess], "probability": 0.5,
-         "true_rank": 1 if target == guess else 2, "loss": 0.25 if target == guess else 1.0}
-        for number, (target, guess) in enumerate(zip(TARGETS, GUESSES, strict=True))
-    ]  # fmt: skip
-    (folder / "predictions.csv").write_bytes(table_as_csv(images))
-    metrics = {"loss": 0.5, "top1": 8 / 12, "f1": 0.61, "auroc": None}
-    content = {"split": "test", "images": 12, "weights": "w.pth", "metrics": {"clean": metrics}, "origin": origin}
-    (folder / "metrics.json").write_text(json.dumps(content))
+@pytest.fixture
+def undrawn(monkeypatch):
+    """Report pages without drawing their pictures, which takes most of the time. Import the fixture to use it."""
+    monkeypatch.setattr(report, "picture", lambda figure, title: {"source": "", "title": title})
+    monkeypatch.setattr(report, "responsive_picture", lambda draw, logs, title: {"source": "", "title": title})
+    monkeypatch.setattr(report, "RESAMPLES", 2)
+    for name in ("confusion_matrix", "per_class_recall"):
+        monkeypatch.setattr(report, name, lambda *_: None)

@@ -1,4 +1,4 @@
-"""Image files of chosen headers."""
+"""Image files with given headers."""
 
 import io
 import struct

@@ -1,4 +1,4 @@
-"""A tiny RadImageNet as folder and archive, and what `prepare` must make of it."""
+"""A tiny RadImageNet as folder and archive, and the tree that `prepare` must make of it."""
 
 import csv
 import os
@@ -38,9 +38,9 @@ def filenames_of(split: str) -> list[str]:
 
 
 def write_source(root: Path) -> Path:
-    """A tiny RadImageNet: 17 images of 3 classes, some of them larger than others, changed long ago."""
+    """A tiny RadImageNet: 17 images of 3 classes and several sizes, with old modification times."""
     names = {split: filenames_of(split) for split in COUNTS}
-    for number, filename in enumerate(name for of in names.values() for name in of):
+    for number, filename in enumerate(name for filenames in names.values() for name in filenames):
         write_image(root / filename, np.random.default_rng(number).integers(0, 256, (8 + number, 9)))
         os.utime(root / filename, (1_500_000_000 + number, 1_500_000_000 + number))
     write_lists(root, names)
@@ -48,7 +48,7 @@ def write_source(root: Path) -> Path:
 
 
 def contents(root: Path) -> dict[str, bytes]:
-    """Relative path -> bytes, of all files of the three splits, hidden ones too."""
+    """All files of the three splits by relative path, hidden ones included."""
     return {
         os.path.relpath(os.path.join(folder, name), root): Path(folder, name).read_bytes()
         for split in COUNTS
@@ -79,11 +79,19 @@ def pack(source: Path, archive: Path, folder: str = ".", lists: str = "first", f
     return archive
 
 
+def origin(way: str, source: Path) -> dict[str, object]:
+    """Arguments of `prepare` for a way: symlink, hardlink, copy, or archive."""
+    if way == "archive":
+        return {"archive": pack(source, source.parent / "images.tar.gz")}
+    return {"source": source, "link": way}
+
+
 def rows_of(path: Path) -> list[list[str]]:
     return list(csv.reader(path.read_text().splitlines()))[1:]
 
 
 def fails(*arguments: object) -> str:
+    """The one-sentence error of a command that fails."""
     with pytest.raises(UserError) as caught:
         main(["prepare", *map(str, arguments)])
     message = str(caught.value)

@@ -9,7 +9,7 @@ CLASSES = ["bright", "dark"]
 
 
 def network(seed: int = 0) -> nn.Sequential:
-    """A model with an integer buffer; one step makes the buffers differ from fresh ones."""
+    """A model with an integer buffer, after one step, so that its buffers are not the initial ones."""
     torch.manual_seed(seed)
     model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))
     model(torch.randn(5, 3))
@@ -23,8 +23,9 @@ def as_bytes(state: object, old_format: bool = False) -> bytes:
     return buffer.getvalue()
 
 
-def assert_equal_states(found: dict, expected: dict) -> None:
-    assert list(found) == list(expected)
+def assert_equal_states(actual: dict, expected: dict) -> None:
+    """Equal keys in equal order, dtypes and values."""
+    assert list(actual) == list(expected)
     for key, value in expected.items():
-        assert found[key].dtype == value.dtype, key
-        assert torch.equal(found[key], value), key
+        assert actual[key].dtype == value.dtype, key
+        assert torch.equal(actual[key], value), key

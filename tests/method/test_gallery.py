@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from _policy_gradient import examples, gallery, train
-from _policy_gradient.examples import Examples, choose_examples, draw_stages, run_policy
+from _policy_gradient import gallery, train
+from _policy_gradient.gallery import Examples, choose_examples, draw_stages, run_policy
 from _policy_gradient.mask import SmoothMask
 from _policy_gradient.masking import build_policy
 from _policy_gradient.policy import create_policy
@@ -115,7 +115,7 @@ def test_the_training_does_not_move(split):
     sum(output.sum() for output in policy(torch.randn(4, 3, 32, 32))).backward()
     before = copy.deepcopy(policy.state_dict()), torch.get_rng_state(), [m.training for m in policy.modules()]
     gradients = [parameter.grad.clone() for parameter in policy.parameters()]
-    examples.draw_policy(policy, split, MASK, NORMALIZE, seed=0, epochs_done=1)
+    gallery.draw_policy(policy, split, MASK, NORMALIZE, seed=0, epochs_done=1)
     assert_same(before, (policy.state_dict(), torch.get_rng_state(), [m.training for m in policy.modules()]))
     assert_same(gradients, [parameter.grad for parameter in policy.parameters()])
 
@@ -160,7 +160,7 @@ def test_masks_of_another_range_are_shown_as_applied(split):
     plain, stage = (run_policy(policy, one, NORMALIZE, chosen, 0, 1) for one in (MASK, mask))
     assert np.array_equal(stage.cells, plain.cells)
     assert np.allclose(stage.masks, 0.5 + 1.5 * plain.masks, atol=1e-6)
-    figure = examples.draw_policy(policy, split, mask, NORMALIZE, seed=0, epochs_done=1)
+    figure = gallery.draw_policy(policy, split, mask, NORMALIZE, seed=0, epochs_done=1)
     row = [axes.images[0] for axes in figure.axes[:6]]
     assert np.array_equal(np.asarray(row[4].get_array()), stage.masks[0])
     reach = np.abs(stage.masks - 1.25).max()
@@ -227,7 +227,7 @@ def test_where_the_first_policy_cannot_be_built_anew_its_prior_is_shown(run, tmp
     assert "first weights cannot be rebuilt" in capsys.readouterr().out
     stages = drawn[0][1]
     assert np.array_equal(stages["before training"], np.full((8, 8), 0.5))
-    assert isinstance(stages["after 1 epoch"], examples.Stage)
+    assert isinstance(stages["after 1 epoch"], gallery.Stage)
 
 
 def test_what_has_no_masks_to_show_is_one_sentence(run, image_folder, tmp_path):

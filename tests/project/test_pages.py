@@ -129,8 +129,6 @@ def test_every_command_of_the_pages_is_parsed_as_it_stands(name, monkeypatch):
 
     monkeypatch.setattr(argparse.ArgumentParser, "parse_args", only_parse)
     for module_name, words in commands_of((ROOT / name).read_text()):
-        if module_name == "benchmarks.losses":  # whose arguments are those of a script
-            continue
         module = importlib.import_module(module_name)
         if not hasattr(module, "main"):
             module = importlib.import_module(f"{module_name}.__main__")
@@ -146,7 +144,7 @@ def test_the_pages_name_each_command():
         *("_normal.train", "_policy_gradient.train", "_policy_gradient.gallery", "utils.audit", "utils.plots"),
         *("utils.export", "utils.predict", "utils.weight_averaging", "utils.radimagenet", "utils.phantoms"),
         *("experiments.run", "experiments.analyse", "experiments.learning_signal", "experiments.build_mini_rin"),
-        *("benchmarks.run", "benchmarks.curves", "benchmarks.profiles", "benchmarks.soak"),
+        *("benchmarks.run", "benchmarks.curves", "benchmarks.soak"),
     }
 
 

@@ -1,4 +1,4 @@
-"""Results that were edited, cut, or replaced by what is no file end in a sentence, in all commands that read them."""
+"""Every reader of results answers edited, cut and special files with a sentence."""
 
 import json
 import os
@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from experiments import run as run_plan
-from tests.helpers.finished_runs import write_run
+from tests.helpers.finished_runs import undrawn, write_run  # noqa: F401
 from tests.helpers.hostile_values import changed, put
 from utils import plots, report
 from utils.data import folders
@@ -16,11 +16,12 @@ from utils.inference import classifier as inference
 from utils.inference import model_card
 from utils.results import provenance, run_folder
 from utils.results.curves import learning_curves
+from utils.results.figures import as_svg
 from utils.results.log import read_log
 from utils.runtime.errors import UserError
 from utils.runtime.reading import open_regular, parse_json, read_bytes, read_json
 
-DEEP = 200_000
+DEEP = 20_000
 CONTENTS = {
     "nothing": b"",
     "a brace": b"{",
@@ -45,6 +46,9 @@ CONTENTS = {
     "an open quote": b'class,images,precision,recall,f1\n"a,1,1,1,1\n',
 }
 FILES = ("log.jsonl", "run.json", "status.json", "metrics.json", "per_class.csv", "predictions.csv")
+HARMLESS = {  # a log's last line may be cut short
+    ("log.jsonl", "nothing"), ("log.jsonl", "a brace"), ("log.jsonl", "zeros"), ("status.json", "a huge epoch"),
+}  # fmt: skip
 KINDS = ("pipe", "folder", "device", "dangling link", "link to itself")
 VALUES = (
     None,
@@ -65,21 +69,11 @@ VALUES = (
 )
 
 
-pytestmark = pytest.mark.usefixtures("ended_in_time")
-
-
-@pytest.fixture
-def undrawn(monkeypatch):
-    """Pages without their pictures, which take most of the time."""
-    monkeypatch.setattr(report, "picture", lambda figure, title: {"source": "", "title": title})
-    monkeypatch.setattr(report, "responsive", lambda draw, logs, title: None)
-    monkeypatch.setattr(report, "RESAMPLES", 2)
-    for name in ("confusion_matrix", "per_class_recall"):
-        monkeypatch.setattr(report.class_plots, name, lambda *_: None)
+pytestmark = pytest.mark.usefixtures("ended_in_time", "undrawn")
 
 
 def make(path: Path, kind: str) -> None:
-    """Put what is no regular file in the place of one."""
+    """Replace a file by something that is not a regular file."""
     path.unlink(missing_ok=True)
     makers = {
         "pipe": partial(os.mkfifo, path),
@@ -94,46 +88,42 @@ def make(path: Path, kind: str) -> None:
 def all_readers(folder: Path) -> list:
     return [
         lambda: report.page([run_folder.read_run_folder(folder)]),
-        lambda: learning_curves(plots.read_runs([str(folder)])),
+        lambda: plots.read_logs([str(folder)]),
         lambda: run_folder.read_tested(folder, "clean"),
         lambda: model_card.read_measured(folder / "log.jsonl"),
-        lambda: provenance.read_run(folder),
+        lambda: provenance.read_starts(folder),
         lambda: read_log(folder),
     ]
 
 
-def sentences(folder: Path) -> list[str]:
-    """What the readers of a run's folder say that cannot do without a file."""
-    found = []
+def messages(folder: Path) -> list[str]:
+    """The notes on a run's folder, and the errors of the readers that need one of its files."""
+    messages = run_folder.read_run_folder(folder).notes
     for read in all_readers(folder):
         try:
             read()
         except UserError as error:
-            found.append(str(error))
-    assert not [sentence for sentence in found if "\n" in sentence or len(sentence) > 500]
-    return found
+            messages.append(str(error))
+    assert not [message for message in messages if "\n" in message or len(message) > 500]
+    return messages
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_a_file_of_any_content_ends_in_a_sentence(tmp_path, undrawn, name):
+def test_a_file_of_any_content_is_named_in_a_sentence(tmp_path, name):
     folder = write_run(tmp_path / "run")
-    assert sentences(folder) == []
+    assert messages(folder) == []
     for what, content in CONTENTS.items():
         (folder / name).write_bytes(content)
-        noted = run_folder.read_run_folder(folder).notes
-        named = [text for text in [*noted, *sentences(folder)] if str(folder / name) in text]
-        harmless = what in ("nothing",) or (name == "log.jsonl" and what in ("a brace", "zeros"))  # a line cut short
-        harmless = (harmless and name == "log.jsonl") or (name, what) == ("status.json", "a huge epoch")
-        assert named or harmless, (name, what)
+        named = any(str(folder / name) in message for message in messages(folder))
+        assert named or (name, what) in HARMLESS, (name, what)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", FILES)
-def test_what_is_no_file_ends_in_a_sentence(tmp_path, undrawn, name, kind):
+def test_a_special_file_is_named_in_a_sentence(tmp_path, name, kind):
     folder = write_run(tmp_path / "run")
     make(folder / name, kind)
-    noted = run_folder.read_run_folder(folder).notes
-    named = [text for text in [*noted, *sentences(folder)] if str(folder / name) in text]
+    named = any(str(folder / name) in message for message in messages(folder))
     assert named or (kind == "dangling link" and not name.endswith(".csv"))
 
 
@@ -146,7 +136,7 @@ def entries(value: object, place: tuple = ()):
 
 
 @pytest.mark.parametrize("name", ["log.jsonl", "run.json", "status.json", "metrics.json"])
-def test_an_entry_of_any_value_ends_in_a_sentence(tmp_path, undrawn, name):
+def test_an_entry_of_any_value_never_breaks_the_page(tmp_path, name):
     folder = write_run(tmp_path / "run")
     lines = [json.loads(line) for line in (folder / name).read_text().split("\n")[:-1]] if name == "log.jsonl" else None
     content = lines or json.loads((folder / name).read_text())
@@ -168,11 +158,10 @@ def test_curves_of_extreme_values_are_drawn(tmp_path):
         for epoch, value in enumerate((1e308, -1e308, float("inf"), float("nan"), None, 0.5, 1e-320, 2**64))
     ]
     (tmp_path / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    content = report.page([run_folder.read_run_folder(tmp_path)])
-    assert b'alt="Learning curves"' in content
+    assert b"</svg>" in as_svg(learning_curves({"run": read_log(tmp_path)}))
 
 
-def test_a_best_epoch_is_one_that_has_a_figure(tmp_path, undrawn):
+def test_the_best_epoch_has_a_finite_f1(tmp_path):
     folder = write_run(tmp_path / "run")
     for value in (None, float("nan"), float("inf")):
         lines = [{"epoch": 0, "val_f1": 0.25}, {"epoch": 1, "val_f1": value}, {"epoch": 2}]
@@ -182,36 +171,30 @@ def test_a_best_epoch_is_one_that_has_a_figure(tmp_path, undrawn):
 
 
 @pytest.mark.parametrize(
-    "row", ["a,1,x,1,1", "a,1e5,1,1,1", "a,-1,1,1,1", f"a,{'9' * 400},1,1,1", "a", "a,1,1,1,1\na,1,1,1,1"]
-)
-def test_a_row_of_a_table_that_no_run_writes(tmp_path, row):
+    ("row", "rank", "match"),
+    [(row, "1", r"(per_class|predictions)\.csv: ") for row in
+     ("a,1,x,1,1", "a,1e5,1,1,1", "a,-1,1,1,1", f"a,{'9' * 400},1,1,1", "a", "a,1,1,1,1\na,1,1,1,1")]
+    + [("a,1,1,1,1", rank, r"predictions\.csv: does not fit per_class\.csv") for rank in
+       ("0", "2", "1.5", "9" * 400, "-1", "")],
+)  # fmt: skip
+def test_tables_with_impossible_values_are_refused(tmp_path, row, rank, match):
+    (tmp_path / "per_class.csv").write_text(f"class,images,precision,recall,f1\n{row}\n")
+    (tmp_path / "predictions.csv").write_text(f"image,target,prediction,true_rank,loss\na/0.png,a,a,{rank},0.5\n")
+    with pytest.raises(UserError, match=match):
+        run_folder.read_evaluation(tmp_path)
+
+
+def test_result_names_cannot_point_to_another_folder(tmp_path):
     folder = write_run(tmp_path / "run")
-    (folder / "per_class.csv").write_text(f"class,images,precision,recall,f1\n{row}\n")
-    (folder / "predictions.csv").write_text("image,target,prediction,true_rank,loss\na/0.png,a,a,1,0.5\n")
-    with pytest.raises(UserError, match=r"(per_class|predictions).csv: "):
-        run_folder.read_evaluation(folder)
-
-
-@pytest.mark.parametrize("cell", ["0", "2", "1.5", "9" * 400, "-1", ""])
-def test_a_rank_that_no_class_can_have(tmp_path, cell):
-    folder = write_run(tmp_path / "run")
-    (folder / "per_class.csv").write_text("class,images,precision,recall,f1\na,1,1,1,1\n")
-    (folder / "predictions.csv").write_text(f"image,target,prediction,true_rank,loss\na/0.png,a,a,{cell},0.5\n")
-    with pytest.raises(UserError, match=r"predictions.csv: does not fit per_class.csv"):
-        run_folder.read_evaluation(folder)
-
-
-def test_a_name_of_a_result_leads_to_no_other_folder(tmp_path):
-    folder = write_run(tmp_path / "run")
-    found = json.loads((folder / "metrics.json").read_text())
+    content = json.loads((folder / "metrics.json").read_text())
     for name in ("../../etc", "a/b", "", "\0"):
-        (folder / "metrics.json").write_text(json.dumps({**found, "metrics": {name: {}}}))
+        (folder / "metrics.json").write_text(json.dumps({**content, "metrics": {name: {}}}))
         run = run_folder.read_run_folder(folder)
         assert (run.tested, len(run.notes)) == ({}, 1)
 
 
 @pytest.mark.parametrize("name", ["finished.json", "progress.json"])
-def test_a_plans_own_files_edited_end_in_a_sentence(tmp_path, name):
+def test_damaged_files_of_a_plan_are_named_in_a_sentence(tmp_path, name):
     reader = run_plan.is_finished if name == "finished.json" else run_plan.read_progress
     for content in (*CONTENTS.values(), b'{"stages": [], "seconds": "1", "done": 0}', b'{"stages": 1}'):
         (tmp_path / name).write_bytes(content)
@@ -223,11 +206,11 @@ def test_a_plans_own_files_edited_end_in_a_sentence(tmp_path, name):
             reader(None, tmp_path)
 
 
-# Files that flags name
+# Files given by flags
 
 
 @pytest.mark.parametrize("kind", ["pipe", "device", "link to itself"])
-def test_lists_that_are_no_files(tmp_path, kind):
+def test_lists_that_are_special_files_are_refused(tmp_path, kind):
     make(tmp_path / "list", kind)
     with pytest.raises(UserError, match=r"^--exclude .*list: cannot be read \("):
         folders.read_excluded(tmp_path / "list")
@@ -235,10 +218,10 @@ def test_lists_that_are_no_files(tmp_path, kind):
         inference.read_class_names(tmp_path / "list")
 
 
-# The readers themselves
+# Reading
 
 
-def test_no_more_is_read_than_expected(tmp_path):
+def test_files_larger_than_expected_are_not_read(tmp_path):
     (tmp_path / "large").write_bytes(b"12345")
     assert read_bytes(tmp_path / "large", most=5) == read_bytes(tmp_path / "large", most=None) == b"12345"
     with pytest.raises(OSError, match="has more than the 4 bytes expected here"):
@@ -248,16 +231,16 @@ def test_no_more_is_read_than_expected(tmp_path):
     with pytest.raises(OSError, match="has more than"):
         read_json(tmp_path / "sparse")
     with pytest.raises(OSError, match="has more than the 4 bytes"):
-        read_bytes("/proc/self/status", most=4)  # whose size is said to be 0
+        read_bytes("/proc/self/status", most=4)  # its size is reported as 0
 
 
-def test_names_that_no_file_can_have():
+def test_impossible_file_names_are_refused():
     for name, match in (("a\0b", "no file can have this name"), ("a" * 5000, "File name too long")):
         with pytest.raises(OSError, match=match):
             open_regular(name)
 
 
-def test_json_within_the_limits_is_as_it_was():
+def test_json_within_the_limits_is_parsed_unchanged():
     content = {"a": [1, 2**64 - 1, -(2**63), 0.5, None, "ü", {"b": []}], "nan": float("inf")}
     assert parse_json(json.dumps(content)) == content
     for text in ("9" * 21, "-" + "9" * 21, "[" * 102 + "]" * 102, "[" * DEEP, ""):

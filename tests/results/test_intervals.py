@@ -7,29 +7,56 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from utils.results.metrics import Outcome, bootstrap_intervals, classification_metrics, metrics_of
+from utils.results.metrics import (
+    Outcome,
+    bootstrap_intervals,
+    classification_metrics,
+    count_classes,
+    macro_metrics,
+    metrics_of,
+    outcome_metrics,
+)
 
 
 def outcome_of(logits: torch.Tensor, targets: torch.Tensor) -> Outcome:
     order = logits.argsort(dim=1, descending=True, stable=True)
-    ranks = (order == targets[:, None]).int().argmax(1) + 1  # as metrics.true_ranks, by another way
+    ranks = (order == targets[:, None]).int().argmax(1) + 1  # as metrics.true_ranks, computed differently
     losses = torch.nn.functional.cross_entropy(logits.double(), targets, reduction="none")
-    return Outcome(*(one.numpy() for one in (targets, order[:, 0], ranks, losses)), logits.shape[1])
+    return Outcome(targets.numpy(), order[:, 0].numpy(), ranks.numpy(), losses.numpy(), logits.shape[1])
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(st.integers(1, 60), st.integers(2, 9), st.integers(0, 999))
-def test_metrics_are_those_of_scikit_learn(images, classes, seed):
+def test_weighted_metrics_are_those_of_scikit_learn(images, classes, seed):
     generator = torch.Generator().manual_seed(seed)
-    logits = torch.randn(images, classes, generator=generator).bfloat16().float()  # in which some are equal
+    logits = torch.randn(images, classes, generator=generator).bfloat16().float()  # some are equal
     targets = torch.randint(classes, (images,), generator=generator)
     outcome = outcome_of(logits, targets)
-    assert metrics_of(outcome) == pytest.approx(classification_metrics(logits, targets), rel=1e-6, abs=1e-9)
-    # An image of weight 2 is two images, one of weight 0 none.
-    weights = torch.randint(3, (images,), generator=generator)
+    assert outcome_metrics(outcome) == pytest.approx(classification_metrics(logits, targets), rel=1e-12, abs=1e-12)
+    weights = torch.randint(3, (images,), generator=generator)  # 2: the image counts twice, 0: not at all
     weights[0] = 1
     expected = classification_metrics(logits.repeat_interleave(weights, 0), targets.repeat_interleave(weights))
-    assert metrics_of(outcome, weights.numpy()) == pytest.approx(expected, rel=1e-6, abs=1e-9)
+    assert outcome_metrics(outcome, weights.numpy()) == pytest.approx(expected, rel=1e-12, abs=1e-12)
+
+
+def test_metrics_of_several_runs_are_those_of_each_run():
+    generator = np.random.default_rng(0)
+    targets, predictions = generator.integers(5, size=30), generator.integers(5, size=(2, 3, 30))
+    weights = generator.integers(3, size=30)
+    together = metrics_of(targets, predictions, weights, 5)
+    for place in np.ndindex(2, 3):
+        alone = metrics_of(targets, predictions[place], weights, 5)
+        assert {name: values[place] for name, values in together.items()} == pytest.approx(alone, abs=1e-12)
+
+
+def test_metrics_among_some_classes_count_all_predictions():
+    counts = count_classes(np.array([0, 0, 0, 1, 1, 2]), np.array([0, 0, 1, 1, 2, 2]), None, 4)
+    metrics = macro_metrics(*counts, np.array([True, True, False, True]))  # class 3 has no images
+    recall, f1 = (2 / 3 + 1 / 2) / 2, (4 / 5 + 1 / 2) / 2
+    assert metrics == pytest.approx(
+        {"top1": 3 / 5, "precision": (1 + 1 / 2) / 2, "recall": recall, "f1": f1, "balanced_accuracy": recall}
+    )
+    assert np.isnan(list(macro_metrics(*counts, np.arange(4) == 3).values())).all()
 
 
 @pytest.fixture(scope="module")
@@ -40,15 +67,16 @@ def outcome():
 
 
 def test_intervals_are_those_of_scipy(outcome):
-    found = bootstrap_intervals(outcome, 2000)
+    intervals = bootstrap_intervals(outcome, 2000)
     right = (outcome.true_ranks == 1).astype(float)
     for name, values in (("top1", right), ("loss", outcome.losses)):
-        of_scipy = stats.bootstrap((values,), np.mean, n_resamples=2000, method="percentile")
-        assert found[name] == pytest.approx(tuple(of_scipy.confidence_interval), abs=0.01)
+        expected = stats.bootstrap((values,), np.mean, n_resamples=2000, method="percentile").confidence_interval
+        assert intervals[name] == pytest.approx(tuple(expected), abs=0.01)
     exact = stats.binom.interval(0.95, 300, right.mean())
-    assert found["top1"] == pytest.approx([count / 300 for count in exact], abs=0.01)
-    assert all(lower < metrics_of(outcome)[name] < upper for name, (lower, upper) in found.items() if name != "top5")
-    assert found["top5"] == (1.0, 1.0)  # of four classes
+    assert intervals["top1"] == pytest.approx([count / 300 for count in exact], abs=0.01)
+    assert intervals.pop("top5") == (1.0, 1.0)  # with four classes
+    metrics = outcome_metrics(outcome)
+    assert all(lower < metrics[name] < upper for name, (lower, upper) in intervals.items())
 
 
 def test_the_same_seed_gives_the_same_intervals(outcome):

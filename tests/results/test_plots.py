@@ -1,6 +1,5 @@
-"""Pictures of logs and predictions: what their lines, images, bars and labels hold; and the commands."""
+"""Pictures of logs and predictions: their lines, bars and labels, and the commands that draw them."""
 
-import csv
 import io
 import json
 
@@ -15,9 +14,9 @@ from sklearn.metrics import recall_score
 from utils import plots
 from utils.results import curves, figures
 from utils.results.confusion import confusion_matrix, count_pairs, per_class_recall
-from utils.results.curves import CURVES, _style, learning_curves, policy_health
+from utils.results.curves import CURVES, learning_curves, policy_health
 from utils.results.figures import as_png, as_svg, as_text, shorten
-from utils.results.run_folder import read_evaluation, read_tested
+from utils.results.run_folder import read_tested
 from utils.runtime.errors import UserError
 from utils.runtime.processes import run_script
 
@@ -66,22 +65,22 @@ def test_learning_curves_hold_the_values_of_the_log():
     assert panel(figure, "Validation macro F1").get_yscale() == "linear"
 
 
-def test_several_runs_differ_in_colour_style_and_marker_and_share_panels():
+def test_several_runs_share_panels_with_distinct_lines():
     runs = {"_normal": NORMAL, "$a$": POLICY, "empty": [{"epoch": 0}]}
     figure = learning_curves(runs)
-    both = panel(figure, "Training objective").lines
-    assert len(both) == 2
+    first, second = panel(figure, "Training objective").lines
     for attribute in ("get_color", "get_linestyle", "get_marker"):
-        assert len({getattr(line, attribute)() for line in both}) == 2
-    (only,) = panel(figure, "Training cross-entropy").lines  # a run without the key leaves it out
+        assert getattr(first, attribute)() != getattr(second, attribute)()
+    (only,) = panel(figure, "Training cross-entropy").lines  # the first run lacks this quantity
     assert points(only) == [(0, 2.0), (1, 2.0)]
-    assert only.get_color() == both[1].get_color()
+    assert only.get_color() == second.get_color()
     (legend,) = figure.legends
     assert [text.get_text() for text in legend.get_texts()] == [" _normal", r"\$a\$"]
-    assert len({tuple(_style(number).values()) for number in range(140)}) == 140
+    many = learning_curves({str(number): [{"epoch": 0, "val_f1": 0.5}] for number in range(140)}).axes[0].lines
+    assert len({(line.get_color(), line.get_linestyle(), line.get_marker()) for line in many}) == 140
 
 
-def test_a_single_epoch_has_a_marker_and_gaps_are_left_out():
+def test_a_single_epoch_has_a_marker_and_missing_values_are_skipped():
     (line,) = panel(learning_curves({"run": NORMAL[:1]}), "Training objective").lines
     assert (points(line), line.get_marker(), line.get_markevery()) == ([(0, 1.5)], "o", 1)
     lines = [{"epoch": epoch, "val_loss": value} for epoch, value in enumerate((1.0, None, float("nan"), 2.0))]
@@ -89,13 +88,22 @@ def test_a_single_epoch_has_a_marker_and_gaps_are_left_out():
     assert points(line) == [(0, 1.0), (3, 2.0)]
 
 
-@pytest.mark.parametrize(("means", "top"), [((0.5, 0.45), 1), ((1.0, 0.9), 1.1)])
-def test_masks_of_any_range_lie_inside_their_panel(means, top):
-    lines = [{"epoch": epoch, "mask_mean": mean} for epoch, mean in enumerate(means)]
-    assert panel(policy_health({"run": lines}), "Mean of the masks").get_ylim() == pytest.approx((0, top))
+@pytest.mark.parametrize(
+    ("key", "title", "values", "limits"),
+    [
+        ("mask_mean", "Mean of the masks", (0.5, 0.45), (0, 1)),
+        ("mask_mean", "Mean of the masks", (1.0, 0.9), (0, 1.1)),  # with another --mask-range
+        ("advantage_std", "Spread of the advantage", (0.0, 0.0), (0, 1)),
+        ("mask_std", "Spread of the masks", (0.2, 0.2), (0, None)),
+    ],
+)
+def test_quantities_that_cannot_be_negative_are_drawn_from_0(key, title, values, limits):
+    lines = [{"epoch": epoch, key: value} for epoch, value in enumerate(values)]
+    bottom, top = panel(policy_health({"run": lines}), title).get_ylim()
+    assert bottom == limits[0] and top == pytest.approx(limits[1] or top)
 
 
-def test_policy_health_shows_what_the_log_has_of_it():
+def test_policy_health_shows_the_quantities_of_the_log():
     figure = policy_health({"run": POLICY})
     assert titles(figure) == ["Mean of the masks", "Drift of the prior"]
     assert points(panel(figure, "Drift of the prior").lines[0]) == [(0, 0), (1, 0.1)]
@@ -105,7 +113,7 @@ def test_policy_health_shows_what_the_log_has_of_it():
 
 @given(st.lists(st.tuples(st.integers(0, 4), st.integers(0, 4)), max_size=30))
 def test_counts_of_pairs_are_scikit_learns(pairs):
-    targets, predictions = [one for one, _ in pairs], [other for _, other in pairs]
+    targets, predictions = [target for target, _ in pairs], [prediction for _, prediction in pairs]
     expected = sklearn_confusion(targets, predictions, labels=range(5)) if pairs else np.zeros((5, 5))
     assert np.array_equal(count_pairs(targets, predictions, 5), expected)
 
@@ -124,15 +132,15 @@ def test_the_confusion_matrix_is_normalised_by_row():
     assert axes.images[0].get_clim() == (0, 1)
 
 
-def test_many_classes_have_all_their_names_and_no_numbers():
-    classes, each = [f"class {number}" for number in range(165)], np.arange(165).repeat(2)
+def test_many_classes_are_all_named_without_numbers_in_cells():
+    classes, each = [f"class {number}" for number in range(60)], np.arange(60).repeat(2)
     axes = confusion_matrix(each, each[::-1], classes).axes[0]
-    assert np.array_equal(axes.images[0].get_array(), np.eye(165)[::-1])
-    assert (len(axes.texts), len(axes.get_xticklabels()), len(axes.get_yticklabels())) == (0, 165, 165)
+    assert np.array_equal(axes.images[0].get_array(), np.eye(60)[::-1])
+    assert (len(axes.texts), len(axes.get_xticklabels()), len(axes.get_yticklabels())) == (0, 60, 60)
     figure = per_class_recall(each, each, classes)
-    assert len(figure.axes[0].patches) == 165
-    inches_a_class = figure.get_figheight() / 165
-    assert figure.axes[0].get_yticklabels()[0].get_fontsize() / 72 < inches_a_class  # labels do not overlap
+    assert len(figure.axes[0].patches) == 60
+    inches_per_class = figure.get_figheight() / 60
+    assert figure.axes[0].get_yticklabels()[0].get_fontsize() / 72 < inches_per_class  # labels do not overlap
 
 
 def test_recall_is_scikit_learns_sorted_with_the_number_of_images():
@@ -145,7 +153,7 @@ def test_recall_is_scikit_learns_sorted_with_the_number_of_images():
     assert mean.get_xdata()[0] == pytest.approx(recall_score(targets, predictions, average="macro"))
 
 
-def test_names_are_drawn_as_they_are():
+def test_names_are_drawn_literally_and_long_ones_shortened():
     assert as_text("a_$b$\udcff\n") == r"a_\$b\$\udcff\n"
     assert shorten("x" * 48) == "x" * 48
     assert shorten("a" * 50 + "b" * 50) == "a" * 23 + "…" + "b" * 23
@@ -153,7 +161,7 @@ def test_names_are_drawn_as_they_are():
     assert Image.open(io.BytesIO(as_png(figure))).format == "PNG"
 
 
-def test_files_are_the_same_each_time_and_hold_no_date():
+def test_files_are_reproducible_and_hold_no_date():
     first, second = (per_class_recall([0, 1], [0, 0], ["a", "b"]) for _ in range(2))
     assert as_png(first) == as_png(second)
     assert as_svg(first) == as_svg(second)
@@ -161,21 +169,18 @@ def test_files_are_the_same_each_time_and_hold_no_date():
     assert b"<dc:date>" not in as_svg(first)
 
 
-# --- The commands
+# Commands
 
 
 @pytest.fixture
 def run(tmp_path):
-    """A folder of two epochs, and of what --test-only writes."""
+    """The folder of a run with two epochs and the tables of --test-only."""
     folder = tmp_path / "run"
     folder.mkdir()
     (folder / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in POLICY))
     for suffix, predictions in (("", "abb"), ("_masked", "aba")):
-        with (folder / f"predictions{suffix}.csv").open("w") as file:
-            writer = csv.writer(file)
-            writer.writerow(["image", "target", "prediction", "probability", "true_rank", "loss"])
-            for number, (target, prediction) in enumerate(zip("aab", predictions, strict=True)):
-                writer.writerow([f"{target}/{number}.png", target, prediction, "0.9", "1", "0.1"])
+        rows = [f"{target},{prediction},1,0.1\n" for target, prediction in zip("aab", predictions, strict=True)]
+        (folder / f"predictions{suffix}.csv").write_text("target,prediction,true_rank,loss\n" + "".join(rows))
         (folder / f"per_class{suffix}.csv").write_text("class,images,precision,recall,f1\nb,1,0,0,0\na,2,0,0,0\n")
     return folder
 
@@ -190,7 +195,7 @@ def test_every_command_writes_its_picture(run, capsys, monkeypatch):
         path = run / "plots" / f"{name}.png"
         assert capsys.readouterr().out == f"{path}\n"
         assert Image.open(path).width > 80
-    plots.main(["curves", str(run)])  # the folder's own pictures are drawn anew
+    plots.main(["curves", str(run)])  # pictures in the run's own folder are replaced
     two = ["curves", str(run), f"{run}/.", "-o", str(run / "two.svg")]
     plots.main(two)
     with pytest.raises(UserError, match=r"two.svg: already exists; give another --output, or --overwrite"):
@@ -199,7 +204,7 @@ def test_every_command_writes_its_picture(run, capsys, monkeypatch):
     assert (run / "two.svg").read_bytes().startswith(b"<?xml")
 
 
-def test_pictures_say_of_what_they_are_and_are_of_nothing_else(run):
+def test_pictures_name_split_and_weights_and_never_substitute_them(run):
     metrics = {"clean": {"top1": 0.5}}
     content = {"metrics": metrics, "split": "val", "weights": "run/model_best.pth"}
     (run / "metrics.json").write_text(json.dumps(content))
@@ -211,47 +216,28 @@ def test_pictures_say_of_what_they_are_and_are_of_nothing_else(run):
         plots.main(["confusion", str(run), "--masked"])
 
 
-def test_what_cannot_be_negative_is_drawn_from_0():
-    lines = [{"epoch": epoch, "mask_mean": 0.49, "mask_std": 0.2, "advantage_std": 0.0} for epoch in range(2)]
-    figure = policy_health({"run": lines})
-    assert panel(figure, "Mean of the masks").get_ylim() == (0, 1)
-    assert panel(figure, "Spread of the advantage").get_ylim() == (0, 1)
-    assert panel(figure, "Spread of the masks").get_ylim()[0] == 0
-
-
-def test_predictions_are_read_in_the_order_of_the_classes(run):
-    for name, expected in (("clean", [1, 0, 0]), ("masked", [1, 0, 1])):
-        evaluation = read_evaluation(run, name)
-        assert [row["class"] for row in evaluation.table] == ["b", "a"]
-        assert evaluation.outcome.targets.tolist() == [1, 1, 0]
-        assert evaluation.outcome.predictions.tolist() == expected
-
-
 @pytest.mark.parametrize(
     ("change", "command", "message"),
     [
         (lambda run: (run / "log.jsonl").write_text(""), "curves", "has no log.jsonl with a finished epoch"),
-        (lambda run: (run / "log.jsonl").unlink(), "health", "has no log.jsonl with a finished epoch"),
-        (lambda run: (run / "log.jsonl").write_text("{}\n"), "curves", "holds a line that is no epoch's JSON"),
+        (lambda run: (run / "log.jsonl").write_text("{}\n"), "curves", "holds a line that is not the JSON of an epoch"),
         (lambda run: (run / "predictions.csv").unlink(), "confusion", "predictions.csv: no such file; --test-only"),
-        (lambda run: (run / "per_class.csv").unlink(), "recall", "per_class.csv: no such file; --test-only"),
-        (lambda run: (run / "predictions.csv").write_text("a,b\n1,2\n"), "recall", "expected rows with target,"),
         (lambda run: (run / "predictions.csv").write_bytes(b"\xff\x00"), "recall", "cannot be read as a table"),
         (lambda run: (run / "per_class.csv").write_text("class\na\n"), "confusion", "expected rows with class, images"),
-        (lambda run: (run / "plots").write_text(""), "curves", "plots: cannot be made"),
+        (lambda run: (run / "plots").write_text(""), "curves", "plots: cannot be created"),
     ],
 )
-def test_what_cannot_be_drawn_is_one_sentence(run, change, command, message):
+def test_damaged_files_end_a_command_with_one_sentence(run, change, command, message):
     change(run)
     with pytest.raises(UserError, match=message):
         plots.main([command, str(run)])
     assert not (run / "plots").is_dir()
 
 
-def test_bad_input_ends_with_exit_code_2(run, capsys):
-    for output, message in (("a.jpg", "expected a name that ends in"), ("none/a.png", "is no folder")):
+def test_a_bad_output_ends_with_exit_code_2(run, capsys):
+    for output, message in (("a.jpg", "expected a name that ends in"), ("none/a.png", "is not a folder")):
         with pytest.raises(SystemExit) as end:
             run_script(lambda path=run / output: plots.main(["curves", str(run), "-o", str(path)]))
         assert end.value.code == 2
-        said = capsys.readouterr().err
-        assert said.startswith("error: --output ") and message in said and said.count("\n") == 1
+        printed = capsys.readouterr().err
+        assert printed.startswith("error: --output ") and message in printed and printed.count("\n") == 1

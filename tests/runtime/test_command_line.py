@@ -8,7 +8,7 @@ import pytest
 from _normal import train as normal
 from _policy_gradient import gallery
 from _policy_gradient import train as policy_gradient
-from benchmarks import curves, profiles, soak
+from benchmarks import curves, soak
 from benchmarks import run as benchmarks_run
 from experiments import analyse, build_mini_rin, learning_signal
 from experiments import run as experiments_run
@@ -39,7 +39,6 @@ COMMANDS = {
     "benchmarks.run": benchmarks_run.main,
     "benchmarks.curves": curves.main,
     "benchmarks.soak": lambda argv: soak.main(),
-    "benchmarks.profiles": lambda argv: profiles.main(),
 }
 # What names no file or folder of the user's, among flags without a number, a choice or a switch.
 OTHER_TEXTS = {"model", "policy_model", "weights", "device", "data_name", "license", "flags", "rows", "settings"}

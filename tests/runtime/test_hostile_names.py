@@ -139,7 +139,7 @@ def test_no_exit_prints_control_characters(capfd, tmp_path):
     say(f"the image {ESCAPE}")
     print_line(ESCAPE)
     Progress(ESCAPE, 1, 1, 1).show(0, {})
-    predict._say(ESCAPE)
+    predict.print_to_stderr(ESCAPE)
     with pytest.raises(SystemExit) as caught:
         run_script(fail)
     out, err = capfd.readouterr()

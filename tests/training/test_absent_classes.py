@@ -18,7 +18,7 @@ from tests.conftest import SMALL, SMALL_POLICY, write_image_folder
 from tests.helpers.exports import run_export
 from tests.helpers.ranks import run_ranks
 from utils import plots, report
-from utils.results.metrics import metrics_of
+from utils.results.metrics import outcome_metrics
 from utils.results.run_folder import read_run_folder, read_tested
 from utils.runtime.errors import UserError
 
@@ -157,7 +157,7 @@ def test_reports_and_plots_of_a_split_without_a_class(lacking, trained, tmp_path
     run = read_run_folder(tmp_path / "run")
     assert run.notes == []
     evaluation = run.evaluations["clean"]
-    measured = metrics_of(evaluation.outcome)
+    measured = outcome_metrics(evaluation.outcome)
     assert {name: evaluation.metrics[name] for name in measured} == pytest.approx(measured, rel=1e-5)
     intervals = report.with_intervals(evaluation)
     for name in ("precision", "recall", "f1"):

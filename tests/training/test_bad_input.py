@@ -127,9 +127,9 @@ def test_a_log_that_is_damaged_is_named(image_folder, tmp_path):
     normal.main([*SMALL, "--data-path", str(image_folder), "--output-dir", str(tmp_path), "--epochs", "1"])
     with (tmp_path / "log.jsonl").open("a") as log:
         log.write("garbage\n")
-    with pytest.raises(UserError, match=r"log.jsonl: holds a line that is no epoch's JSON"):
+    with pytest.raises(UserError, match=r"log.jsonl: holds a line that is not the JSON of an epoch"):
         normal.main(["--resume", str(tmp_path / "checkpoint.pth"), "--epochs", "2", "--device", "cpu"])
-    with pytest.raises(UserError, match=r"--epochs 1: .*later.pth has 2 epochs and 0 steps behind it already"):
+    with pytest.raises(UserError, match=r"--epochs 1: .*later.pth has already trained 2 epochs and 0 steps"):
         state = torch.load(tmp_path / "checkpoint.pth", weights_only=True)
         checkpoint.save(tmp_path / "later.pth", {**state, "epoch": 2})
         normal.main(["--resume", str(tmp_path / "later.pth"), "--epochs", "1", "--device", "cpu"])

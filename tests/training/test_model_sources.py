@@ -1,4 +1,4 @@
-"""Models of the hub and of folders: built and loaded as timm does it, rebuilt without the network, or one sentence."""
+"""Weights and models from the hub and from folders: built and loaded by timm, without network where possible."""
 
 import json
 from pathlib import Path
@@ -13,10 +13,12 @@ from torch import nn
 from _normal import train as normal
 from _policy_gradient import train as policy_gradient
 from tests.conftest import SMALL
+from tests.helpers.states import assert_equal_states
 from utils import arguments, export, predict
 from utils.checkpoints.checkpoint import read_weights
 from utils.runtime.errors import UserError
-from utils.training import start as run
+from utils.training import start
+from utils.training.model_sources import plain_name
 from utils.training.models import create_classifier
 
 CONFIG = {
@@ -33,10 +35,10 @@ CONFIG = {
 }
 
 
-def write_source(folder: Path, **config: object) -> nn.Module:
-    """A folder as timm's save_for_hf writes it; returns the model whose weights it holds."""
+def write_source(folder: Path, name: str = "test_resnet", classes: int = 5, **config: object) -> nn.Module:
+    """A folder as timm's save_for_hf writes it; returns the model with the same weights."""
     torch.manual_seed(7)
-    model = timm.create_model("test_resnet", num_classes=5)
+    model = timm.create_model(name, num_classes=classes)
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(CONFIG | config))
     safetensors.torch.save_file(model.state_dict(), folder / "model.safetensors")
@@ -51,59 +53,91 @@ def hub_cache(tmp_path, monkeypatch):
     return tmp_path / "hub"
 
 
-def put_in_cache(hub_cache: Path, repository: str = "org/net") -> nn.Module:
+def put_in_cache(hub_cache: Path, repository: str = "org/net", **source: object) -> nn.Module:
+    """As the hub's client leaves a download: refs/main names the snapshot with the files."""
     folder = hub_cache / f"models--{repository.replace('/', '--')}"
     (folder / "refs").mkdir(parents=True)
     (folder / "refs" / "main").write_text("0" * 40)
-    return write_source(folder / "snapshots" / ("0" * 40))
+    return write_source(folder / "snapshots" / ("0" * 40), **source)
 
 
-def body(model: nn.Module) -> dict[str, torch.Tensor]:
-    return {key: value for key, value in model.state_dict().items() if not key.startswith("fc.")}
+def body(model: nn.Module, head: str = "fc") -> dict[str, torch.Tensor]:
+    return {key: value for key, value in model.state_dict().items() if not key.startswith(f"{head}.")}
 
 
-def assert_body(model: nn.Module, expected: nn.Module, *, equal: bool = True) -> None:
-    same = [
-        torch.equal(value, body(expected)[key]) for key, value in body(model).items() if key.endswith("conv1.weight")
-    ]
-    assert len(same) > 2
-    assert all(same) if equal else not any(same)
+# timm's pretrained tags
+
+
+@pytest.mark.parametrize(
+    ("name", "head", "classes"),
+    [("test_resnet", "fc", 1000), ("test_resnet.r160_in1k", "fc", 3), ("test_convnext", "head.fc", 3)],
+)
+def test_a_pretrained_tag_gives_its_weights_and_a_fitting_head(hub_cache, name, head, classes):
+    architecture = name.split(".")[0]
+    pretrained = put_in_cache(hub_cache, f"timm/{architecture}.r160_in1k", name=architecture, classes=1000)
+    model = create_classifier(name, classes, 32, weights="r160_in1k")
+    assert_equal_states(body(model, head), body(pretrained, head))
+    weight = model.get_submodule(head).weight
+    assert weight.shape[0] == classes
+    assert torch.equal(weight, pretrained.get_submodule(head).weight) == (classes == 1000)
+
+
+def test_the_error_for_an_unknown_tag_lists_the_known_ones():
+    for name, tags in (("test_resnet", "r160_in1k"), ("resnet50", ".*a1_in1k"), ("test_mambaout", r"\(none\)")):
+        with pytest.raises(UserError, match=rf"--weights x: timm's tags for {name} are {tags}"):
+            create_classifier(name, 3, 32, weights="x")
+
+
+@pytest.mark.parametrize("content", [None, b"damaged"], ids=["missing", "damaged"])
+def test_a_missing_or_damaged_file_of_a_tag_is_an_error(hub_cache, content):
+    if content is not None:
+        put_in_cache(hub_cache, "timm/test_resnet.r160_in1k")
+        [path] = hub_cache.rglob("model.safetensors")
+        path.write_bytes(content)
+    with pytest.raises(UserError, match=r"--weights r160_in1k: could not be fetched or loaded \(.+\)\.") as caught:
+        create_classifier("test_resnet", 3, 32, weights="r160_in1k")
+    assert "\n" not in str(caught.value)
+
+
+# Repositories and folders
 
 
 @pytest.mark.parametrize("kind", ["hf-hub:", "hf_hub:", "local-dir:"])
-def test_a_named_source_is_built_for_our_classes_and_loaded_if_asked(kind, hub_cache, tmp_path):
-    source = put_in_cache(hub_cache) if kind != "local-dir:" else write_source(tmp_path / "net")
-    name = f"{kind}org/net" if kind != "local-dir:" else f"local-dir:{tmp_path / 'net'}"
+def test_a_source_is_built_for_our_classes_and_loaded_if_asked(kind, hub_cache, tmp_path):
+    if kind == "local-dir:":
+        source, name = write_source(tmp_path / "net"), f"local-dir:{tmp_path / 'net'}"
+    else:
+        source, name = put_in_cache(hub_cache), f"{kind}org/net"
     loaded = create_classifier(name, 3, 32, weights="default")
-    assert_body(loaded, source)
+    assert_equal_states(body(loaded), body(source))
     assert loaded.fc.weight.shape[0] == 3
-    assert_body(create_classifier(name, 3, 32), source, equal=False)
-    with pytest.raises(UserError, match=r"--weights a1_in1k: .* has weights of its own only; give --weights default"):
+    assert not torch.equal(create_classifier(name, 3, 32).conv1[0].weight, source.conv1[0].weight)
+    with pytest.raises(UserError, match=r"--weights a1_in1k: .* has only its own weights; give --weights default"):
         create_classifier(name, 3, 32, weights="a1_in1k")
 
 
 def test_a_source_that_is_not_in_the_cache_is_downloaded(hub_cache, tmp_path, monkeypatch):
-    source, asked = write_source(tmp_path / "net"), []
+    source, requests = write_source(tmp_path / "net"), []
 
     def download(repo_id, filename, revision=None, cache_dir=None):
-        asked.append((repo_id, filename, revision))
+        requests.append((repo_id, filename, revision))
         return str(tmp_path / "net" / filename)
 
     monkeypatch.setattr(timm.models._hub, "hf_hub_download", download)
-    assert_body(create_classifier("hf-hub:org/net@v2", 3, 32, weights="default"), source)
-    assert ("org/net", "config.json", "v2") in asked
-    assert ("org/net", "model.safetensors", "v2") in asked
+    model = create_classifier("hf-hub:org/net@v2", 3, 32, weights="default")
+    assert_equal_states(body(model), body(source))
+    assert {("org/net", "config.json", "v2"), ("org/net", "model.safetensors", "v2")} <= set(requests)
 
 
-def test_without_the_network_one_sentence_says_what_is_needed(hub_cache):
-    for weights in (None, "default"):
-        with pytest.raises(UserError) as caught:
-            create_classifier("hf-hub:org/absent", 3, 32, weights=weights, flag="--policy-model")
-        message = str(caught.value)
-        assert message.startswith("--policy-model hf-hub:org/absent: its config.json cannot be read (")
-        assert "a resumed one and --test-only too" in message
-        assert "local-dir:FOLDER" in message
-        assert "\n" not in message
+@pytest.mark.parametrize("weights", [None, "default"])
+def test_without_network_the_error_tells_what_is_needed(hub_cache, weights):
+    with pytest.raises(UserError) as caught:
+        create_classifier("hf-hub:org/absent", 3, 32, weights=weights, flag="--policy-model")
+    message = str(caught.value)
+    assert message.startswith("--policy-model hf-hub:org/absent: its config.json cannot be read (")
+    assert "also a resumed one and --test-only" in message
+    assert "local-dir:FOLDER" in message
+    assert "\n" not in message
 
 
 @pytest.mark.parametrize(
@@ -117,7 +151,7 @@ def test_without_the_network_one_sentence_says_what_is_needed(hub_cache):
         (json.dumps(CONFIG | {"model_args": {"wings": 2}}), r"cannot be built for images of 32 pixels \(.*wings"),
     ],
 )
-def test_a_folder_that_is_no_model_is_one_sentence(content, match, tmp_path):
+def test_a_folder_without_a_valid_model_is_one_sentence(content, match, tmp_path):
     if content is not None:
         (tmp_path / "config.json").write_text(content)
     with pytest.raises(UserError, match=match) as caught:
@@ -125,14 +159,7 @@ def test_a_folder_that_is_no_model_is_one_sentence(content, match, tmp_path):
     assert "\n" not in str(caught.value)
 
 
-def test_a_name_that_lacks_its_source_is_explained():
-    with pytest.raises(
-        UserError, match=r"--model org/net: timm has no such model; one of the hub is named hf-hub:org/net"
-    ):
-        create_classifier("org/net", 3, 32)
-
-
-def test_a_run_with_a_folder_goes_through_all_commands_from_another_folder(image_folder, tmp_path, monkeypatch, capsys):
+def test_a_run_with_a_folder_works_in_all_commands_from_any_folder(image_folder, tmp_path, monkeypatch, capsys):
     source = write_source(tmp_path / "net")
     monkeypatch.chdir(tmp_path)
     name = f"local-dir:{tmp_path / 'net'}"
@@ -146,53 +173,46 @@ def test_a_run_with_a_folder_goes_through_all_commands_from_another_folder(image
     capsys.readouterr()
     normal.main(["--resume", str(checkpoint), "--epochs", "2", "--device", "cpu"])
     assert f"paths taken from this file: --data-path {image_folder} --model {name}\n" in capsys.readouterr().out
-    torch.testing.assert_close(
-        read_weights(checkpoint).model["conv1.0.weight"], source.conv1[0].weight.data, atol=1e-2, rtol=0
-    )
+    weight = read_weights(checkpoint).model["conv1.0.weight"]
+    torch.testing.assert_close(weight, source.conv1[0].weight.data, atol=1e-2, rtol=0)
     best = str(tmp_path / "run" / "model_best.pth")
-    normal.main(
-        ["--resume", best, "--test-only", "--data-path", str(image_folder), "--device", "cpu", "--workers", "0"]
-    )
-    predict.main([best, str(image_folder / "val" / "dark"), "--device", "cpu", "-j", "0"])
+    common = ["--device", "cpu", "--workers", "0"]
+    normal.main(["--resume", best, "--test-only", "--data-path", str(image_folder), *common])
+    predict.main([best, str(image_folder / "val" / "dark"), *common])
     export.main([best, "-o", ".", "--data-name", "made"])
-    exported = read_weights(
-        tmp_path / "elsewhere" / "test_resnet_finetuned_made" / "test_resnet_finetuned_made.safetensors"
-    )
+    exported = read_weights(Path("test_resnet_finetuned_made") / "test_resnet_finetuned_made.safetensors")
     assert exported.args["model"] == "test_resnet"
 
 
-def test_a_model_built_with_arguments_of_its_own_is_not_exported(image_folder, tmp_path):
+def test_a_source_with_model_arguments_cannot_be_exported(tmp_path):
     write_source(tmp_path / "net", model_args={"drop_rate": 0.1})
-    small = [flag if flag != "test_resnet" else f"local-dir:{tmp_path / 'net'}" for flag in SMALL]
-    normal.main([*small, "--data-path", str(image_folder), "--output-dir", str(tmp_path / "run"), "--epochs", "1"])
-    with pytest.raises(
-        UserError, match=r"is built with arguments of its own \(drop_rate\), which an export cannot keep"
-    ):
-        export.main([str(tmp_path / "run" / "model_0.pth"), "-o", str(tmp_path), "--data-name", "made"])
+    with pytest.raises(UserError, match=r"has model_args \(drop_rate\), which an export cannot keep"):
+        plain_name(f"local-dir:{tmp_path / 'net'}")
 
 
-def printed_at_start(script: object, capsys, *flags: str) -> str:
-    parser = script.build_parser()
-    run.choose_start(parser, arguments.parse_given(parser, list(flags)), script.SCRIPT)
-    return capsys.readouterr().out
+@pytest.fixture
+def printed_at_start(capsys):
+    """printed_at_start(script, *flags): what a start with these flags prints."""
+
+    def printed(script: object, *flags: str) -> str:
+        parser = script.build_parser()
+        start.choose_start(parser, arguments.parse_given(parser, list(flags)), script.SCRIPT)
+        return capsys.readouterr().out
+
+    return printed
 
 
-def test_a_name_that_brings_no_weights_along_says_how_to_get_them(capsys, tmp_path):
+def test_names_that_bring_no_weights_along_are_explained(printed_at_start, tmp_path):
     tagged = ("--model", "resnet18.a1_in1k")
     random = "--model resnet18.a1_in1k: the weights are random; --weights a1_in1k starts from those of the tag.\n"
-    assert printed_at_start(normal, capsys, *tagged) == random
-    assert printed_at_start(normal, capsys, *tagged, "--weights", "a1_in1k") == ""
-    assert printed_at_start(normal, capsys, "--model", "resnet18") == ""
-    hub = ("--model", "hf-hub:org/net.x")
-    assert "--model hf-hub:org/net.x: the weights are random; --weights default" in printed_at_start(
-        normal, capsys, *hub
-    )
+    assert printed_at_start(normal, *tagged) == random
+    assert printed_at_start(normal, *tagged, "--weights", "a1_in1k") == ""
+    assert printed_at_start(normal, "--model", "resnet18") == ""
+    printed = printed_at_start(normal, "--model", "hf-hub:org/net.x")
+    assert "--model hf-hub:org/net.x: the weights are random; --weights default" in printed
     policy = ("--policy-model", "resnet10t.c3_in1k")
-    printed = printed_at_start(policy_gradient, capsys, *policy, "--model", "resnet18")
-    assert (
-        printed
-        == "--policy-model resnet10t.c3_in1k: the policy's weights are random; those of the name are not loaded.\n"
-    )
-    assert printed_at_start(policy_gradient, capsys, *policy, "--mask-policy", "uniform") == ""
+    random = "--policy-model resnet10t.c3_in1k: the policy's weights are random; those of the name are not loaded.\n"
+    assert printed_at_start(policy_gradient, *policy, "--model", "resnet18") == random
+    assert printed_at_start(policy_gradient, *policy, "--mask-policy", "uniform") == ""
     torch.save({"fc.weight": torch.zeros(1)}, tmp_path / "bare.pth")
-    assert "random" not in printed_at_start(normal, capsys, *tagged, "--finetune", str(tmp_path / "bare.pth"))
+    assert "random" not in printed_at_start(normal, *tagged, "--finetune", str(tmp_path / "bare.pth"))

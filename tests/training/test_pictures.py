@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from _policy_gradient import examples
+from _policy_gradient import gallery
 from tests.helpers.events import as_scalars, images, number_files_from_zero, scalars
 from tests.helpers.runs import SCRIPTS, assert_same_run, run_script
 from utils import plots
@@ -18,7 +18,7 @@ from utils.results import curves, figures
 from utils.results.curves import CURVES, HEALTH, learning_curves
 from utils.results.log import read_log, write_log
 from utils.training.evaluation import Predictions
-from utils.training.monitor import Pictures
+from utils.training.monitor import Monitor
 
 PICTURES = {"curves.png", "confusion.png", "recall.png"}
 OF_POLICY = PICTURES | {"health.png"}
@@ -35,11 +35,11 @@ def coarse(monkeypatch):
     monkeypatch.setattr(figures, "DOTS_PER_INCH", 30)
     monkeypatch.setattr(curves, "CURVES", CURVES[:1])
     monkeypatch.setattr(curves, "HEALTH", HEALTH[:1])
-    monkeypatch.setattr(examples, "MOST_CLASSES", 1)
+    monkeypatch.setattr(gallery, "MOST_CLASSES", 1)
 
 
 def pictures(folder, first_epoch=0, epochs=1, tensorboard=True):
-    return Pictures(folder, ["a", "b"], first_epoch=first_epoch, epochs=epochs, plot_every=1, tensorboard=tensorboard)
+    return Monitor(folder, ["a", "b"], first_epoch=first_epoch, epochs=epochs, plot_every=1, tensorboard=tensorboard)
 
 
 def show_one_epoch(folder):
@@ -63,7 +63,7 @@ def test_pictures_and_events_change_no_bit_of_the_run(name, image_folder, tmp_pa
     run_script(name, image_folder, whole, "--epochs", "2")
     flags = ["--epochs", "2", "--plot-every", "2", "--tensorboard", "--resume", "auto"]
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(Pictures, "show", kill)
+        patch.setattr(Monitor, "show", kill)
         run_script(name, image_folder, part, *flags)
     assert checkpoint.read(part / "checkpoint.pth")["epoch"] == 1
     run_script(name, image_folder, part, *flags)
@@ -128,10 +128,10 @@ def test_a_picture_that_fails_is_named_and_ends_nothing(tmp_path, monkeypatch, c
     show_one_epoch(tmp_path)
     said = capsys.readouterr().out
     assert (
-        "warning: plots/curves.png could not be written ([Errno 28] No space left on device); the training goes on."
+        "warning: plots/curves.png could not be written ([Errno 28] No space left on device); the training continues."
         in said
     )
-    assert "warning: plots/recall.png could not be written (division by zero); the training goes on." in said
+    assert "warning: plots/recall.png could not be written (division by zero); the training continues." in said
     assert said.count("warning:") == 3
 
 

@@ -173,7 +173,7 @@ def test_another_world_size_goes_on_from_the_same_image(image_folder, tmp_path, 
     with pytest.raises(Interrupted):
         normal.main([*command, "--resume", "auto"])
     result = run_ranks("_normal/train.py", *command, "--resume", "auto", processes=2)
-    assert "The checkpoint is of 1 CPU processes, and now there are 2 CPU processes" in result.stdout
+    assert "The checkpoint was written by 1 CPU processes, and now there are 2 CPU processes" in result.stdout
     assert "the same place in the data" in result.stdout
     assert "epoch 0 [3/3]" in result.stdout
     assert "epoch 1 [2/2]" in result.stdout
@@ -287,7 +287,7 @@ def test_an_epoch_that_is_begun_counts(image_folder, tmp_path, stop_at):
     command = [*SMALL, "--data-path", str(image_folder), "--output-dir", str(tmp_path), "--resume", "auto", "--epochs"]
     with pytest.raises(Interrupted):
         normal.main([*command, "2"])
-    with pytest.raises(UserError, match=r"--epochs 1: .* has 1 epochs and 2 steps behind it already"):
+    with pytest.raises(UserError, match=r"--epochs 1: .* has already trained 1 epochs and 2 steps"):
         normal.main([*command, "1"])
 
 
@@ -301,7 +301,7 @@ def test_what_cannot_be_resumed_is_refused_and_unharmed(image_folder, tmp_path):
     refusals = {
         "is a checkpoint of _policy_gradient/train.py": (normal, ["--resume", checkpoint]),
         "holds weights but no full training state": (policy_gradient, ["--resume", str(folder / "model_0.pth")]),
-        "must go on as it began": (policy_gradient, ["--resume", checkpoint, "--grid", "4"]),
+        "cannot change this": (policy_gradient, ["--resume", checkpoint, "--grid", "4"]),
         "--lr 0.5: ": (policy_gradient, ["--resume", checkpoint, "--lr", "0.5"]),
         r"--mask-range 0.0 2.0: .* trained with --mask-range 0.0 1.0,": (
             policy_gradient,
@@ -345,7 +345,7 @@ def test_a_run_that_is_stopped_says_so_once_and_exits_with_75(image_folder, tmp_
     assert caught.value.code == 75
     last = capsys.readouterr().out.splitlines()[-1]
     path = tmp_path / "checkpoint.pth"
-    assert last == f"SIGUSR1: stopped after 2 steps of epoch 0; {path} is saved, and --resume goes on from there."
+    assert last == f"SIGUSR1: stopped after 2 steps of epoch 0; {path} is saved; --resume continues from there."
 
 
 def test_ctrl_c_before_the_training_leaves_no_traceback():

@@ -17,7 +17,7 @@ from utils.data.dataset import ImageFolder
 from utils.data.samplers import TrainingSampler
 from utils.runtime import progress
 from utils.runtime.errors import UserError
-from utils.training import rehearsal
+from utils.training import rehearsal, run
 from utils.training.saver import Saver
 
 SCRIPTS = {"_normal": (normal, SMALL), "_policy_gradient": (policy_gradient, SMALL_POLICY)}
@@ -43,7 +43,7 @@ def test_the_rehearsal_leaves_no_trace(name, flags, image_folder, tmp_path, monk
     command = [*small, *flags, "--epochs", "1", "--data-path", str(image_folder), "--output-dir"]
     script.main([*command, str(tmp_path / "with")])
     with monkeypatch.context() as patch:
-        patch.setattr(rehearsal, "rehearse", lambda *_, **__: None)
+        patch.setattr(run, "rehearse", lambda *_, **__: None)
         script.main([*command, str(tmp_path / "without")])
     assert_same_run(tmp_path / "with", tmp_path / "without")
 
@@ -179,7 +179,7 @@ def test_room_is_asked_for_what_is_not_there_yet(tmp_path, monkeypatch):
         for name in there:
             (tmp_path / name).write_bytes(b"")
         free[0] = int(1.01e6 * room)
-        rehearsal._check_room(tmp_path, state, epochs_left=3)
+        rehearsal.check_space(tmp_path, state, epochs_left=3)
         free[0] = int(0.99e6 * room)
         with pytest.raises(UserError, match="GB free, and the run will write"):
-            rehearsal._check_room(tmp_path, state, epochs_left=3)
+            rehearsal.check_space(tmp_path, state, epochs_left=3)

@@ -172,10 +172,11 @@ def test_masked_evaluation_uses_the_mean_mask_of_the_images_own_policy(
     from utils.data.splits import open_splits
     from utils.data.transforms import Normalize
     from utils.training.models import create_classifier
+    from utils.training.start import choose_start
 
     forms = ("--head-weight", head_weight, "--mask-range", low, high, "--mask-fade-epochs", fade_epochs)
     folder = train(policy_gradient, "--epochs", 1, *forms)
-    start = policy_gradient.run.choose_start(
+    start = choose_start(
         policy_gradient.build_parser(), {"resume": str(folder / "checkpoint.pth"), "test_only": True,
                                          "data_path": str(image_folder)}, "_policy_gradient")  # fmt: skip
     evaluation = open_splits(start.args).evaluation
@@ -207,7 +208,7 @@ def test_fine_tuning_from_a_heated_model_onto_other_classes(train, tmp_path, cap
     other = write_image_folder(tmp_path / "other", ("bright", "dark", "four", "five"))
     flags = ("--finetune", heated, "--epochs", 1, "--freeze-backbone")
     folder = train(normal, *flags, name="other_number", data=other)
-    assert "3 classes instead of 4: the head is new" in capsys.readouterr().out
+    assert "3 classes instead of 4: the head is reinitialised" in capsys.readouterr().out
     found = torch.load(folder / "model_0.pth", weights_only=True)
     assert found["classes"] == ["bright", "dark", "five", "four"]
     assert found["model"]["fc.weight"].shape[0] == 4
@@ -220,7 +221,7 @@ def test_fine_tuning_from_a_heated_model_onto_other_classes(train, tmp_path, cap
         train(normal, "--finetune", heated, "--test-only", name="tested", data=renamed)
 
     folder = train(normal, "--finetune", heated, "--epochs", 1, "--lr", 1e-8, name="same")
-    assert "the head is new" not in capsys.readouterr().out
+    assert "the head is reinitialised" not in capsys.readouterr().out
     found = torch.load(folder / "model_0.pth", weights_only=True)["model"]
     torch.testing.assert_close(found["fc.weight"], body["fc.weight"], rtol=0, atol=1e-5)
 

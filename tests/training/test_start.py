@@ -2,6 +2,7 @@
 
 import argparse
 import math
+from types import SimpleNamespace
 
 import pytest
 import timm
@@ -12,7 +13,7 @@ from tests.conftest import SMALL
 from utils.data.samplers import TrainingSampler
 from utils.runtime.errors import UserError
 from utils.runtime.progress import Position
-from utils.training import build as wiring
+from utils.training import run
 
 
 def parameters(name: str, classes: int) -> str:
@@ -81,6 +82,8 @@ def test_the_steps_are_those_of_a_whole_epoch_after_a_change_of_processes(capsys
     args = argparse.Namespace(resume="c.pth", batch_size=8, epochs=2, opt="sgd", lr_scheduler="steplr")
     sampler = TrainingSampler(48, 8, seed=0)
     begun = Position(epoch=1, step=1, images=16)  # by two processes
-    wiring.print_plan(args, sampler, {}, begun, None)
+    update = SimpleNamespace(optimizers={})
+    training = SimpleNamespace(data=SimpleNamespace(sampler=sampler), update=update, state=SimpleNamespace(ema=None))
+    run.print_plan(SimpleNamespace(args=args, start=begun), training)
     assert "resumed: c.pth, at step 1 of epoch 1" in (out := capsys.readouterr().out)
     assert "1 process x 8 = 8 images; 6 steps an epoch" in out

@@ -1,46 +1,49 @@
-"""What an audit measures of each image, which is decoded once: size, levels, a digest of its pixels, a likeness."""
+"""Measures each image of an audit in one decoding: size, levels, a digest of the pixels, a difference hash."""
 
 import hashlib
-import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
-from torch.utils.data import DataLoader, Dataset
 
+from utils.data.dataset import decode_in_order
 from utils.data.folders import ImageFiles
 from utils.data.images import open_image, to_8_bits
-from utils.data.loaders import loaded
 from utils.runtime.errors import UserError
 from utils.runtime.progress import Progress
-from utils.runtime.signals import ride_out_signals
 
 BATCH = 32  # images that a worker decodes before it hands them over
-SIDE = 11  # of the grid of a difference hash: 2 x 11 x 11 = 242 bits
-MARGIN = 0.05  # of the grid's standard deviation: lesser differences are noise and give 0
+SIDE = 11  # cells of the grid of a difference hash: 2 x 11 x 11 = 242 bits
+MARGIN = 0.05  # standard deviations of the grid; smaller differences are noise and give 0
 LEVELS = np.arange(256.0)
 
-# 123 bytes an image. mean and square are of the levels 0..255 and of their squares, for red, green, blue and grey;
-# the width of an unreadable image is 0.
-RECORD = np.dtype(
+RECORD = np.dtype(  # 123 bytes per image
     [
-        *(("width", np.int32), ("height", np.int32), ("format", "S4"), ("mode", "S5"), ("gray", np.bool_)),
-        *(("mean", np.float64, 4), ("square", np.float64, 4), ("pixels", np.uint64, 2), ("likeness", np.uint64, 4)),
+        ("width", np.int32),  # 0 for an unreadable image
+        ("height", np.int32),
+        ("format", "S4"),
+        ("mode", "S5"),
+        ("gray", np.bool_),
+        ("mean", np.float64, 4),  # of the levels 0 to 255, for red, green, blue and grey
+        ("square", np.float64, 4),  # mean square of the levels
+        ("pixels", np.uint64, 2),  # digest
+        ("likeness", np.uint64, 4),  # difference hash
     ]
 )
 
 
 class Measured(NamedTuple):
-    """Records (B,) of consecutive images, and by position why the unreadable ones could not be read."""
+    """Records (B,) of consecutive images, and the error of each unreadable one by position."""
 
     records: np.ndarray
     bad: dict[int, str]
 
 
 def measure(path: Path, upper_8_bits: bool = False) -> np.void:
-    """The RECORD of one image, of the pixels that `read_image` gives; raises its UserError."""
+    """The RECORD of one image, from the pixels that `read_image` returns; raises its UserError."""
     record = np.zeros((), RECORD)
     with open_image(path, upper_8_bits) as image:
         record["format"], record["mode"] = image.format, image.mode
@@ -63,50 +66,26 @@ def measure(path: Path, upper_8_bits: bool = False) -> np.void:
 
 
 def difference_hash(image: Image.Image) -> np.ndarray:
-    """Four uint64 that alike grey images share but for a few bits, whatever their size, brightness and compression.
+    """Difference hash of a grey image, (4,) uint64: similar for any size, brightness and compression.
 
-    The image is brought to 12 x 12; a bit says whether the right (or lower) neighbour is brighter by more than MARGIN
-    standard deviations: smooth or dark areas, where noise would decide, give 0. The last 14 bits are 0.
+    The image is resized to 12 x 12; a bit is 1 if the right (or lower) neighbour is brighter by more than MARGIN
+    standard deviations. Smooth or dark areas, where noise would decide, give 0. The last 14 bits are 0.
     """
-    # In floating point, since rounding to levels would add steps of its own to dark images.
+    # In floating point: rounding to levels would add false steps to dark images.
     grid = np.asarray(image.convert("F").resize((SIDE + 1, SIDE + 1), Image.Resampling.BILINEAR))
-    here, margin = grid[:-1, :-1], MARGIN * grid.std()
-    bits = np.concatenate([(grid[:-1, 1:] - here).ravel() > margin, (grid[1:, :-1] - here).ravel() > margin])
+    corner, margin = grid[:-1, :-1], MARGIN * grid.std()
+    bits = np.concatenate([(grid[:-1, 1:] - corner).ravel() > margin, (grid[1:, :-1] - corner).ravel() > margin])
     return np.packbits(np.pad(bits, (0, 256 - bits.size))).view(np.uint64)
 
 
-class _Measurer(Dataset):
-    """Images of a split, a batch at once."""
-
-    def __init__(self, files: ImageFiles, upper_8_bits: bool) -> None:
-        self.files, self.upper_8_bits = files, upper_8_bits
-
-    def __getitems__(self, indices: Sequence[int]) -> Measured:
-        records, bad = np.zeros(len(indices), RECORD), {}
-        for position, index in enumerate(indices):
-            try:
-                records[position] = measure(self.files.path(index), self.upper_8_bits)
-            except UserError as error:
-                bad[index] = str(error)
-        return Measured(records, bad)
-
-
 def measure_all(files: ImageFiles, workers: int, upper_8_bits: bool = False) -> Measured:
-    """The records of all images of a split, (N,) in its order, measured by so many processes beside this one."""
-    starts = range(0, len(files), BATCH)
-    loader = DataLoader(
-        _Measurer(files, upper_8_bits),
-        batch_sampler=[range(start, min(start + BATCH, len(files))) for start in starts],
-        num_workers=workers,
-        collate_fn=_as_it_is,
-        multiprocessing_context="fork" if workers > 0 and sys.platform == "linux" else None,
-        worker_init_fn=ride_out_signals,
-        persistent_workers=workers > 0,  # others raise over a refused fork when they are deleted
-    )
+    """The records of all images of a split, (N,) in its order, measured by worker processes."""
     records, bad = np.zeros(len(files), RECORD), {}
-    progress = Progress(files.root.name, len(starts), max(1, len(starts) // 10), BATCH)
+    steps = -(-len(files) // BATCH)
+    progress = Progress(files.root.name, steps, max(1, steps // 10), BATCH)
+    batches = decode_in_order(partial(_measure_batch, files, upper_8_bits), range(len(files)), BATCH, workers)
     try:
-        for step, measured in progress.track(loaded(loader)):
+        for step, measured in progress.track(batches):
             records[step * BATCH : step * BATCH + len(measured.records)] = measured.records
             bad |= measured.bad
             if progress.in_terminal or progress.is_due(step):
@@ -116,5 +95,11 @@ def measure_all(files: ImageFiles, workers: int, upper_8_bits: bool = False) -> 
     return Measured(records, bad)
 
 
-def _as_it_is(measured: Measured) -> Measured:
-    return measured
+def _measure_batch(files: ImageFiles, upper_8_bits: bool, indices: Sequence[int]) -> Measured:
+    records, bad = np.zeros(len(indices), RECORD), {}
+    for position, index in enumerate(indices):
+        try:
+            records[position] = measure(files.path(index), upper_8_bits)
+        except UserError as error:
+            bad[index] = str(error)
+    return Measured(records, bad)

@@ -1,4 +1,4 @@
-"""Every image decoded once: a split's pixels in one memory-mapped file, shared by all processes of a node."""
+"""A split's images, decoded once into a memory-mapped file that all processes of a node share."""
 
 import warnings
 from pathlib import Path
@@ -11,29 +11,29 @@ from torch import Tensor
 from utils.runtime.reading import open_regular
 
 PIXELS, INDEX = "pixels.u8", "index.npy"
-VERSION = 2  # of these files, and of what the folder's name is computed from
+VERSION = 2  # of these files and of the folder's fingerprint
 
-warnings.filterwarnings("ignore", message="The given NumPy array is not writable")  # nor does anything write to it
+warnings.filterwarnings("ignore", message="The given NumPy array is not writable")  # nothing writes to it
 
 
 class ImageCache:
-    """A whole cache: image i as PIL image, tensor (C, H, W) uint8, or only its size; None if its file is unreadable.
+    """A complete cache. Item i is image i, or None if its file was unreadable.
 
-    `pixels` is one array of bytes, image after image, (H, W, C) each; `index` (N, 3) int64 has offset, height and width
-    of each. Both are mapped from files: all processes of a node share one copy, which the system keeps or drops.
+    `pixels` holds the bytes of all images one after another, (H, W, C) each; `index` (N, 3) int64 holds the offset,
+    height and width of each. Both are mapped from files, so that the processes of a node share one copy in memory.
     """
 
     def __init__(self, folder: Path, channels: int, kind: str) -> None:
-        """kind: what an item is, "pil", "tensor", or "size": a tensor (C, H, W) without values."""
+        """kind of the items: "pil"; "tensor", (C, H, W) uint8; or "size", a tensor (C, H, W) without values."""
         self.folder, self.channels, self.kind = folder, channels, kind
         for name in (INDEX, PIXELS):
-            open_regular(folder / name).close()  # anything else is refused, before a pipe is waited for
-        # As plain arrays, whose slices are made faster; read-only, since a writable map would count as memory.
+            open_regular(folder / name).close()  # refuses pipes, on which NumPy would wait
+        # Plain arrays are faster to slice; read-only, because a writable map would count as memory.
         self.index = np.asarray(np.load(folder / INDEX, mmap_mode="r"))  # (N, 3)
         self.pixels = np.asarray(np.memmap(folder / PIXELS, dtype=np.uint8, mode="r"))
 
     def __reduce__(self) -> tuple:
-        return type(self), (self.folder, self.channels, self.kind)  # not its gigabytes
+        return type(self), (self.folder, self.channels, self.kind)  # without gigabytes of pixels
 
     def __len__(self) -> int:
         return len(self.index)
@@ -50,7 +50,7 @@ class ImageCache:
         return torch.from_numpy(pixels).permute(2, 0, 1)  # (C, H, W)
 
     def levels(self, index: int) -> np.ndarray | None:
-        """The pixels of an image, (H, W, C) uint8, whatever the kind of items; None if its file was unreadable."""
+        """An image's pixels, (H, W, C) uint8, for any kind of items; None if its file was unreadable."""
         offset, height, width = self.index[index].tolist()
         if height == 0:
             return None

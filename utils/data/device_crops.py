@@ -1,4 +1,4 @@
-"""Images kept on the device as they lie in the cache, and the random crops of a batch made there, all at once."""
+"""Random crops of whole batches on the device, from a cache in its memory (--cache-dataset device)."""
 
 import torch
 from torch import Tensor
@@ -8,40 +8,40 @@ from utils.runtime.errors import UserError
 from utils.runtime.progress import say
 
 CHUNK = 2**28  # bytes copied to the device at a time
-ALIGNMENT = 8  # of the patches' sides, for the matrix units
-FAR = 1e4  # pixels: beyond any filter
-SPARE = 0.1  # of the device's free memory must be left when all images are there
+ALIGNMENT = 8  # the sides of patches are multiples of this, for the matrix units
+FAR = 1e4  # pixels, beyond the reach of any filter
+SPARE = 0.1  # of the device's free memory that the images must leave
 
 
 class DeviceImages:
-    """Crops out of a cache that lies in the device's memory whole, brought to one size.
+    """A cache in the device's memory, from which crops are resized to one size.
 
-    A resize is separable and linear: out = V P H^T for a crop P with one row of filter weights for each row (V) and
-    column (H) of the result, the weights of Pillow and torch's antialiased interpolation. A batch is two matrix
-    products. The result lies within 2 of 255 levels of what `--cache-dataset host` gives, rounding in each direction;
-    not for bicubic crops by Pillow, which overshoot, and are cut off after the vertical pass where that comes first.
+    A resize is separable and linear: out = V P H^T for a crop P, with one row of filter weights for each row (V) and
+    column (H) of the result, the weights of Pillow's and torch's antialiased interpolation. A batch is two matrix
+    products. Results are within 2 of 255 levels of `--cache-dataset host`, because of rounding. That does not hold for
+    Pillow's bicubic crops: their overshoots are clipped after the vertical pass if that comes first.
     """
 
     def __init__(
         self, cache: ImageCache, size: int, interpolation: str, device: torch.device, compiled: bool = False
     ) -> None:
-        """size: of the crops made, pixels; interpolation: bilinear or bicubic; compiled: by torch.compile.
+        """size: of the resized crops, pixels; interpolation: bilinear or bicubic; compiled: by torch.compile.
 
         Raises UserError if the device has too little memory.
         """
         self.size, self.filter, self.device = size, FILTERS[interpolation], device
         self.offsets = torch.from_numpy(cache.index[:, 0].copy()).to(device)  # (N,)
-        self.strides = torch.from_numpy(cache.index[:, 2] * cache.channels).to(device)  # (N,) bytes of a row
+        self.strides = torch.from_numpy(cache.index[:, 2] * cache.channels).to(device)  # (N,) bytes per row
         self.channel = torch.arange(cache.channels, device=device).view(-1, 1, 1)  # (C, 1, 1)
         self.pixels = _to_device(torch.from_numpy(cache.pixels), device)
-        # What pixels and weights are multiplied in: 11 bits hold a pixel exactly and a weight to 1/2000.
+        # Of the matrix products: the 11 bits of float16 hold a pixel exactly and a weight to 1/2000.
         self.dtype = torch.float16 if device.type == "cuda" else torch.float32
         self.resample = torch.compile(self._resample, dynamic=True) if compiled else self._resample
 
     def __call__(self, indices: Tensor, crops: Tensor) -> Tensor:
-        """Images (B, C, S, S) uint8 on the device, from what `DrawCrop` drew.
+        """Images (B, C, S, S) uint8 on the device.
 
-        indices: (B,) of the images; crops: (B, 5), top, left, height, width and flip of each; both int64 on the CPU.
+        indices: (B,) of the images; crops: (B, 5) from `DrawCrop`, top, left, height, width, flip; int64 on the CPU.
         """
         height, width = (-(-longest // ALIGNMENT) * ALIGNMENT for longest in crops[:, 2:4].amax(0).tolist())
         indices, crops = (tensor.to(self.device, non_blocking=True) for tensor in (indices, crops))
@@ -49,9 +49,9 @@ class DeviceImages:
 
     def _resample(self, indices: Tensor, crops: Tensor, height: int, width: int) -> Tensor:
         top, left, heights, widths, flip = crops.unbind(1)  # (B,) each
-        row = torch.arange(height, device=self.device).minimum(heights[:, None] - 1)  # (B, H), of each crop
+        row = torch.arange(height, device=self.device).minimum(heights[:, None] - 1)  # (B, H), within the crop
         column = torch.arange(width, device=self.device).minimum(widths[:, None] - 1)  # (B, W)
-        row, column = row + top[:, None], column + left[:, None]  # of each image
+        row, column = row + top[:, None], column + left[:, None]  # within the image
         row_starts = self.offsets[indices][:, None] + row * self.strides[indices][:, None]  # (B, H)
         row_starts = row_starts[:, None, :, None] + self.channel  # (B, C, H, 1)
         patches = self.pixels[row_starts + len(self.channel) * column[:, None, None]].to(self.dtype)  # (B, C, H, W)
@@ -60,15 +60,15 @@ class DeviceImages:
         horizontal = torch.where(flip.bool()[:, None, None], horizontal.flip(1), horizontal)
         with torch.autocast(self.device.type, enabled=False):
             patches = patches @ horizontal.mT[:, None]  # (B, C, H, S)
-            if self.filter is _cubic:  # which overshoots: cut off in each direction, as Pillow and torch do
+            if self.filter is _cubic:  # overshoots, which Pillow and torch clip after each direction
                 patches = patches.round_().clamp_(0, 255)
             resized = vertical[:, None] @ patches  # (B, C, S, S)
         return resized.round_().clamp_(0, 255).to(torch.uint8)
 
     def _weights(self, lengths: Tensor, longest: int) -> Tensor:
-        """The filter's weights (B, S, longest) that bring `lengths` (B,) pixels to S; 0 beyond each length."""
-        scale = lengths / self.size  # (B,) pixels of the source for each of the result
-        stretch = scale.clamp_min(1)[:, None]  # the filter is stretched where pixels are averaged
+        """Filter weights (B, S, longest) that resize `lengths` (B,) pixels to S; 0 beyond each length."""
+        scale = lengths / self.size  # (B,) source pixels per result pixel
+        stretch = scale.clamp_min(1)[:, None]  # downsampling stretches the filter
         centres = (torch.arange(self.size, device=self.device) + 0.5) * scale[:, None] / stretch  # (B, S)
         places = torch.arange(longest, device=self.device) + 0.5  # (longest,)
         places = torch.where(places < lengths[:, None], places / stretch, FAR)  # (B, longest)
@@ -77,12 +77,12 @@ class DeviceImages:
 
 
 def _triangle(distances: Tensor) -> Tensor:
-    """Of bilinear interpolation."""
+    """The bilinear kernel."""
     return distances.abs_().neg_().add_(1).clamp_min_(0)
 
 
 def _cubic(distances: Tensor) -> Tensor:
-    """Of bicubic interpolation: Keys' kernel with a = -0.5."""
+    """The bicubic kernel: Keys' with a = -0.5."""
     x = distances.abs_()
     inner = (1.5 * x - 2.5) * x * x + 1
     outer = ((-0.5 * x + 2.5) * x - 4) * x + 2
@@ -93,13 +93,13 @@ FILTERS = {"bilinear": _triangle, "bicubic": _cubic}
 
 
 def _to_device(pixels: Tensor, device: torch.device) -> Tensor:
-    """A copy (bytes,) on the device; on the CPU the mapped file itself."""
+    """A copy (bytes,) on the device; on the CPU, the mapped file itself."""
     if device.type == "cpu":
         return pixels
     free, _ = torch.cuda.mem_get_info(device)
     if len(pixels) > (1 - SPARE) * free:
         raise UserError(
-            f"--cache-dataset device: the training images take {len(pixels) / 1e9:.1f} GB, and {device} has "
+            f"--cache-dataset device: the training images take {len(pixels) / 1e9:.1f} GB, but {device} has only "
             f"{free / 1e9:.1f} GB free; give host, a smaller --val-resize-size, or --gray."
         )
     copy = torch.empty_like(pixels, device=device)

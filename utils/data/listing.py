@@ -1,4 +1,4 @@
-"""Listing folders: images by their endings, without hidden files and folders; what is passed over is counted."""
+"""Lists the images of folders by file extension, and counts hidden entries and other files."""
 
 import os
 from collections import Counter
@@ -10,30 +10,31 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 from utils.runtime.errors import UserError
 from utils.runtime.text import printable
 
-# What archives of macOS, network disks, Windows, Linux and Python leave in folders, besides names with a dot in front.
+# Left by macOS archives, network disks, Windows, Linux and Python, besides names that start with a dot.
 LEFTOVERS = {
-    *("__macosx", "@eadir", "@recycle", "@recently-snapshot", "@tmp", "#recycle", "#snapshot", "$recycle.bin"),
-    *("recycler", "system volume information", "thumbs.db", "desktop.ini", "lost+found", "__pycache__"),
-}
-LONGEST_ENDING = 10  # characters; what is longer is part of a name that holds a dot
+    "#recycle", "#snapshot", "$recycle.bin", "@eadir", "@recently-snapshot", "@recycle", "@tmp", "__macosx",
+    "__pycache__", "desktop.ini", "lost+found", "recycler", "system volume information", "thumbs.db",
+}  # fmt: skip
+LONGEST_ENDING = 10  # characters; a longer one is part of a name with a dot
 ENDINGS_SHOWN = 8
 
 
 def is_hidden(name: str) -> bool:
-    """Whether a file or folder of this name is skipped wherever images or classes are listed."""
+    """Whether a file or folder of this name is skipped."""
     return name.startswith(".") or name.lower() in LEFTOVERS
 
 
 def is_image(name: str) -> bool:
-    """Whether files of this name are read as images; only the ending counts."""
+    """Whether files of this name are read as images, by extension."""
     return name.lower().endswith(IMG_EXTENSIONS)
 
 
 @dataclass
 class PassedOver:
-    """What folders hold besides the images that are read.
+    """Counts of entries that are not read.
 
-    hidden: hidden files and folders; endings: other files by ending, "" without one; stray: images in no class folder.
+    hidden: hidden files and folders; endings: other files by extension ("" without one); stray: images outside of
+    class folders.
     """
 
     hidden: int = 0
@@ -41,14 +42,14 @@ class PassedOver:
     stray: int = 0
 
     def keep_visible(self, names: list[str]) -> list[str]:
-        """The names that are not hidden; the others are counted."""
+        """The names that are not hidden. The hidden ones are counted."""
         visible = [name for name in names if not is_hidden(name)]
         self.hidden += len(names) - len(visible)
         return visible
 
     def add_file(self, name: str) -> None:
         ending = os.path.splitext(name)[1].lower()
-        is_ending = len(ending) <= LONGEST_ENDING and any(map(str.isalpha, ending))  # DICOM's names end in numbers
+        is_ending = len(ending) <= LONGEST_ENDING and any(map(str.isalpha, ending))  # DICOM names end in numbers
         self.endings[ending if is_ending else ""] += 1
 
     def add(self, other: "PassedOver") -> None:
@@ -57,7 +58,7 @@ class PassedOver:
         self.stray += other.stray
 
     def describe(self) -> str:
-        """Such as `skipped: 4 hidden files or folders; ignored: 12 .dcm, 3 without an ending`; "" if there is none."""
+        """For example `skipped: 4 hidden files or folders; ignored: 12 .dcm, 3 without an ending`; "" for none."""
         common = sorted(self.endings.items(), key=lambda item: (-item[1], not item[0], item[0]))
         ignored = [f"{count} {printable(ending) or 'without an ending'}" for ending, count in common[:ENDINGS_SHOWN]]
         if len(common) > ENDINGS_SHOWN:
@@ -70,11 +71,10 @@ class PassedOver:
 
 
 def find_images(root: Path, passed_over: PassedOver, seen: dict[tuple[int, int], str] | None = None) -> list[str]:
-    """The sorted paths of all images below a folder, by their ending; what else is there is added to `passed_over`.
+    """The sorted paths of all images below a folder. Other entries are counted in `passed_over`.
 
-    Hidden files and folders are skipped; the folder itself may be hidden. seen: folders listed before, by device and
-    inode, to which those below are added. Raises UserError for a folder that cannot be read, and for links by which
-    one holds itself, or another one twice.
+    Hidden entries are skipped, but the folder itself may be hidden. seen: the folders listed so far, by device and
+    inode; extended here. Raises UserError for an unreadable folder, and for a link that leads to a folder seen before.
     """
 
     def refuse(error: OSError) -> None:

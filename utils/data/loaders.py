@@ -1,9 +1,10 @@
-"""What the loaders of training, evaluation, cache and audit share: their workers' batches, with an end to each wait."""
+"""Iterates over loaders: every wait for a worker has a time limit, and every failure becomes one sentence."""
 
 import sys
 import traceback
 from collections.abc import Callable, Iterator
 from functools import partial
+from operator import call
 from typing import Any, TypeVar
 
 from torch import Tensor
@@ -23,17 +24,17 @@ END = object()
 
 
 def batch_seconds(timeout: float) -> float:
-    """How long a process may wait for a batch that may wait `timeout` seconds for anything."""
+    """The seconds to wait for a batch if any wait may take `timeout` seconds."""
     return EARLY * min(timeout, LONGEST)
 
 
 def loaded(loader: DataLoader, wait: Wait | None = None) -> Iterator[Any]:
     """The loader's batches. wait: calls the functions that wait for workers; None: `wait_for` with TIMEOUT.
 
-    Raises UserError for workers that cannot be started, end, or give no batch in time.
+    Raises UserError if workers cannot be started, end, or deliver no batch in time.
     """
     if loader.num_workers == 0:
-        wait = _directly
+        wait = call
     elif wait is None:
         wait = partial(wait_for, seconds=TIMEOUT)
     iterator = None
@@ -41,11 +42,11 @@ def loaded(loader: DataLoader, wait: Wait | None = None) -> Iterator[Any]:
         iterator = wait(partial(iter, loader))
         while (batch := wait(partial(next, iterator, END))) is not END:
             if isinstance(batch, UserError):
-                # A new one: the traceback of this one would hold the frame that holds it, and the workers with it.
+                # A new error: the traceback of this one would keep its frame and so the workers alive.
                 raise UserError(str(batch))
             yield batch
     except (RuntimeError, OSError, EOFError) as error:
-        end_workers()  # first, since torch's handler of SIGCHLD may interrupt whatever comes before it
+        end_workers()  # first, because torch's SIGCHLD handler may interrupt anything before it
         problem = explain_start(error) if iterator is None else explain_batch(error)
         if problem is None:
             raise
@@ -58,7 +59,7 @@ def loaded(loader: DataLoader, wait: Wait | None = None) -> Iterator[Any]:
 
 
 def _delete_quietly(error: BaseException) -> None:
-    """Delete what the error's frames hold: an iterator without all of its workers, over whose end torch raises."""
+    """Delete what the error's frames hold: an incomplete iterator, at whose deletion torch raises."""
     hook, sys.unraisablehook = sys.unraisablehook, lambda _: None
     try:
         traceback.clear_frames(error.__traceback__)
@@ -66,14 +67,10 @@ def _delete_quietly(error: BaseException) -> None:
         sys.unraisablehook = hook
 
 
-def _directly(get: Callable[[], Item]) -> Item:
-    return get()
-
-
 def in_shared_memory(batch: Any) -> Any:
-    """A `collate_fn` for batches that are complete: moves the tensors of a tuple to where the loader can read them.
+    """A `collate_fn` for complete batches: moves the tensors of a tuple to shared memory.
 
-    torch would do it in a thread of the worker, whose error nobody hears. Returns a UserError if there is no room.
+    torch would do so in a thread of the worker, where an error goes unnoticed. Returns a UserError if there is no room.
     """
     if get_worker_info() is None:
         return batch

@@ -1,7 +1,8 @@
-"""Which images each rank takes, and when: a training order that knows its position, and every image once."""
+"""Samplers for training and evaluation, and the seeds of random numbers that depend on an image only."""
 
 import zlib
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import numpy as np
@@ -12,7 +13,7 @@ from utils.runtime.errors import UserError
 
 
 class SampleKey(NamedTuple):
-    """Which image, and which of its augmentations: everything that a training sample depends on, but the seed."""
+    """An image and one of its augmentations: with the seed, all that a training sample depends on."""
 
     index: int
     epoch: int = 0
@@ -20,19 +21,26 @@ class SampleKey(NamedTuple):
 
 
 def derive_seed(purpose: str, *numbers: int) -> int:
-    """One well-mixed 64-bit seed out of a purpose, which keeps the streams apart, and several non-negative numbers."""
+    """A well-mixed 64-bit seed from a purpose and non-negative numbers; each purpose has its own stream."""
     entropy = (zlib.crc32(purpose.encode()), *numbers)
     return int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0])
 
 
-class TrainingSampler(Sampler[list[SampleKey]]):
-    """This rank's share of each global batch, as lists of keys; knows its epoch and its position in it.
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Seed torch's global CPU generator within the block, and restore its state afterwards."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        yield
 
-    Global batch t is permutation[t*W*B : (t+1)*W*B] for world size W and batch size B, the remainder dropped; this
-    rank takes every W-th entry of it. An iteration may begin at any step, and at any place in the order. The
-    permutation depends on (seed, epoch) only. With `repeats` above 1 (repeated augmentation, Hoffer et al. 2020) each
-    image of it stands `repeats` times in a row, augmented differently, on different ranks where there are several, and
-    the list is cut to the number of images.
+
+class TrainingSampler(Sampler[list[SampleKey]]):
+    """This rank's share of each global batch, as lists of keys, from any position in an epoch.
+
+    Global batch t is permutation[t*W*B : (t+1)*W*B] for world size W and batch size B; the remainder is dropped. Each
+    rank takes every W-th entry. The permutation depends on (seed, epoch) only. With `repeats` above 1 (repeated
+    augmentation, Hoffer et al. 2020) each image stands `repeats` times in a row with different augmentations, which go
+    to different ranks if there are several; the list is cut to the number of images.
     """
 
     def __init__(
@@ -53,10 +61,10 @@ class TrainingSampler(Sampler[list[SampleKey]]):
         self.set_position(0)
 
     def set_position(self, epoch: int, first_step: int = 0, first_image: int | None = None) -> None:
-        """Let the next iteration give epoch `epoch` from its step `first_step` on.
+        """Let the next iteration start at step `first_step` of an epoch.
 
-        first_image: how many images of the epoch's order the steps before took, where that was on another number of
-        processes; None: as many as such steps take now.
+        first_image: the images of the epoch's order that earlier steps consumed, if another number of processes ran
+        them; None: computed from `first_step`.
         """
         self.epoch, self.first_step = epoch, first_step
         self.first_image = first_step * self.global_batch if first_image is None else first_image
@@ -67,11 +75,11 @@ class TrainingSampler(Sampler[list[SampleKey]]):
 
     @property
     def steps_per_epoch(self) -> int:
-        """The steps of this epoch, those before the position included."""
+        """The steps of this epoch, including those before the position."""
         return self.first_step + len(self)
 
     def images_before(self, step: int) -> int:
-        """How many images of the epoch's order are behind a run when `step` begins."""
+        """The images of the epoch's order that are consumed when `step` begins."""
         return self.first_image + (step - self.first_step) * self.global_batch
 
     def __len__(self) -> int:
@@ -88,12 +96,17 @@ class TrainingSampler(Sampler[list[SampleKey]]):
 
 
 class EvaluationSampler(Sampler[list[SampleKey]]):
-    """This rank's share of a split, every image exactly once over all ranks: indices rank, rank + W, rank + 2W, ..."""
+    """This rank's share of a split: images rank, rank + W, rank + 2W, ..., so that all ranks cover each image once."""
 
-    def __init__(self, num_images: int, batch_size: int, rank: int = 0, world_size: int = 1) -> None:
+    def __init__(
+        self, num_images: int, batch_size: int, rank: int = 0, world_size: int = 1, spread: bool = False
+    ) -> None:
+        """spread: only about one batch, taken evenly from the whole share."""
         self.indices = range(rank, num_images, world_size)
+        if spread:
+            self.indices = self.indices[:: max(1, -(-len(self.indices) // batch_size))]
         self.batch_size = batch_size
-        self.common_steps = -(-(num_images // world_size) // batch_size)  # of the rank that has the fewest
+        self.common_steps = -(-(num_images // world_size) // batch_size)  # of the rank with the fewest images
 
     def __len__(self) -> int:
         return -(-len(self.indices) // self.batch_size)

@@ -1,4 +1,4 @@
-"""From the command line's values to the splits of a run: their folders, transforms, caches and loaders."""
+"""The splits of a run from its flags: folders, transforms, caches and loaders."""
 
 import argparse
 import os
@@ -30,12 +30,12 @@ from utils.runtime.errors import UserError, agreed
 from utils.runtime.node_limits import shared_memory_problem
 from utils.runtime.text import explain_forms, list_names
 
-# What the pixels of a cache depend on, but the files.
+# What the pixels of a cache depend on, besides the image files.
 CACHE_PARAMETERS = ("val_resize_size", "interpolation", "backend", "gray", "upper_8_bits")
 
 
 class Splits(NamedTuple):
-    """`training` is None with --test-only."""
+    """The opened splits; `training` is None with --test-only."""
 
     training: ImageFolder | None
     evaluation: ImageFolder
@@ -43,13 +43,13 @@ class Splits(NamedTuple):
 
 
 def open_splits(args: argparse.Namespace, trained_classes: list[str] | None = None, source: str = "") -> Splits:
-    """The splits that the run needs, checked and described; the generated phantoms without --data-path.
+    """Open, check and describe the splits that the run needs; without --data-path the generated phantoms.
 
-    trained_classes: with --test-only those of the training, as the file `source` names them; None: those of the train
-    folder, or the evaluated split's own where there is none. That split may lack some of them.
+    trained_classes: with --test-only, the classes of the training as the weight file `source` names them. None: those
+    of the train folder, or if there is none, of the evaluated split. The evaluated split may lack some of them.
 
-    Raises UserError for missing folders, a single class, classes that differ between the splits, --num-classes unlike
-    the data, and an --exclude that names no image or leaves a class none.
+    Raises UserError for missing folders, a single class, different classes in the splits, a --num-classes that does not
+    match the data, and an --exclude that matches no image or empties a class.
     """
     check_cache_flags(args)
     root = _data_root(args.data_path)
@@ -60,7 +60,7 @@ def open_splits(args: argparse.Namespace, trained_classes: list[str] | None = No
         classes, named_by = trained_classes, source
         whose = f"{source}, which was trained on classes of other names"
     elif args.test_only and evaluated != "train":
-        with suppress(UserError):  # without a train folder the split's own classes count
+        with suppress(UserError):  # without a train folder, the classes of the split itself
             classes = find_classes(root / "train")
     evaluation = ImageFolder(
         root / evaluated,
@@ -85,12 +85,12 @@ def open_splits(args: argparse.Namespace, trained_classes: list[str] | None = No
         check_same_classes(root, {"train": training.classes, "val": evaluation.classes})
     check_several_classes(evaluation.root if training is None else training.root, evaluation.classes)
     opened = [split.files for split in (training, evaluation) if split is not None]
-    if training is not None and (root / "test").is_dir():  # rather than after the training
+    if training is not None and (root / "test").is_dir():  # now, not after the training
         opened.append(ImageFiles.find(root / "test", excluded.get("test", frozenset()), training.classes))
     for files in opened:
-        _say_found(files)
+        _print_split(files)
     if args.exclude:
-        _say_excluded(args.exclude, excluded, [split for split in (training, evaluation) if split is not None])
+        _print_excluded(args.exclude, excluded, [split for split in (training, evaluation) if split is not None])
     found = len(evaluation.classes)
     if args.num_classes is not None and args.num_classes != found:
         raise UserError(
@@ -99,8 +99,8 @@ def open_splits(args: argparse.Namespace, trained_classes: list[str] | None = No
     return Splits(training, evaluation, evaluation.classes)
 
 
-def _say_found(files: ImageFiles) -> None:
-    """Print what a split holds, what of it is passed over, and which classes of the training it lacks."""
+def _print_split(files: ImageFiles) -> None:
+    """Print a split's images and classes, the ignored files, and the classes of the training that it lacks."""
     progress.say(files.describe())
     if ignored := files.describe_ignored():
         progress.say(f"warning: {ignored}")
@@ -111,10 +111,10 @@ def _say_found(files: ImageFiles) -> None:
         )
 
 
-def _say_excluded(path: str, excluded: dict[str, set[str]], opened: list[ImageFolder]) -> None:
-    """Say how many images are left out, and how many lines named none; raises UserError if none of them did.
+def _print_excluded(path: str, excluded: dict[str, set[str]], opened: list[ImageFolder]) -> None:
+    """Print how many images are excluded and how many lines match no image; raises UserError if no line matches.
 
-    Lines of a split that this run does not open are not looked at.
+    Lines for splits that this run does not open are ignored.
     """
     counts = {split.root.name: split.files.excluded for split in opened}
     absent = sum(len(excluded[name]) for name in ("", *counts)) - sum(counts.values())
@@ -125,30 +125,30 @@ def _say_excluded(path: str, excluded: dict[str, set[str]], opened: list[ImageFo
 
 
 def check_same_data(splits: Splits, state: dict[str, Any] | None, source: str) -> None:
-    """Raise UserError if a run is to go on with other data than it began with."""
+    """Raise UserError if a resumed run would continue on other data than it started with."""
     if state is None:
         return
     if state["classes"] != splits.classes:
         raise UserError(
-            f"{source}: the run began with other classes than the data has now; start a new run from its weights with "
-            f"_normal/train.py --finetune.{explain_forms(splits.classes, state['classes'])}"
+            f"{source}: the run started with other classes than the data has now; start a new run from its weights "
+            f"with _normal/train.py --finetune.{explain_forms(splits.classes, state['classes'])}"
         )
     if state["train_images"] != len(splits.training):
         raise UserError(
-            f"{source}: the run began with {state['train_images']} images in {splits.training.root}, which has "
+            f"{source}: the run started with {state['train_images']} images in {splits.training.root}, which has "
             f"{len(splits.training)} now; restore them, or start a new run from its weights with _normal/train.py "
             "--finetune."
         )
     differing = [name for name, digest in state.get("image_files", {}).items() if digests(splits)[name] != digest]
-    if differing:  # checkpoints from before this was noted have none
+    if differing:  # older checkpoints do not record this
         raise UserError(
-            f"{source}: the run began with other images in {differing[0]} than the data has now, as their names and "
-            "--exclude tell; restore them, or start a new run from its weights with _normal/train.py --finetune."
+            f"{source}: the run started with other images in {differing[0]} than the data has now, judging by their "
+            "names and --exclude; restore them, or start a new run from its weights with _normal/train.py --finetune."
         )
 
 
 def digests(splits: Splits) -> dict[str, str]:
-    """What a checkpoint keeps of the images that are trained and validated on."""
+    """Digests of the names of the training and validation images, for the checkpoint."""
     return {"train": splits.training.files.digest(), "val": splits.evaluation.files.digest()}
 
 
@@ -158,7 +158,7 @@ def _data_root(data_path: str | None) -> Path:
             root = phantoms.ensure_default()
         except OSError as error:
             raise UserError(f"The phantoms cannot be written ({error}); give --data-path.") from None
-        progress.say(f"No --data-path was given: using generated phantoms in {root}, which are no real images.")
+        progress.say(f"No --data-path was given: using generated phantoms in {root}, which are not real images.")
         return root
     root = Path(data_path)
     if not root.is_dir():
@@ -187,7 +187,7 @@ def _training_transform(args: argparse.Namespace) -> nn.Module:
 
 
 def training_loader(args: argparse.Namespace, dataset: ImageFolder, device: torch.device) -> DataLoader:
-    """Raises UserError if there are fewer images than one global batch, or too little shared memory for the workers."""
+    """Raises UserError for fewer images than one global batch, and for too little shared memory for the workers."""
     sampler = TrainingSampler(
         len(dataset),
         args.batch_size,
@@ -196,18 +196,29 @@ def training_loader(args: argparse.Namespace, dataset: ImageFolder, device: torc
         args.seed,
         args.ra_reps if args.ra_sampler else 1,
     )
-    pin_memory = device.type == "cuda" and args.cache_dataset != "device"  # crops are a few kilobytes
+    pin_memory = device.type == "cuda" and args.cache_dataset != "device"  # there a batch is only crop coordinates
     if args.cache_dataset != "device":
         _check_shared_memory(args, args.train_crop_size, len(sampler))
     return build_loader(dataset, sampler, args.workers, pin_memory)
 
 
 def evaluation_loader(args: argparse.Namespace, dataset: ImageFolder, device: torch.device) -> DataLoader:
-    """Raises UserError, on all ranks, if there is too little shared memory for the workers."""
+    """Raises UserError, on all ranks, for too little shared memory for the workers."""
     sampler = EvaluationSampler(len(dataset), args.batch_size, distributed.rank(), distributed.world_size())
     with agreed():
         _check_shared_memory(args, args.val_crop_size, len(sampler))
     return build_loader(dataset, sampler, args.workers, pin_memory=device.type == "cuda")
+
+
+def one_batch_loaders(args: argparse.Namespace, splits: Splits) -> tuple[DataLoader, DataLoader]:
+    """Loaders of one training and one evaluation batch per rank, read without workers; for the rehearsal."""
+    rank, world_size, batch_size = distributed.rank(), distributed.world_size(), args.batch_size
+    training = TrainingSampler(batch_size * world_size, batch_size, rank, world_size, args.seed)
+    evaluation = EvaluationSampler(len(splits.evaluation), batch_size, rank, world_size, spread=True)
+    return (
+        build_loader(splits.training, training, workers=0, pin_memory=False),
+        build_loader(splits.evaluation, evaluation, workers=0, pin_memory=False),
+    )
 
 
 def _check_shared_memory(args: argparse.Namespace, size: int, batches: int) -> None:
@@ -222,18 +233,15 @@ def _channels(args: argparse.Namespace) -> int:
 
 
 def check_cache_flags(args: argparse.Namespace) -> None:
-    """Raise UserError for a cache without a folder or with one among the images, where it would become a class.
-
-    So too for what a batch on the device cannot follow.
-    """
+    """Raise UserError for a missing cache folder, one among the images, and flags that exclude a device cache."""
     if args.cache_dataset == "off":
         if args.cache_dir is not None:
             progress.say("--cache-dir: without effect, since --cache-dataset is off.")
         return
     if args.cache_dir is None:
         raise UserError(
-            f"--cache-dataset {args.cache_dataset}: give --cache-dir a folder, on a disk of this node with room for "
-            "all images; later runs read it too."
+            f"--cache-dataset {args.cache_dataset}: give --cache-dir a folder, on a local disk of this node with "
+            "space for all images; later runs reuse it."
         )
     cache_dir, root = Path(args.cache_dir).resolve(), Path(args.data_path or os.devnull)
     if any(cache_dir.is_relative_to((root / split).resolve()) for split in SPLITS):
@@ -241,25 +249,25 @@ def check_cache_flags(args: argparse.Namespace) -> None:
     if args.cache_dataset == "device" and not args.test_only:
         if args.auto_augment is not None or args.random_erase > 0:
             name = "--auto-augment" if args.auto_augment is not None else "--random-erase"
-            raise UserError(f"--cache-dataset device: cannot follow {name}; give --cache-dataset host.")
+            raise UserError(f"--cache-dataset device: does not support {name}; give --cache-dataset host.")
         if args.interpolation not in FILTERS:
             raise UserError(
-                f"--cache-dataset device: cannot follow --interpolation {args.interpolation}; give --cache-dataset "
+                f"--cache-dataset device: does not support --interpolation {args.interpolation}; give --cache-dataset "
                 f"host, or one of {', '.join(FILTERS)}."
             )
         if args.interpolation == "bicubic" and args.backend == "pil":
             raise UserError(
-                "--cache-dataset device: cannot follow --interpolation bicubic with --backend pil, whose rounding "
-                "differs between crops and between Pillow's versions; give --backend tensor, --interpolation bilinear "
-                "or --cache-dataset host."
+                "--cache-dataset device: does not support --interpolation bicubic with --backend pil, whose "
+                "rounding differs between crops and between versions of Pillow; give --backend tensor, --interpolation "
+                "bilinear or --cache-dataset host."
             )
 
 
 def use_cache(args: argparse.Namespace, splits: Splits, device: torch.device) -> None:
-    """With --cache-dataset, let the splits read from their caches, built by all ranks together where there are none.
+    """With --cache-dataset, make the splits read from their caches; all ranks together build missing caches.
 
-    With `device` the training images lie on the device, and evaluation reads as with `host`. Raises UserError for a
-    bad image, unless they are skipped, for a folder that cannot be written to, and for too little memory.
+    With `device` the training images are on the device, and evaluation reads as with `host`. Raises UserError for an
+    unreadable image, unless they are skipped, for a folder that cannot be written, and for too little memory.
     """
     if args.cache_dataset == "off":
         return
@@ -267,7 +275,7 @@ def use_cache(args: argparse.Namespace, splits: Splits, device: torch.device) ->
         datasets = [split for split in (splits.training, splits.evaluation) if split is not None]
         builds = [_cache_build(args, dataset) for dataset in datasets]
         for build in builds:
-            batch_bytes = BATCH * _channels(args) * args.val_resize_size**2  # more for images that are no squares
+            batch_bytes = BATCH * _channels(args) * args.val_resize_size**2  # more if images are not square
             batches = 0 if build.is_whole() else len(build.files) // BATCH
             problem = shared_memory_problem(batch_bytes, batches, build.workers, processes=1)
             if problem is not None and batches:

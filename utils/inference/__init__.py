@@ -1,1 +1,1 @@
-"""Trained weights on their way out: classifiers, model cards, ONNX."""
+"""Trained classifiers outside of training: opening weight files, model cards, ONNX."""

@@ -1,4 +1,4 @@
-"""A classifier out of a file of weights, with the classes it tells apart and the preprocessing it was made for."""
+"""Opens a weight file as a classifier, with its class names and preprocessing."""
 
 import argparse
 import sys
@@ -8,120 +8,118 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
+from tqdm import tqdm
 
 from utils import arguments
-from utils.checkpoints import checkpoint
-from utils.checkpoints.checkpoint import Weights
+from utils.checkpoints.checkpoint import Weights, read_weights
 from utils.data.folders import find_classes
 from utils.flags import Switch, add_input_flags, positive_float, positive_int, shared_parser
 from utils.runtime.command_line import expanded
 from utils.runtime.errors import UserError
 from utils.runtime.reading import read_bytes
-from utils.runtime.text import decode_text, explain_forms, print_line
-from utils.training import build as wiring
-from utils.training import fitting as loading
-from utils.training import models
+from utils.runtime.text import as_line, decode_text, explain_forms
+from utils.training import build, fitting, models
 from utils.training.model_sources import model_name
 
 
 class Classifier(NamedTuple):
-    """A classifier in evaluation mode on its device, and what its file and the command line say of it."""
+    """A classifier in evaluation mode on its device, and where it comes from."""
 
     model: nn.Module
     classes: list[str]
-    args: argparse.Namespace  # the flags of training, defaults included
+    args: argparse.Namespace  # the training's flags, with defaults for what neither file nor command line gives
     weights: Weights
 
 
 def add_weights_flags(parser: arguments.Parser) -> argparse._ArgumentGroup:
-    """The file, and what to say where it does not: model, classes and preprocessing. Returns the group of these."""
-    parser.add_argument("file", type=expanded, metavar="WEIGHTS", help="a .pth or .safetensors file; it may say all of "
-        "the following")  # fmt: skip
-    parser.add_argument("--use-ema", action=Switch, help="of weights with a moving average; None: the "
-        "average, if there is one")  # fmt: skip
-    group = parser.add_argument_group("only where the file does not say it")
+    """Add the weight file and the flags for what it may not record; returns the group of these flags."""
+    parser.add_argument("file", type=expanded, metavar="WEIGHTS", help="a .pth or .safetensors file")
+    parser.add_argument("--use-ema", action=Switch, help="take the moving average of the weights, or the trained "
+        "weights; None: the average if the file has one")  # fmt: skip
+    group = parser.add_argument_group("for files that do not record it")
     group.add_argument("--model", type=model_name, help="any timm classifier")
-    group.add_argument("--classes", type=expanded, metavar="FILE", help="one name a line, or a folder of class folders")
+    group.add_argument("--classes", type=expanded, metavar="FILE", help="one name per line, or a folder of class "
+        "folders")  # fmt: skip
     add_input_flags(group)
     return group
 
 
 def add_mask_flags(group: argparse._ActionsContainer) -> None:
-    """The masks that a heated classifier was trained with."""
+    """Add the flags of the masks that a heated classifier was trained with."""
     add = group.add_argument
-    add("--mask-policy", choices=("learned", "prior", "uniform", "none"), help="None: learned, if there is a grid")
-    add("--grid", type=positive_int, help="cells a side of the masks of a heated model")
+    add("--mask-policy", choices=("learned", "prior", "uniform", "none"), help="None: learned if there is a grid")
+    add("--grid", type=positive_int, help="cells per side of a heated model's masks")
     add("--kernel", type=positive_int, help="size of their blur, pixels")
     add("--sigma", type=positive_float, help="standard deviation of their blur, pixels")
 
 
 def open_classifier(given: dict[str, Any], device: torch.device) -> Classifier:
-    """The classifier of `given["file"]`; `given`: what the command line says, of the flags above.
+    """The classifier in `given["file"]`; `given`: the flags above as typed, without defaults.
 
-    Raises UserError for an unfit file, for flags that contradict it, and where neither names the model or the classes.
+    Raises UserError for an unfit file, for flags that contradict it, and for an unknown model or unknown classes.
     """
-    weights = checkpoint.read_weights(given["file"], given.get("use_ema"))
-    known = shared_parser("")
-    add_mask_flags(known)
-    flags = {name: value for name, value in given.items() if name in arguments.MODEL_FLAGS}
+    weights = read_weights(given["file"], given.get("use_ema"))
     for note in weights.notes:
-        _say(note)
-    saved = loading.usable_args(weights, flags, _say)
-    args = arguments.for_weights(known, flags, saved, weights.path, test_only=True)
+        print_to_stderr(note)
+    flags = {name: value for name, value in given.items() if name in arguments.MODEL_FLAGS}
+    saved = fitting.usable_args(weights, flags, print_to_stderr)
+    parser = shared_parser("")
+    add_mask_flags(parser)
+    args = arguments.for_weights(parser, flags, saved, weights.path, test_only=True)
     if "model" not in flags and not isinstance(saved.get("model"), str):
-        raise UserError(f"{weights.path}: does not say which model these weights are of; give --model NAME.")
-    loading.report_preprocessing(args, flags, weights.args, weights.path, _say)
+        raise UserError(f"{weights.path}: does not name its model; give --model NAME.")
+    fitting.report_preprocessing(args, flags, weights.args, weights.path, print_to_stderr)
     classes = _class_names(weights, given.get("classes"))
-    model = wiring.classifier(args, classes, None, None, device)
-    state_dict = loading.fit(model, weights, _say)
+    model = build.classifier(args, classes, None, None, device)
+    state_dict = fitting.fit(model, weights, print_to_stderr)
     rows = models.head_size(model, state_dict)
     if rows not in (None, len(classes)):
-        raise UserError(
-            f"{weights.path}: its head has {rows} classes, and {len(classes)} are named"
-            f"{' by ' + given['classes'] if weights.classes is None else ''}."
-        )
-    loading.load_complete(model, state_dict, weights.path)
+        source = f"{weights.path} names" if weights.classes is not None else f"--classes {given['classes']} gives"
+        raise UserError(f"{weights.path}: its head has {rows} classes, but {source} {len(classes)}.")
+    fitting.load_complete(model, state_dict, weights.path)
     return Classifier(model.eval(), classes, args, weights)
 
 
 def is_heated(args: argparse.Namespace) -> bool:
-    """True if the classifier was trained on masked images."""
+    """Whether the classifier was trained on masked images."""
     return None not in (args.grid, args.kernel, args.sigma) and args.mask_policy != "none"
 
 
-def _say(message: str) -> None:
-    """A line on stderr; stdout is for results."""
-    print_line(message, sys.stderr)
+def print_to_stderr(message: str) -> None:
+    """Print a line on stderr without breaking a progress bar; stdout is for results."""
+    tqdm.write(as_line(message), file=sys.stderr)
 
 
 def _class_names(weights: Weights, given: str | None) -> list[str]:
     named = None if given is None else read_class_names(Path(given))
     if weights.classes is None and named is None:
         raise UserError(
-            f"{weights.path}: names no classes; give --classes FILE (one name a line) or --classes FOLDER (of class "
-            "folders), in the order of the training."
+            f"{weights.path}: names no classes. Give --classes FILE (one name per line) or --classes FOLDER (of class "
+            "folders), in the order used in training."
         )
-    if weights.classes is not None and named not in (None, weights.classes):
+    if weights.classes is None:
+        return named
+    if named not in (None, weights.classes):
         forms = explain_forms(named, weights.classes)
         raise UserError(f"--classes {given}: {weights.path} names other classes; leave the flag out.{forms}")
-    return named or weights.classes
+    return weights.classes
 
 
 def read_class_names(path: Path) -> list[str]:
     """The lines of a text file, or the sorted class folders of a folder.
 
-    Raises UserError if it cannot be read, and for an empty or repeated name.
+    Raises UserError for an unreadable file, and for an empty or repeated name.
     """
     if path.is_dir():
         return find_classes(path)
     try:
-        text = decode_text(read_bytes(path))  # names of folders may be no valid text
+        text = decode_text(read_bytes(path))  # folder names need not be valid text
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"--classes {path}: cannot be read ({reason}).") from None
     names = text.replace("\r\n", "\n").removesuffix("\n").split("\n")
     name, times = Counter(names).most_common(1)[0]
     if "" in names or times > 1:
-        problem = "is empty or holds an empty line" if "" in names else f"names {name!r} {times} times"
-        raise UserError(f"--classes {path}: {problem}; expected one class name a line.")
+        problem = "is empty or has an empty line" if "" in names else f"names {name!r} {times} times"
+        raise UserError(f"--classes {path}: {problem}; expected one class name per line.")
     return names

@@ -1,4 +1,4 @@
-"""A classifier as an ONNX file, checked against torch where onnxruntime is installed."""
+"""Exports a classifier to ONNX and, where onnxruntime is installed, compares the file with torch."""
 
 import importlib.util
 import logging
@@ -9,14 +9,15 @@ import torch
 from torch import nn
 
 from utils.runtime.errors import UserError
+from utils.training.model_sources import first_line
 
 INPUT, OUTPUT = "images", "logits"
-TOLERANCE = 1e-4  # of the largest logit, or of 1 if all are smaller
+TOLERANCE = 1e-4  # relative to the largest logit, or to 1 if all are smaller
 MOST_BYTES = 2_000_000_000  # a protocol buffer holds 2 GiB
 
 
 def check_packages() -> None:
-    """Raise UserError, naming them, unless what the exporter needs is installed."""
+    """Raise UserError, with their names, if packages that the exporter needs are missing."""
     missing = [name for name in ("onnx", "onnxscript") if importlib.util.find_spec(name) is None]
     if missing:
         raise UserError(
@@ -27,14 +28,14 @@ def check_packages() -> None:
 def export(model: nn.Module, image_size: int, path: Path) -> str:
     """Write the model, on the CPU and in evaluation mode, for normalised images (B, 3, S, S) with any B.
 
-    Returns a sentence on how far it agrees with torch. Raises UserError where the model cannot be exported, is too
-    large for one file, or gives other logits.
+    Returns a sentence about how closely its logits match torch's. Raises UserError if the model cannot be exported, is
+    too large for one file, or gives other logits.
     """
     if sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values()) > MOST_BYTES:
-        raise UserError("--onnx: the model is larger than the 2 GB that an ONNX file holds; leave the flag out.")
-    example = torch.randn(2, 3, image_size, image_size)  # a batch of one would be taken for the only size
+        raise UserError("--onnx: the model is larger than the 2 GB that an ONNX file can hold; leave the flag out.")
+    example = torch.randn(2, 3, image_size, image_size)  # the exporter would fix a batch size of one
     level = logging.root.manager.disable
-    logging.disable(logging.WARNING)  # the exporter reports on its own passes
+    logging.disable(logging.WARNING)  # the exporter logs its own passes
     try:
         with warnings.catch_warnings(action="ignore"):
             program = torch.onnx.export(
@@ -48,8 +49,7 @@ def export(model: nn.Module, image_size: int, path: Path) -> str:
             )
         program.save(path, external_data=False)
     except Exception as error:  # torch.export and the conversion raise many kinds
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserError(f"--onnx: torch cannot export this model ({reason}); leave the flag out.") from None
+        raise UserError(f"--onnx: torch cannot export this model ({first_line(error)}); leave the flag out.") from None
     finally:
         logging.disable(level)
     return check(model, image_size, path)
@@ -57,22 +57,22 @@ def export(model: nn.Module, image_size: int, path: Path) -> str:
 
 @torch.no_grad()
 def check(model: nn.Module, image_size: int, path: Path) -> str:
-    """Compare the file's logits with the model's on random images, in batches of 1 and 3."""
+    """Compare the file's logits with the model's, for random images in batches of 1 and 3."""
     if importlib.util.find_spec("onnxruntime") is None:
-        return f"{path.name}: not checked, since onnxruntime is not installed"
+        return f"{path.name}: not checked, because onnxruntime is not installed"
     import onnxruntime
 
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-    worst = 0.0
+    differences = []
     for batch in (1, 3):
         images = torch.randn(batch, 3, image_size, image_size, generator=torch.Generator().manual_seed(batch))
         expected = model(images)
-        (found,) = session.run([OUTPUT], {INPUT: images.numpy()})
-        difference = (torch.from_numpy(found) - expected).abs().max() / expected.abs().max().clamp(min=1)
-        worst = max(worst, difference.item())
-    if not worst <= TOLERANCE:
+        (logits,) = session.run([OUTPUT], {INPUT: images.numpy()})
+        differences.append((torch.from_numpy(logits) - expected).abs().max() / expected.abs().max().clamp(min=1))
+    largest = torch.stack(differences).max().item()  # NaN if any is
+    if not largest <= TOLERANCE:
         raise UserError(
-            f"--onnx: the exported logits differ from torch's by {worst:.2g} of the largest, more than {TOLERANCE:g}; "
-            "leave the flag out."
+            f"--onnx: the exported logits differ from torch's by {largest:.2g} of the largest logit, more than "
+            f"{TOLERANCE:g}; leave the flag out."
         )
-    return f"{path.name}: its logits equal torch's within {worst:.1e} of the largest (allowed: {TOLERANCE:g})"
+    return f"{path.name}: its logits equal torch's within {largest:.1e} of the largest (allowed: {TOLERANCE:g})"

@@ -10,18 +10,19 @@ from utils.runtime.text import print_line
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Command line: generate a set and print its counts; bad input exits with code 2."""
-    run_script(lambda: _generate_from(arguments))
+    """Generate a set and print its counts; bad input ends with one line and exit code 2."""
+    run_script(lambda: _generate(arguments))
 
 
-def _generate_from(arguments: Sequence[str] | None) -> None:
+def _generate(arguments: Sequence[str] | None) -> None:
     parser = Parser(
-        "Make a small ImageFolder data set of synthetic CT, MR and ultrasound images.", prog="python -m utils.phantoms"
+        "Generate a small ImageFolder data set of synthetic CT, MR and ultrasound images.",
+        prog="python -m utils.phantoms",
     )
-    parser.add_argument("output", type=expanded_path, help="folder to make; it must not exist")
-    parser.add_argument("--seed", type=int, default=0, help="(default: %(default)s)")
-    parser.add_argument("--size", type=int, default=96, help="pixels (default: %(default)s)")
-    parser.add_argument("--scale", type=float, default=1.0, help="of counts (default: %(default)s)")
+    parser.add_argument("output", type=expanded_path, help="new folder for the set")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the images (default: %(default)s)")
+    parser.add_argument("--size", type=int, default=96, help="width and height in pixels (default: %(default)s)")
+    parser.add_argument("--scale", type=float, default=1.0, help="factor on all image counts (default: %(default)s)")
     options = parser.parse_args(arguments)
     try:
         root = generate(options.output, options.seed, options.size, options.scale)

@@ -1,4 +1,4 @@
-"""A small radiology-like image classification set, generated from a seed; the default when no --data-path is given."""
+"""A small classification set of synthetic radiology images, generated from a seed; the default without --data-path."""
 
 import os
 import tempfile
@@ -10,8 +10,8 @@ from PIL import Image
 
 from utils.phantoms.anatomy import PAINTERS
 
-VERSION = 1  # part of the default folder's name: raise it with every change of the images
-# Class (modality-organ-finding) and its training images: as uneven as findings in a clinic.
+VERSION = 2  # part of the default folder's name; raise it whenever the images change
+# Classes (modality-organ-finding) and their numbers of training images, as uneven as findings in a clinic.
 CLASSES: tuple[tuple[str, int], ...] = (
     ("ct-abdomen-cyst", 66),
     ("ct-abdomen-metastasis", 89),
@@ -26,7 +26,7 @@ CLASSES: tuple[tuple[str, int], ...] = (
     ("us-breast-cyst", 49),
     ("us-breast-normal", 213),
 )
-SPLITS = {"train": 1.0, "val": 0.2, "test": 0.2}  # images for each training image
+SPLITS = {"train": 1.0, "val": 0.2, "test": 0.2}  # images per training image
 
 
 def render(class_name: str, rng: np.random.Generator, size: int = 96) -> np.ndarray:
@@ -45,7 +45,7 @@ def render(class_name: str, rng: np.random.Generator, size: int = 96) -> np.ndar
 
 
 def image_counts(scale: float = 1.0) -> dict[str, dict[str, int]]:
-    """Images by split and class, at least 2 each; ValueError for a scale not above 0 or above 100."""
+    """Number of images by split and class, at least 2; raises ValueError for a scale of 0 or less, or above 100."""
     if not 0 < scale <= 100:
         raise ValueError(f"scale must be above 0 and at most 100, not {scale}")
     return {
@@ -61,18 +61,18 @@ def write_images(root: Path, seed: int, size: int, scale: float) -> None:
             folder = root / split / name
             folder.mkdir(parents=True)
             for number in range(count):
-                # crc32 rather than hash(): the same in every process.
+                # crc32 and not hash(), which differs between processes.
                 key = [seed, split_number, zlib.crc32(name.encode()), number]
                 image = render(name, np.random.default_rng(np.random.SeedSequence(key)), size)
                 Image.fromarray(image).save(folder / f"{number:05d}.png", compress_level=1)  # noise hardly compresses
 
 
 def generate(root: str | Path, seed: int = 0, size: int = 96, scale: float = 1.0) -> Path:
-    """Make the set as root/{train,val,test}/<class>/<number>.png, 8-bit grey, size x size.
+    """Generate the set as root/{train,val,test}/<class>/<number>.png, 8-bit grey, size x size; return its full path.
 
-    Each image depends on (seed, split, class, number) and size alone; scale multiplies the counts. The set appears
-    under root in one step, whole or not at all. Returns root as an absolute path. Raises FileExistsError if root
-    exists, ValueError for a bad number, OSError where the file system refuses.
+    Each image depends only on seed, split, class, number and size; scale multiplies the counts. The set appears at root
+    in one step, complete or not at all. Raises FileExistsError if root exists, ValueError for a bad number, OSError if
+    the file system refuses.
     """
     root = Path(os.path.abspath(root))
     if seed < 0:
@@ -82,30 +82,30 @@ def generate(root: str | Path, seed: int = 0, size: int = 96, scale: float = 1.0
         raise taken
     root.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{root.name}-", dir=root.parent) as scratch:
-        draft = Path(scratch) / "draft"  # the scratch folder itself is closed to other users
+        draft = Path(scratch) / "draft"  # the scratch folder itself is readable by its owner only
         write_images(draft, seed, size, scale)
         try:
             draft.rename(root)
         except OSError:
-            if os.path.lexists(root):  # another process was faster; its set is whole
+            if os.path.lexists(root):  # another process was faster, and its set is complete
                 raise taken from None
             raise
     return root
 
 
 def default_root(seed: int = 0) -> Path:
-    """Folder of a seed's default set, in $XDG_CACHE_HOME or ~/.cache; it need not exist."""
+    """Folder for the default set of a seed, in $XDG_CACHE_HOME or ~/.cache; it may not exist yet."""
     cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(cache) / "policy-gradient-noise-masks" / f"phantoms-v{VERSION}-seed-{seed}"
 
 
 def ensure_default(seed: int = 0) -> Path:
-    """Folder of a seed's default set, generated if absent; processes may race for it. Raises as generate does."""
+    """Folder of the default set of a seed, generated if absent; processes may race. Raises as `generate` does."""
     root = default_root(seed)
     if not root.is_dir():
         try:
             generate(root, seed)
         except FileExistsError:
-            if not root.is_dir():  # a file in the way, not another process's set
+            if not root.is_dir():  # not the set of another process, but a file in the way
                 raise
     return root

@@ -1,0 +1,1 @@
+"""Prepares RadImageNet for training."""

@@ -1,4 +1,4 @@
-"""Images put in their places: linked, copied or written, each whole or not at all, and never over another file."""
+"""Puts single images in place: linked, copied or written; each complete or absent, and never over another file."""
 
 import io
 import os
@@ -18,69 +18,65 @@ from utils.runtime.errors import UserError
 from utils.runtime.files import open_new, temporary_path
 from utils.runtime.reading import open_regular
 
-THREADS = 16  # a file system on the network answers each call late, and many calls at once
-TOLERANCE = 2.0  # seconds to which every file system keeps the time of change
-LEFT = re.compile(r"\..+\.\d+\.tmp")  # by a run that was killed
+THREADS = 16  # network file systems answer slowly, but many calls at once
+TOLERANCE = 2.0  # seconds; every file system stores modification times at least this exactly
+TEMPORARY = re.compile(r"\..+\.\d+\.tmp")  # left by a killed run
 
 Item, Outcome = TypeVar("Item"), TypeVar("Outcome")
-# Puts `source` at `target`, or, if something is there, tells whether it is just that.
+# Puts source at target; if something exists there, returns whether it already is what would be put.
 Put = Callable[[str, str, bool], bool]
 
 
-def symlink(source: str, target: str, there: bool) -> bool:
-    if there:
+def symlink(source: str, target: str, exists: bool) -> bool:
+    if exists:
         return os.path.islink(target) and os.readlink(target) == source
     os.symlink(source, target)
     return True
 
 
-def hardlink(source: str, target: str, there: bool) -> bool:
-    if there:
+def hardlink(source: str, target: str, exists: bool) -> bool:
+    if exists:
         return os.path.samestat(os.stat(source), os.lstat(target))
     os.link(os.path.realpath(source) if os.path.islink(source) else source, target)
     return True
 
 
-def copy(source: str, target: str, there: bool) -> bool:
-    """A copy has its source's time of change, by which (and by its length) a later run knows it."""
+def copy(source: str, target: str, exists: bool) -> bool:
+    """Copy with the modification time of the source; a later run recognises the copy by time and length."""
     status = os.stat(source)
-    if there:
+    if exists:
         return is_written(target, status.st_mtime, status.st_size)
     with open_regular(source) as file:
         write(target, file.read(), status.st_mtime)
     return True
 
 
-def copy_corrected(source: str, target: str, there: bool, mask: str | Member) -> bool:
-    """Write the image with its mask added, with the time of change of the newer of the two.
+def copy_corrected(source: str, target: str, exists: bool, mask: str | Member) -> bool:
+    """Write the image plus its mask, with the later modification time of the two.
 
-    mask: the path of its `.npy` file, or that file's content. Raises UserError if either cannot be read.
+    mask: path of a `.npy` file, or a member with its content. Raises UserError if either is unreadable.
     """
     changed = max(os.stat(source).st_mtime, os.stat(mask).st_mtime if isinstance(mask, str) else mask.changed)
-    if there:
+    if exists:
         return is_written(target, changed)
-    name, data = (mask, _read_start(mask)) if isinstance(mask, str) else (mask.name, mask.data)
-    file = io.BytesIO()
-    correct(read_image(Path(source)), read_mask(data, name)).save(file, "PNG")
-    write(target, file.getvalue(), changed)
+    if isinstance(mask, str):
+        with open_regular(mask) as file:
+            mask = Member(mask, file.read(MAX_BYTES), changed)  # no mask is longer
+    corrected = io.BytesIO()
+    correct(read_image(Path(source)), read_mask(mask.data, mask.name)).save(corrected, "PNG")
+    write(target, corrected.getvalue(), changed)
     return True
 
 
-def _read_start(mask: str) -> bytes:
-    """A mask's file, or, if it is longer than a mask can be, so much of it that it cannot be taken for one."""
-    with open_regular(mask) as file:
-        return file.read(MAX_BYTES)
-
-
-def copy_member(source: str, target: str, there: bool, member: Member, mask: str | None) -> bool:
-    """Write an archive's image, corrected if there is a mask; source: what it is called in messages."""
-    if there and mask is None:
-        return is_written(target, member.changed, len(member.data))
-    if there:
-        return is_written(target, max(member.changed, os.stat(mask).st_mtime))
+def copy_member(source: str, target: str, exists: bool, member: Member, mask: str | None) -> bool:
+    """Write an image of an archive, corrected if there is a mask; source: its name in messages."""
     if mask is None:
+        if exists:
+            return is_written(target, member.changed, len(member.data))
         write(target, member.data, member.changed)
         return True
+    if exists:
+        return is_written(target, max(member.changed, os.stat(mask).st_mtime))
     original = str(temporary_path(Path(f"{target}.original")))
     try:
         write(original, member.data, member.changed)
@@ -92,7 +88,7 @@ def copy_member(source: str, target: str, there: bool, member: Member, mask: str
 
 
 def write(target: str, data: bytes, changed: float) -> None:
-    """Write a file that appears whole, with this time of change. A kill cannot halve it; a power failure might."""
+    """Write a complete file with a modification time; safe against kills, but not synced against power failures."""
     temporary = temporary_path(Path(target))
     try:
         with open(open_new(temporary), "wb") as file:
@@ -104,42 +100,40 @@ def write(target: str, data: bytes, changed: float) -> None:
 
 
 def is_written(target: str, changed: float, size: int | None = None) -> bool:
-    """Whether a file is there with this time of change, and of this length."""
+    """Whether target is a regular file with this modification time, and this length (default: not empty)."""
     status = os.lstat(target)
-    right = stat.S_ISREG(status.st_mode) and abs(status.st_mtime - changed) < TOLERANCE
-    return right and (status.st_size == size if size is not None else status.st_size > 0)
+    same_time = stat.S_ISREG(status.st_mode) and abs(status.st_mtime - changed) < TOLERANCE
+    return same_time and (status.st_size > 0 if size is None else status.st_size == size)
 
 
 class Batch(NamedTuple):
     """Images of one class and split."""
 
-    source: str  # what stands before each name
-    target: str  # the same
+    source: str  # prefix of each name
+    target: str  # prefix of each name
     names: list[str]
-    there: set[str]  # names that the target's folder has already
+    existing: set[str]  # names in the target folder
 
 
 def put_all(batch: Batch, put: Put) -> int:
-    """Put a batch in its place; gives its number. Raises UserError where another thing stands, or nothing may stand."""
+    """Put a batch in place and return its length; raises UserError as `put_one`."""
     for name in batch.names:
-        put_one(batch.source + name, batch.target + name, name in batch.there, put)
+        put_one(batch.source + name, batch.target + name, name in batch.existing, put)
     return len(batch.names)
 
 
-def put_one(source: str, target: str, there: bool, put: Put) -> None:
+def put_one(source: str, target: str, exists: bool, put: Put) -> None:
+    """Put one image in place; raises UserError if the file system refuses, or if something else exists there."""
     try:
-        right = put(source, target, there)
+        same = put(source, target, exists)
     except OSError as error:
-        raise UserError(f"{target}: cannot be made of {source} ({error.strerror}).") from None
-    if not right:
-        raise UserError(f"{target}: is there already, and is not what this run makes of {source}; remove it.")
+        raise UserError(f"{target}: cannot be made from {source} ({error.strerror}).") from None
+    if not same:
+        raise UserError(f"{target}: exists, but is not what this run makes of {source}; remove it.")
 
 
 def find_files(folder: str, passed_over: PassedOver) -> set[str]:
-    """The names of the regular files of a folder, and of links to such, without hidden ones, which are counted.
-
-    None of a folder that is not there.
-    """
+    """Names of the regular files in a folder, and of links to some; hidden ones are counted. No folder: no names."""
     try:
         files = {entry.name: entry.is_file() for entry in os.scandir(folder)}
         return {name for name in passed_over.keep_visible(list(files)) if files[name]}
@@ -150,11 +144,11 @@ def find_files(folder: str, passed_over: PassedOver) -> set[str]:
 
 
 def find_there(folder: str, passed_over: PassedOver) -> set[str]:
-    """All names of a folder but hidden ones, which are counted; what a killed run has left half-written is removed."""
+    """All names in a folder; hidden ones are counted, and temporary files of a killed run are removed."""
     names = set()
     try:
         for entry in os.scandir(folder):
-            if LEFT.fullmatch(entry.name):
+            if TEMPORARY.fullmatch(entry.name):
                 os.unlink(entry.path)
             else:
                 names.add(entry.name)
@@ -166,12 +160,12 @@ def find_there(folder: str, passed_over: PassedOver) -> set[str]:
 
 
 def in_threads(function: Callable[[Item], Outcome], items: Iterable[Item]) -> Iterator[Outcome]:
-    """function(item) of all items, in order; no more than some are under way, so that an error ends the rest soon."""
+    """function(item) for all items, in order; few calls are pending at a time, so that an error soon stops the rest."""
     with ThreadPoolExecutor(THREADS) as pool:
-        under_way: deque = deque()
+        pending: deque = deque()
         for item in items:
-            under_way.append(pool.submit(function, item))
-            if len(under_way) > 2 * THREADS:
-                yield under_way.popleft().result()
-        while under_way:
-            yield under_way.popleft().result()
+            pending.append(pool.submit(function, item))
+            if len(pending) > 2 * THREADS:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()

@@ -1,4 +1,4 @@
-"""RadImageNet's lists, RadiologyAI_{train,val,test}.csv: which image belongs to which class and split."""
+"""RadImageNet's lists, RadiologyAI_{train,val,test}.csv: class and split of each image."""
 
 import codecs
 import csv
@@ -7,30 +7,31 @@ import io
 import itertools
 from typing import BinaryIO
 
+from utils.data.folders import SPLITS
 from utils.data.listing import is_hidden, is_image
 from utils.runtime.errors import UserError
 
-SPLITS = ("train", "val", "test")
 ROOT = "radiology_ai"
-DEPTHS = {"CT": 4, "MR": 4, "US": 3}  # names in the path of a label's folder, of ROOT and the modality on
+DEPTHS = {"CT": 4, "MR": 4, "US": 3}  # parts of the path of a class folder, from ROOT, by modality
 LAYOUT = f"{ROOT}/{{CT,MR}}/<anatomy>/<label>/<image>.png or {ROOT}/US/<label>/<image>.png"
-
-
-@functools.cache
-def _lies_hidden(folder: str) -> bool:
-    return any(is_hidden(part) for part in folder.split("/") if part not in (".", ".."))
 
 
 def list_name(split: str) -> str:
     return f"RadiologyAI_{split}.csv"
 
 
-class ImageLists:
-    """What the lists name.
+@functools.cache
+def _is_hidden_folder(folder: str) -> bool:
+    return any(is_hidden(part) for part in folder.split("/") if part not in (".", ".."))
 
-    `folders`: for each class, such as CT__abd__normal, the folder of its images, radiology_ai/CT/abd/normal;
-    `names[class][split]`: the names of its images; `again`: (split, filename) of what a list names once more;
-    `hidden`: how many hidden files they name, which are skipped.
+
+class ImageLists:
+    """The content of the three lists.
+
+    folders: source folder of each class, such as radiology_ai/CT/abd/normal for CT__abd__normal
+    names: image names by class and split
+    again: (split, filename) for each further mention of an image in one list
+    hidden: number of hidden files in the lists, which are skipped
     """
 
     def __init__(self) -> None:
@@ -40,17 +41,17 @@ class ImageLists:
         self.hidden = 0
 
     def __len__(self) -> int:
-        return sum(len(names) for of_class in self.names.values() for names in of_class.values())
+        return sum(len(names) for splits in self.names.values() for names in splits.values())
 
     def listed(self, name: str) -> set[str]:
         """The images of a class in all splits."""
         return set().union(*self.names[name].values())
 
     def read(self, split: str, file: BinaryIO, shown: object) -> None:
-        """Add a split's list: of its columns only `filename` counts, since the class is in the path.
+        """Add the list of a split. Only its column `filename` is used, because the path names the class.
 
-        shown: the list's name in messages. Raises UserError for a list that is empty or no such table, for paths of
-        another layout, and for two folders that would become one class.
+        shown: the name of the list in messages. Raises UserError for an empty or different table, for paths of another
+        layout, and for two folders that would become one class.
         """
         is_utf16 = file.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
         file.seek(0)
@@ -61,49 +62,49 @@ class ImageLists:
         try:
             header = next(rows, [])
             if "filename" not in header:
-                raise UserError(f"{shown}: its first line has no column 'filename'; expected RadImageNet's own list.")
+                raise UserError(f"{shown}: its first line has no column 'filename'; expected a list of RadImageNet.")
             column = header.index("filename")
             for row in filter(None, rows):
+                line = f"{shown}, line {rows.line_num}"
                 if len(row) <= column:
-                    raise UserError(f"{shown}, line {rows.line_num}: has no column 'filename'; get the list again.")
+                    raise UserError(f"{line}: has no column 'filename'; download the list again.")
                 folder, _, name = row[column].rpartition("/")
-                if is_hidden(name) or _lies_hidden(folder):
+                if is_hidden(name) or _is_hidden_folder(folder):
                     self.hidden += 1
                     continue
-                names = folders.get(folder)
-                if names is None:
-                    names = folders[folder] = self._add_folder(split, folder, f"{shown}, line {rows.line_num}")
-                if name in names:
+                if folder not in folders:
+                    folders[folder] = self._add_folder(split, folder, line)
+                if name in folders[folder]:
                     self.again.append((split, row[column]))
                     continue
                 if "\0" in name or not is_image(name):
-                    raise UserError(f"{shown}, line {rows.line_num}: {row[column]!r} is no image; expected {LAYOUT}.")
-                names.add(name)
+                    raise UserError(f"{line}: {row[column]!r} is not an image; expected {LAYOUT}.")
+                folders[folder].add(name)
         except (csv.Error, UnicodeError) as error:
-            raise UserError(f"{shown}, line {rows.line_num}: cannot be read ({error}); get the list again.") from None
+            raise UserError(f"{shown}, line {rows.line_num}: unreadable ({error}); download the list again.") from None
         if not folders:
-            raise UserError(f"{shown}: names no image; get the list again.")
+            raise UserError(f"{shown}: names no image; download the list again.")
 
     def _add_folder(self, split: str, folder: str, shown: str) -> set[str]:
-        """The set of a folder's images in a split; raises UserError for a folder of no known kind."""
+        """The set of images of a folder in a split; raises UserError for a folder outside the layout."""
         parts = folder.split("/")
         known = parts[0] == ROOT and len(parts) > 1 and len(parts) == DEPTHS.get(parts[1])
         if not known or any(part in ("", ".", "..") or "\0" in part for part in parts):
-            raise UserError(f"{shown}: {folder!r} is no folder of the layout expected, {LAYOUT}.")
+            raise UserError(f"{shown}: the folder {folder!r} does not fit the layout; expected {LAYOUT}.")
         name = "__".join(parts[1:])
-        other = self.folders.setdefault(name, folder)
-        if other != folder:
-            raise UserError(f"{shown}: {folder} and {other} would both become the class {name}; rename one of them.")
-        return self.names.setdefault(name, {of: set() for of in SPLITS})[split]
+        first = self.folders.setdefault(name, folder)
+        if first != folder:
+            raise UserError(f"{shown}: {folder} and {first} would both become the class {name}; rename one of them.")
+        return self.names.setdefault(name, {split: set() for split in SPLITS})[split]
 
     def repeated(self) -> dict[str, list[str]]:
-        """For each image that stands in several lists, or several times in one: the lists, once for each mention."""
-        found: dict[str, list[str]] = {}
+        """The lists that mention an image, once per mention, for each image with several mentions."""
+        mentions: dict[str, list[str]] = {}
         for name, splits in self.names.items():
             for first, second in itertools.combinations(SPLITS, 2):
                 for image in splits[first] & splits[second]:
                     filename = f"{self.folders[name]}/{image}"
-                    found[filename] = [split for split in SPLITS if image in splits[split]]
+                    mentions[filename] = [split for split in SPLITS if image in splits[split]]
         for split, filename in self.again:
-            found.setdefault(filename, [split]).append(split)
-        return {filename: sorted(found[filename], key=SPLITS.index) for filename in sorted(found)}
+            mentions.setdefault(filename, [split]).append(split)
+        return {filename: sorted(mentions[filename], key=SPLITS.index) for filename in sorted(mentions)}

@@ -1,9 +1,9 @@
-"""RadImageNet's published ultrasound corrections: an array for each image, added to it at 224 x 224 pixels.
+"""RadImageNet's published ultrasound corrections: an array per image, added to it at 224 x 224 pixels.
 
-What is done here is what the authors' released `process.py` (github.com/ogrenenmakine/Refined-RadImagenet) does: the
-image is read as 8-bit colour and resized by OpenCV's `resize` to 224 x 224, whatever its shape; `<image stem>.npy` is
-added by NumPy; `imwrite` saves the sum. The published arrays themselves (correction_masks.tar.gz) were not at hand, so
-their shape and dtype are not known here: each is checked, and what the released code could not have meant is refused.
+This follows the released `process.py` of the authors (github.com/ogrenenmakine/Refined-RadImagenet): read the image as
+8-bit colour, resize it with OpenCV to 224 x 224 whatever its shape, add `<image stem>.npy` with NumPy, save the sum by
+`imwrite`. The published arrays (correction_masks.tar.gz) were not available here, so their shape and dtype are unknown:
+each array is checked, and arrays that the released code could not have meant are refused.
 """
 
 import io
@@ -15,35 +15,35 @@ from utils.runtime.errors import UserError
 
 SIZE = 224  # pixels
 SHAPES = ((SIZE, SIZE), (SIZE, SIZE, 1), (SIZE, SIZE, 3))
-MAX_BYTES = 2**21  # of a file; 224 x 224 x 3 numbers of 8 bytes take 1.2 million
-ONE = 2048  # OpenCV's fixed-point 1
+MAX_BYTES = 2**21  # of a file; 224 x 224 x 3 values of 8 bytes take 1.2 million
+ONE = 2048  # 1 in OpenCV's fixed point
 
 
 def read_mask(data: bytes, shown: object) -> np.ndarray:
-    """A `.npy` file's array, (224, 224), (224, 224, 1) or (224, 224, 3): uint8, signed integers or finite floats.
+    """The array of a `.npy` file: (224, 224), (224, 224, 1) or (224, 224, 3); uint8, signed integers or finite floats.
 
-    shown: its name in messages. Raises UserError for anything else; nothing is unpickled.
+    shown: its name in messages. Raises UserError for anything else. Nothing is unpickled.
     """
     try:
         mask = np.lib.format.read_array(io.BytesIO(data), allow_pickle=False)
     except (ValueError, MemoryError, OverflowError) as error:
         reason = str(error).split("\n")[0]
-        raise UserError(f"{shown}: cannot be read as an array ({reason}); get the mask again.") from None
+        raise UserError(f"{shown}: not a readable array ({reason}); download the mask again.") from None
     if mask.shape not in SHAPES:
-        raise UserError(f"{shown}: holds {mask.shape}; expected an array {' or '.join(map(str, SHAPES))}.")
+        raise UserError(f"{shown}: has the shape {mask.shape}; expected {' or '.join(map(str, SHAPES))}.")
     if mask.dtype != np.uint8 and mask.dtype.kind not in "if":
-        raise UserError(f"{shown}: holds numbers of the type {mask.dtype}; expected uint8, signed integers or floats.")
+        raise UserError(f"{shown}: has the dtype {mask.dtype}; expected uint8, signed integers or floats.")
     if not np.isfinite(mask).all():
-        raise UserError(f"{shown}: holds numbers that are not finite; get the mask again.")
+        raise UserError(f"{shown}: has values that are not finite; download the mask again.")
     return mask
 
 
 def correct(image: Image.Image, mask: np.ndarray) -> Image.Image:
-    """The corrected image, 224 x 224, RGB, or grey if its channels are equal; image: RGB; mask: as of `read_mask`.
+    """The corrected image, 224 x 224, RGB, or grey if its channels are equal; image: RGB; mask: from `read_mask`.
 
-    uint8 masks are added modulo 256, as NumPy adds uint8: they hold differences that wrap around. All others are added,
-    rounded to the nearest (halves to even) and clipped to 0..255, as `imwrite` saves them. The last axis of a mask of
-    three channels is blue, green, red, OpenCV's order.
+    uint8 masks hold differences that wrap around and are added modulo 256, like uint8 in NumPy. Others are added,
+    rounded to nearest (halves to even) and clipped to 0..255, like `imwrite`. Three channels are blue, green, red, the
+    order of OpenCV.
     """
     pixels = resize(np.asarray(image))  # (224, 224, 3)
     mask = np.broadcast_to(mask if mask.ndim == 3 else mask[:, :, None], pixels.shape)[:, :, ::-1]
@@ -57,16 +57,16 @@ def correct(image: Image.Image, mask: np.ndarray) -> Image.Image:
 
 
 def resize(pixels: np.ndarray) -> np.ndarray:
-    """(H, W, 3) uint8 to (224, 224, 3), bit for bit as OpenCV's `resize` does it by default.
+    """Resize (H, W, 3) uint8 to (224, 224, 3), bit for bit like OpenCV's `resize` with its defaults.
 
-    Neither Pillow nor torch has these pixels (bilinear without antialiasing, in OpenCV's fixed point), and a uint8 mask
-    needs the exact ones: where the sum is meant to be 0, a level less would be 255.
+    Pillow and torch give other pixels than OpenCV (bilinear without antialiasing, in fixed point), and a uint8 mask
+    needs the exact ones: where the sum should be 0, one level less would become 255.
     """
     height, width = pixels.shape[:2]
     if (height, width) == (SIZE, SIZE):
         return pixels
     low, high, part = _neighbours(width)
-    part = np.where((low < 0) | (low >= width - 1), np.float32(0), part)  # beyond the outermost centres; rows: not so
+    part = np.where((low < 0) | (low >= width - 1), np.float32(0), part)  # only columns: at the border
     first, second = (weight[:, None] for weight in _fixed_point(part))
     left, right = pixels[:, low.clip(0, width - 1)], pixels[:, high.clip(0, width - 1)]  # (H, 224, 3)
     pixels = (left * first + right * second) >> 4
@@ -78,12 +78,12 @@ def resize(pixels: np.ndarray) -> np.ndarray:
 
 
 def _neighbours(length: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """For each of 224 new pixels the two old ones it lies between, and how far from the first, (224,) each."""
+    """The two old pixels around each of the 224 new ones, and the distance from the first, (224,) each."""
     centres = ((np.arange(SIZE) + 0.5) * (1 / (SIZE / length)) - 0.5).astype(np.float32)
     low = np.floor(centres).astype(np.int64)
     return low, low + 1, centres - low.astype(np.float32)
 
 
 def _fixed_point(part: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The weights of the first and the second neighbour, int32."""
+    """Weights of the first and the second neighbour, int32."""
     return np.rint((1 - part) * ONE).astype(np.int32), np.rint(part * ONE).astype(np.int32)

@@ -1,4 +1,4 @@
-"""Pictures of a split's predictions: confusion matrix, and the recall of each class."""
+"""Figures of the predictions for a split: confusion matrix, and the recall of each class."""
 
 import math
 from collections.abc import Sequence
@@ -10,27 +10,27 @@ from matplotlib.figure import Figure
 
 from utils.results.figures import COLOURS, as_text, shorten
 
-CELLS_WITH_NUMBERS = 16  # classes up to which the share stands in each cell
-BAR_ROOM = 0.4  # inches: from the matrix to the right edge of its colour bar
-BEHIND = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}  # a number, where a line would cross it
-SHARES = (0, 0.01, 0.05, 0.1, 0.2, 0.4, 0.6, 0.8, 1)  # told on the colour bar
+MOST_CLASSES_WITH_NUMBERS = 16  # with more classes, cells are too small for numbers
+BAR_ROOM = 0.4  # inches from the matrix to the right edge of its colour bar
+BEHIND = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}  # the box behind a number that a line may cross
+SHARES = (0, 0.01, 0.05, 0.1, 0.2, 0.4, 0.6, 0.8, 1)  # ticks of the colour bar
 
 
 def confusion_matrix(
     targets: Sequence[int], predictions: Sequence[int], classes: Sequence[str], what: str = ""
 ) -> Figure:
-    """What share of each class's images was taken for which class: rows sum to 1, grey where there is no image.
+    """Confusion matrix with rows that sum to 1; rows of classes without images are grey.
 
-    targets, predictions: (N,) class indices; what: split and weights, for the title. Colours go by the square root, so
-    that small shares are seen too.
+    targets, predictions: (N,) class indices; what: split and weights, for the title. The colour scale is that of the
+    square root, which makes small shares visible.
     """
     counts = count_pairs(targets, predictions, len(classes))
     images = counts.sum(axis=1)
     shares = np.divide(counts, images[:, None], where=images[:, None] > 0, out=np.full(counts.shape, np.nan))
-    many = len(classes) > CELLS_WITH_NUMBERS
+    many = len(classes) > MOST_CLASSES_WITH_NUMBERS
     names, size = [shorten(name) for name in classes], _label_size(len(classes))
     side = max(2.5, (0.14 if many else 0.5) * len(classes))  # inches
-    figure = Figure(figsize=(side + BAR_ROOM, side))  # of the matrix and its bar: names round it widen the picture
+    figure = Figure(figsize=(side + BAR_ROOM, side))  # the matrix and its bar; the names around widen the picture
     axes = figure.add_axes((0, 0, side / (side + BAR_ROOM), 1))
     colours = matplotlib.colormaps["cividis"].with_extremes(bad="0.75")
     picture = axes.imshow(shares.astype(np.float32), colours, PowerNorm(0.5, 0, 1), interpolation="none")
@@ -55,7 +55,7 @@ def confusion_matrix(
 
 
 def count_pairs(targets: Sequence[int], predictions: Sequence[int], classes: int) -> np.ndarray:
-    """How many images of class i were taken for class j, int64 (C, C)."""
+    """Number of images of class i that were predicted as class j, int64 (C, C)."""
     pairs = np.asarray(targets, dtype=np.int64) * classes + np.asarray(predictions, dtype=np.int64)
     return np.bincount(pairs, minlength=classes * classes).reshape(classes, classes)
 
@@ -63,7 +63,7 @@ def count_pairs(targets: Sequence[int], predictions: Sequence[int], classes: int
 def per_class_recall(
     targets: Sequence[int], predictions: Sequence[int], classes: Sequence[str], what: str = ""
 ) -> Figure:
-    """The recall of each class as a bar, the best on top, with its number of images; classes without images last.
+    """Bars of the recall of each class with its number of images, the best on top; classes without images last.
 
     targets, predictions: (N,) class indices; what: split and weights, for the title.
     """
@@ -72,8 +72,8 @@ def per_class_recall(
     recall = np.divide(right, images, where=images > 0, out=np.full(len(classes), np.nan))
     order = np.lexsort((-images, -np.nan_to_num(recall, nan=-1)))
     size = _label_size(len(classes))
-    height = max(1.5, (0.14 if len(classes) > CELLS_WITH_NUMBERS else 0.3) * len(classes))  # inches
-    figure = Figure(figsize=(6, height))  # of the bars: names and labels round them widen the picture
+    height = max(1.5, (0.14 if len(classes) > MOST_CLASSES_WITH_NUMBERS else 0.3) * len(classes))  # inches
+    figure = Figure(figsize=(6, height))  # the bars; the labels around them widen the picture
     axes = figure.add_axes((0, 0, 1, 1))
     places = np.arange(len(classes))
     axes.barh(places, np.nan_to_num(recall[order]), height=0.75, color=COLOURS[0])
@@ -95,10 +95,10 @@ def per_class_recall(
 
 
 def _title(quantity: str, images: int, what: str) -> str:
-    """what: of what split and weights, as the second line."""
+    """what: split and weights, for the second line."""
     return f"{quantity}, {images} images" + (f"\n{as_text(what)}" if what else "")
 
 
 def _label_size(classes: int) -> float:
-    """The font size of the classes' names, points."""
-    return 6.0 if classes > CELLS_WITH_NUMBERS else 9.0
+    """Font size of the names of the classes, points."""
+    return 6.0 if classes > MOST_CLASSES_WITH_NUMBERS else 9.0

@@ -1,9 +1,8 @@
-"""log.jsonl: one line per epoch."""
+"""log.jsonl: one line of JSON per epoch."""
 
 import json
 from pathlib import Path
 from types import NoneType
-from typing import TYPE_CHECKING
 
 from utils.checkpoints.verify import MOST_EPOCHS
 from utils.runtime import distributed
@@ -11,15 +10,11 @@ from utils.runtime.errors import UserError
 from utils.runtime.files import write_atomically
 from utils.runtime.reading import parse_json, read_bytes
 
-if TYPE_CHECKING:  # data imports this module
-    pass
-
-
 LOG = "log.jsonl"
 
 
 def read_log(folder: Path) -> list[dict]:
-    """The lines of a folder's log.jsonl, none if there is no such file; a last line that was cut short is left out."""
+    """The lines of a folder's log.jsonl; none without the file. A last line that was cut short is left out."""
     path = folder / LOG
     try:
         lines = [parse_json(line) for line in read_bytes(path).split(b"\n")[:-1]]
@@ -34,15 +29,15 @@ def read_log(folder: Path) -> list[dict]:
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); expected the log of a run.") from None
     except (ValueError, KeyError, TypeError, AttributeError):
-        raise UserError(f"{path}: holds a line that is no epoch's JSON; fix or remove the file.") from None
+        raise UserError(f"{path}: holds a line that is not the JSON of an epoch; fix or remove the file.") from None
 
 
 def write_log(folder: Path, lines: list[dict]) -> None:
-    """Write log.jsonl anew, on rank 0: what stood in it either stays whole or is replaced whole."""
+    """Replace log.jsonl on rank 0, atomically."""
     if distributed.is_main_process():
         write_atomically(folder / LOG, "".join(json.dumps(line) + "\n" for line in lines).encode())
 
 
 def append_log(folder: Path, line: dict) -> None:
-    """Add an epoch's line to log.jsonl."""
+    """Add the line of an epoch to log.jsonl."""
     write_log(folder, [*read_log(folder), line])

@@ -1,6 +1,6 @@
-"""Numbers: running means on the device during training, and scikit-learn's metrics of gathered predictions.
+"""Metrics of a split, their tables, and bootstrap confidence intervals.
 
-scikit-learn is imported where it is used: on rank 0 only, since it costs each process's start more than a second.
+scikit-learn is imported inside the functions that need it, on rank 0 only: the import takes more than a second.
 """
 
 from collections.abc import Sequence
@@ -13,14 +13,43 @@ from torch import Tensor
 from utils.runtime.text import as_cell, csv_line
 
 Metrics = dict[str, float | None]
+METRIC_NAMES = ("loss", "top1", "top5", "precision", "recall", "f1", "balanced_accuracy", "auroc")
+METRIC_TITLES = {
+    "top1": "Top-1 accuracy",
+    "top5": "Top-5 accuracy",
+    "balanced_accuracy": "Balanced accuracy",
+    "precision": "Macro precision",
+    "recall": "Macro recall",
+    "f1": "Macro F1",
+    "auroc": "AUROC",
+    "loss": "Cross-entropy",
+}
+LEVEL = 0.95  # of confidence intervals
+
+
+class Outcome(NamedTuple):
+    """Prediction for each image of a split: arrays (N,), classes as numbers below `num_classes`.
+
+    true_ranks: 1 where the prediction is right, 2 where the true class has the second largest logit, and so on.
+    losses: cross-entropy, nats.
+    """
+
+    targets: np.ndarray
+    predictions: np.ndarray
+    true_ranks: np.ndarray
+    losses: np.ndarray
+    num_classes: int
+
+
+# Metrics of logits
 
 
 def classification_metrics(logits: Tensor, targets: Tensor, auroc: bool = False) -> Metrics:
-    """Metrics of a whole split: logits (N, C), targets (N,) int64, on the CPU. Fractions in [0, 1].
+    """Metrics of a whole split, fractions in [0, 1]. logits: (N, C), targets: (N,) int64, on the CPU.
 
-    top1, top5 (top-C with fewer than five classes), loss (cross-entropy, nats; None if it is not finite), and over the
-    classes that occur in the targets: precision, recall and f1 (macro), balanced_accuracy (mean recall) and, if asked
-    for, auroc (macro, one-vs-one; None with a single class, or where a logit is not finite).
+    top1, top5 (1 with five classes or fewer) and loss (cross-entropy, nats; None if it is not finite).
+    Over the classes that occur in the targets: macro precision, recall and f1, and balanced_accuracy (mean recall).
+    auroc (macro, one-vs-one) if requested; None with a single class or where a logit is not finite.
     """
     from sklearn.metrics import accuracy_score, precision_recall_fscore_support, recall_score
 
@@ -31,8 +60,9 @@ def classification_metrics(logits: Tensor, targets: Tensor, auroc: bool = False)
     precision, recall, f1, _ = precision_recall_fscore_support(
         truth, predictions, labels=present, average="macro", zero_division=0
     )
+    loss = float(-log_probabilities[np.arange(len(truth)), truth].mean())
     metrics: Metrics = {
-        "loss": _finite(float(-log_probabilities[np.arange(len(truth)), truth].mean())),
+        "loss": loss if np.isfinite(loss) else None,
         "top1": float(accuracy_score(truth, predictions)),
         "top5": float((true_ranks(logits, targets) <= 5).double().mean()),
         "precision": float(precision),
@@ -41,17 +71,19 @@ def classification_metrics(logits: Tensor, targets: Tensor, auroc: bool = False)
         "balanced_accuracy": float(recall_score(truth, predictions, labels=present, average="macro", zero_division=0)),
     }
     if auroc:
-        metrics["auroc"] = _auroc(truth, np.exp(log_probabilities))
+        metrics["auroc"] = _macro_auroc(truth, np.exp(log_probabilities))
     return metrics
 
 
-def _finite(value: float) -> float | None:
-    return value if np.isfinite(value) else None
+def format_metrics(metrics: Metrics) -> str:
+    """One line: `loss 0.1234  top1 0.9876 ...`, with `undefined` in place of a missing value."""
+    return "  ".join(f"{name} {'undefined' if value is None else f'{value:.4f}'}" for name, value in metrics.items())
 
 
 def true_ranks(logits: Tensor, targets: Tensor) -> Tensor:
-    """1 where the target has the largest logit, 2 where it has the next, and so on, (N,) int64; of equal logits, which
-    are frequent in bfloat16, the first class comes first, as argmax has it.
+    """Rank of the target's logit in its row, (N,) int64: 1 for the largest.
+
+    Equal logits, which are frequent in bfloat16, rank in the order of the classes, as in argmax.
     """
     true = logits.gather(1, targets[:, None])  # (N, 1)
     classes = torch.arange(logits.shape[1])
@@ -59,8 +91,8 @@ def true_ranks(logits: Tensor, targets: Tensor) -> Tensor:
     return before.sum(1) + 1
 
 
-def _auroc(truth: np.ndarray, probabilities: np.ndarray) -> float | None:
-    """Macro one-vs-one AUROC (Hand and Till 2001); every pair of present classes is scored by its own two columns."""
+def _macro_auroc(truth: np.ndarray, probabilities: np.ndarray) -> float | None:
+    """Macro one-vs-one AUROC (Hand and Till 2001); each pair of present classes is scored by its own two columns."""
     from sklearn.metrics import roc_auc_score
 
     present = np.unique(truth)
@@ -72,8 +104,8 @@ def _auroc(truth: np.ndarray, probabilities: np.ndarray) -> float | None:
     return float(roc_auc_score(truth, probabilities, multi_class="ovo", average="macro", labels=classes))
 
 
-def _auroc_of_one(truth: np.ndarray, scores: np.ndarray) -> float | None:
-    """AUROC of one class against the rest: truth (N,) bool, scores (N,)."""
+def _class_auroc(truth: np.ndarray, scores: np.ndarray) -> float | None:
+    """AUROC of one class against the rest. truth: (N,) bool, scores: (N,)."""
     from sklearn.metrics import roc_auc_score
 
     if truth.all() or not truth.any() or not np.isfinite(scores).all():
@@ -81,123 +113,138 @@ def _auroc_of_one(truth: np.ndarray, scores: np.ndarray) -> float | None:
     return float(roc_auc_score(truth, scores))
 
 
+# Tables
+
+
 def per_class_table(
     logits: Tensor, targets: Tensor, classes: Sequence[str]
 ) -> list[dict[str, str | int | float | None]]:
-    """One row a class: name, images, precision, recall, f1 (0 where undefined), auroc (one-vs-rest).
+    """One row per class: name, images, precision, recall, f1 (0 where undefined) and auroc (one-vs-rest).
 
-    auroc is None where it is undefined, and all metrics of a class without images are.
+    auroc is None where it is undefined; all metrics of a class without images are None.
     """
     from sklearn.metrics import precision_recall_fscore_support
 
     truth = targets.numpy()
-    columns = precision_recall_fscore_support(
+    precision, recall, f1, images = precision_recall_fscore_support(
         truth, logits.argmax(1).numpy(), labels=np.arange(len(classes)), zero_division=0
     )
     probabilities = logits.double().softmax(1).numpy()  # (N, C)
-    aurocs = [_auroc_of_one(truth == number, probabilities[:, number]) for number in range(len(classes))]
-    rows = []
-    for name, *scores, images, auroc in zip(classes, *columns, aurocs, strict=True):
-        scores = map(float, scores) if images else [None] * 3
-        named = dict(zip(("precision", "recall", "f1"), scores, strict=True))
-        rows.append({"class": name, "images": int(images), **named, "auroc": auroc})
-    return rows
+    return [
+        {
+            "class": name,
+            "images": int(images[number]),
+            "precision": float(precision[number]) if images[number] else None,
+            "recall": float(recall[number]) if images[number] else None,
+            "f1": float(f1[number]) if images[number] else None,
+            "auroc": _class_auroc(truth == number, probabilities[:, number]),
+        }
+        for number, name in enumerate(classes)
+    ]
 
 
 def prediction_table(
     logits: Tensor, targets: Tensor, classes: Sequence[str], names: Sequence[str]
 ) -> list[dict[str, str | int | float]]:
-    """One row an image: its name, target and prediction, and of the softmax the probability of the prediction.
+    """One row per image: its name, target, prediction and the softmax probability of the prediction.
 
-    true_rank: 1 where the prediction is right, 2 where the target comes next, and so on; loss: the image's own
-    cross-entropy, nats.
+    true_rank: as in `true_ranks`; loss: the cross-entropy of the image, nats.
     """
     log_probabilities = logits.double().log_softmax(1)  # (N, C)
     predictions, rows = logits.argmax(1), torch.arange(len(logits))
-    return [
-        {
-            "image": name,
-            "target": classes[target],
-            "prediction": classes[prediction],
-            "probability": probability,
-            "true_rank": rank,
-            "loss": loss,
-        }
-        for name, target, prediction, probability, rank, loss in zip(
-            names,
-            targets.tolist(),
-            predictions.tolist(),
-            log_probabilities[rows, predictions].exp().tolist(),
-            true_ranks(logits, targets).tolist(),
-            (-log_probabilities[rows, targets]).tolist(),
-            strict=True,
-        )
-    ]
+    columns = {
+        "image": names,
+        "target": [classes[target] for target in targets.tolist()],
+        "prediction": [classes[prediction] for prediction in predictions.tolist()],
+        "probability": log_probabilities[rows, predictions].exp().tolist(),
+        "true_rank": true_ranks(logits, targets).tolist(),
+        "loss": (-log_probabilities[rows, targets]).tolist(),
+    }
+    return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
 
 
 def table_as_csv(rows: list[dict[str, str | int | float | None]]) -> bytes:
-    """The table as CSV with a header; fractions with six decimals, None as nothing, odd names with backslashes.
+    """The table as CSV with a header: six decimals for fractions, an empty cell for None, backslashes for non-text.
 
-    A text that a spreadsheet may take for a formula has an apostrophe before it.
+    Texts that a spreadsheet may take for a formula get a leading apostrophe.
     """
-    names = list(rows[0])
-    lines = [csv_line(names)]
+    lines = [csv_line(list(rows[0]))]
     for row in rows:
-        cells = [row[name] for name in names]
-        lines.append(csv_line(f"{cell:.6f}" if isinstance(cell, float) else as_cell(cell) for cell in cells))
+        lines.append(csv_line(f"{cell:.6f}" if isinstance(cell, float) else as_cell(cell) for cell in row.values()))
     return "".join(lines).encode(errors="backslashreplace")
 
 
-LEVEL = 0.95
+# Metrics of predicted classes, quick enough for a bootstrap
 
 
-class Outcome(NamedTuple):
-    """What was predicted for each image of a split, arrays (N,); classes are numbers below `num_classes`.
+def count_classes(
+    targets: np.ndarray, predictions: np.ndarray, weights: np.ndarray | None, classes: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Images of each class (C,), recognised (..., C), and predicted (..., C), float64, for one run or several.
 
-    true_ranks: 1 where the prediction is right, and so on; losses: cross-entropy, nats.
+    targets: (N,), predictions: (..., N), numbers below `classes`; weights: (N,) integers, how often each image counts;
+    None: once.
     """
+    weights = np.ones(len(targets)) if weights is None else weights.astype(float)
+    predictions = np.asarray(predictions)
+    runs = predictions.reshape(-1, len(targets))  # (R, N)
+    # For each run first the wrong predictions of each class, then the right ones: one count gives both.
+    cells = 2 * classes * np.arange(len(runs))[:, None] + classes * (runs == targets) + runs  # (R, N)
+    counted = np.broadcast_to(weights, cells.shape).ravel()
+    counts = np.bincount(cells.ravel(), counted, minlength=2 * classes * len(runs))
+    counts = counts.reshape(*predictions.shape[:-1], 2, classes)
+    images = np.bincount(targets, weights, minlength=classes)
+    return images, counts[..., 1, :], counts.sum(-2)
 
-    targets: np.ndarray
-    predictions: np.ndarray
-    true_ranks: np.ndarray
-    losses: np.ndarray
-    num_classes: int
 
+def macro_metrics(
+    images: np.ndarray, right: np.ndarray, predicted: np.ndarray, among: np.ndarray | None = None
+) -> dict[str, np.ndarray]:
+    """top1, macro precision, recall and f1, and balanced_accuracy, each (...), as in `classification_metrics`.
 
-def metrics_of(outcome: Outcome, weights: np.ndarray | None = None) -> dict[str, float]:
-    """The metrics of `metrics.classification_metrics`, but for auroc, when image n counts weights[n] times.
-
-    weights: (N,) integers, not all 0; None: each image once.
+    images, right, predicted: from `count_classes`. among: (C,) bool, the classes to average over, and those of the
+    images of top1; None: all. Classes without images count in no average; NaN if none has images.
     """
-    if weights is None:
-        weights = np.ones(len(outcome.targets))
-    cells = outcome.targets * outcome.num_classes + outcome.predictions  # (N,)
-    confusion = np.bincount(cells, weights, minlength=outcome.num_classes**2).reshape(outcome.num_classes, -1)  # (C, C)
-    right, images, predicted = confusion.diagonal(), confusion.sum(1), confusion.sum(0)
-    present = images > 0
-    recall = float((right / np.maximum(images, 1))[present].mean())
-    total = weights.sum()
+    present = images > 0 if among is None else among & (images > 0)
+    with np.errstate(invalid="ignore"):
+        top1 = right[..., present].sum(-1) / images[present].sum()
+        precision = (right / np.maximum(predicted, 1))[..., present].sum(-1) / present.sum()
+        recall = (right / np.maximum(images, 1))[..., present].sum(-1) / present.sum()
+        f1 = (2 * right / np.maximum(images + predicted, 1))[..., present].sum(-1) / present.sum()
+    return {"top1": top1, "precision": precision, "recall": recall, "f1": f1, "balanced_accuracy": recall}
+
+
+def metrics_of(
+    targets: np.ndarray, predictions: np.ndarray, weights: np.ndarray | None, classes: int
+) -> dict[str, np.ndarray]:
+    """`macro_metrics` of the predictions (..., N), each (...). Arguments as for `count_classes`."""
+    return macro_metrics(*count_classes(targets, predictions, weights, classes))
+
+
+def outcome_metrics(outcome: Outcome, weights: np.ndarray | None = None) -> dict[str, float]:
+    """The metrics of `classification_metrics` except auroc, when image n counts weights[n] times.
+
+    weights: (N,) integers, not all 0, or None for once each.
+    """
+    weights = np.ones(len(outcome.targets)) if weights is None else weights
+    macro = metrics_of(outcome.targets, outcome.predictions, weights, outcome.num_classes)
     return {
-        "loss": float(weights @ outcome.losses / total),
-        "top1": float(right.sum() / total),
-        "top5": float(weights @ (outcome.true_ranks <= 5) / total),
-        "precision": float((right / np.maximum(predicted, 1))[present].mean()),
-        "recall": recall,
-        "f1": float((2 * right / np.maximum(images + predicted, 1))[present].mean()),
-        "balanced_accuracy": recall,
+        "loss": float(weights @ outcome.losses / weights.sum()),
+        "top5": float(weights @ (outcome.true_ranks <= 5) / weights.sum()),
+        **{name: float(value) for name, value in macro.items()},
     }
 
 
 def bootstrap_intervals(outcome: Outcome, resamples: int = 1000, seed: int = 0) -> dict[str, tuple[float, float]]:
-    """95 % percentile intervals of `metrics_of` over `resamples` draws of N images with replacement (Efron 1979).
+    """95 % percentile intervals of `outcome_metrics` over `resamples` draws of N images with replacement (Efron 1979).
 
-    They tell of the choice of test images only, not of the spread between training runs.
+    They cover the choice of test images only, not the spread between training runs.
     """
     generator = np.random.default_rng(seed)
     n = len(outcome.targets)
-    drawn = [
-        list(metrics_of(outcome, np.bincount(generator.integers(n, size=n), minlength=n)).values())
-        for _ in range(resamples)
-    ]
-    lower, upper = np.quantile(drawn, [(1 - LEVEL) / 2, (1 + LEVEL) / 2], axis=0)  # (metrics,) each
-    return dict(zip(metrics_of(outcome), zip(lower.tolist(), upper.tolist(), strict=True), strict=True))
+    values = []
+    for _ in range(resamples):
+        weights = np.bincount(generator.integers(n, size=n), minlength=n)
+        values.append(list(outcome_metrics(outcome, weights).values()))
+    lower, upper = np.quantile(values, [(1 - LEVEL) / 2, (1 + LEVEL) / 2], axis=0)  # (metrics,) each
+    return dict(zip(outcome_metrics(outcome), zip(lower.tolist(), upper.tolist(), strict=True), strict=True))

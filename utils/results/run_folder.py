@@ -1,41 +1,49 @@
-"""What a run left in its folder, as far as it got: the log, its origin, its status, and what --test-only found."""
+"""The files of a run's --output-dir: writes the results of --test-only; reads them, the log, run.json and status.json.
+
+A run that was interrupted is read as far as it got.
+"""
 
 import csv
 import io
-import re
-from collections.abc import Callable
 from pathlib import Path, PurePath
 from typing import Any, NamedTuple
 
 import numpy as np
+from torch import Tensor
 
 from utils.checkpoints.checkpoint import BEST
+from utils.data.folders import ImageFiles
 from utils.results.log import LOG, read_log
-from utils.results.metrics import Outcome
-from utils.results.provenance import RUN, is_start
+from utils.results.metrics import Metrics, Outcome, format_metrics, per_class_table, prediction_table, table_as_csv
+from utils.results.provenance import RUN
+from utils.results.validation import is_origin, is_status, is_tested, read_checked
 from utils.runtime.errors import UserError
-from utils.runtime.reading import read_bytes, read_json
-from utils.runtime.text import from_cell
+from utils.runtime.files import write_atomically, write_json
+from utils.runtime.progress import say
+from utils.runtime.reading import read_bytes
+from utils.runtime.text import from_cell, list_names, printable
 
-METRICS = "metrics.json"
-TITLES = {"clean": "without masks", "masked": "with mean masks"}
+STATUS = "status.json"
+BAD_BATCH = "nonfinite_batch.json"
+METRICS_FILE = "metrics.json"
+RESULT_TITLES = {"clean": "without masks", "masked": "with mean masks"}
 
 
 class Evaluation(NamedTuple):
-    """One result of --test-only. metrics: by name, None where undefined; table: per_class.csv's rows, as text.
+    """A result of --test-only. metrics: by name, None where undefined; table: the rows of per_class.csv, as text.
 
-    outcome: of each image, classes numbered as in the table.
+    outcome: the prediction for each image, with classes numbered as in the table.
     """
 
-    metrics: dict[str, float | None]
+    metrics: Metrics
     table: list[dict[str, str]]
     outcome: Outcome
 
 
 class RunFolder(NamedTuple):
-    """What was found; empty or None where it is not there. notes: what could not be read, in sentences.
+    """The content of a run's folder; empty where a file is missing. notes: sentences about unreadable files.
 
-    tested: metrics.json; evaluations: by name, "clean" first.
+    origin: run.json; status: status.json; tested: metrics.json; evaluations: by name, "clean" first.
     """
 
     folder: Path
@@ -47,95 +55,113 @@ class RunFolder(NamedTuple):
     notes: list[str]
 
 
+def write_test_results(
+    output_dir: Path,
+    results: dict[str, tuple[tuple[Tensor, Tensor, Tensor], Metrics]],
+    files: ImageFiles,
+    *,
+    split: str,
+    weights: str,
+    averaged: bool | None = None,
+    origin: dict[str, Any],
+) -> None:
+    """Print the results of --test-only, and write metrics.json and two tables for each result. Only on rank 0.
+
+    results: (predictions, metrics) by name, "clean" first. Predictions are logits (N, C) float32, targets (N,) and
+    indices in the split (N,), int64, on the CPU. The tables are per_class.csv and predictions.csv, for another name
+    per_class_<name>.csv and predictions_<name>.csv. files: the images of the split. averaged: whether the weights are
+    the moving average of a file that holds one; None: it holds none. origin: from `provenance.describe`.
+    Raises UserError if a file cannot be written, or a table of an earlier evaluation cannot be removed.
+    """
+    if "masked" not in results:
+        _remove_tables(output_dir, "masked")
+    for name, ((logits, targets, indices), metrics) in results.items():
+        suffix = "" if name == "clean" else f"_{name}"
+        rows = per_class_table(logits, targets, files.classes)
+        write_atomically(output_dir / f"per_class{suffix}.csv", table_as_csv(rows))
+        names = [files.path_as_text(index) for index in indices.tolist()]
+        table = prediction_table(logits, targets, files.classes, names)
+        write_atomically(output_dir / f"predictions{suffix}.csv", table_as_csv(table))
+        say(f"{split}, {len(targets)} images, {name}: {format_metrics(metrics)}")
+        width = max(len(printable(row["class"])) for row in rows)
+        for row in rows:
+            if row["images"]:
+                scores = "  ".join(f"{key} {row[key]:.4f}" for key in ("precision", "recall", "f1"))
+                say(f"  {printable(row['class']):<{width}}  {row['images']:>6} images  {scores}")
+    absent = [row["class"] for row in rows if not row["images"]]  # the same in each result
+    if absent:
+        present = len(files.classes) - len(absent)
+        say(
+            f"{split}: macro metrics are over the {present} of {len(files.classes)} classes that have images here; "
+            f"without: {list_names(absent)}."
+        )
+    summary = {
+        "split": split,
+        "images": len(targets),
+        "weights": weights,
+        "averaged": averaged,
+        "classes": len(files.classes),
+        "absent_classes": absent,
+        "metrics": {name: metrics for name, (_, metrics) in results.items()},
+        "origin": origin,
+    }
+    write_json(output_dir / METRICS_FILE, summary)
+
+
+def _remove_tables(output_dir: Path, name: str) -> None:
+    """Remove the tables of an earlier evaluation; next to the new ones they would look like part of them."""
+    for path in (output_dir / f"per_class_{name}.csv", output_dir / f"predictions_{name}.csv"):
+        try:
+            path.unlink(missing_ok=True)
+        except OSError as error:
+            raise UserError(f"{path}: left by an earlier evaluation, cannot be removed ({error.strerror}).") from None
+
+
 def read_run_folder(folder: Path) -> RunFolder:
-    """Raises UserError for a folder that holds no run; of one that was cut off, what is there."""
+    """Read the folder of a run as far as it got. Raises UserError if it holds no run."""
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; expected the --output-dir of a run.")
-    if not any((folder / name).exists() for name in (LOG, RUN, METRICS)):
-        raise UserError(f"{folder}: holds no run, neither {LOG} nor {RUN} nor {METRICS}; give a run's --output-dir.")
-    notes: list[str] = []
+    if not any((folder / name).exists() for name in (LOG, RUN, METRICS_FILE)):
+        raise UserError(f"{folder}: holds no run (no {LOG}, {RUN} or {METRICS_FILE}); give the --output-dir of a run.")
+    log, evaluations, notes = [], {}, []
     try:
         log = read_log(folder)
     except UserError as error:
-        log = []
         notes.append(str(error))
-    origin = _read_json(folder / RUN, _is_origin, notes)
-    status = _read_json(folder / STATUS, _is_status, notes)
-    tested = _read_json(folder / METRICS, _is_result, notes)
-    evaluations = {}
-    for name, metrics in tested.get("metrics", {}).items():
+    contents = {}
+    for name, is_valid in ((RUN, is_origin), (STATUS, is_status), (METRICS_FILE, is_tested)):
+        content = read_checked(folder / name, is_valid)
+        if content is None:
+            notes.append(f"{folder / name}: does not hold what a run writes there; ignored.")
+        contents[name] = content or {}
+    for name, metrics in contents[METRICS_FILE].get("metrics", {}).items():
         try:
             evaluations[name] = read_evaluation(folder, name, metrics)
         except UserError as error:
             notes.append(str(error))
-    return RunFolder(folder, log, origin, status, tested, evaluations, notes)
+    return RunFolder(folder, log, contents[RUN], contents[STATUS], contents[METRICS_FILE], evaluations, notes)
 
 
 def describe_tested(tested: dict[str, Any], name: str) -> str:
-    """What a result of metrics.json is of: "val, with mean masks, weights model_best.pth (chosen on this split)"."""
+    """A title for a result in metrics.json: "val, with mean masks, weights model_best.pth (chosen on this split)"."""
     weights = PurePath(str(tested["weights"])).name
     chosen = " (chosen on this split)" if (weights, tested["split"]) == (BEST, "val") else ""
     which = {True: ", moving average", False: ", trained weights"}.get(tested.get("averaged"), "")
     absent = tested.get("absent_classes")
     lacking = f", without images of {len(absent)} of {tested['classes']} classes" if absent else ""
-    return f"{tested['split']}, {TITLES.get(name, name)}, weights {weights}{which}{chosen}{lacking}"
+    return f"{tested['split']}, {RESULT_TITLES.get(name, name)}, weights {weights}{which}{chosen}{lacking}"
 
 
 def read_tested(folder: Path, name: str) -> tuple[Evaluation, str]:
-    """A result of --test-only, and what it is of as far as metrics.json tells; raises UserError if there is none."""
-    tested = _read_json(folder / METRICS, _is_result, [])
+    """A result of --test-only and its title, "" without a valid metrics.json. Raises UserError if there is none."""
+    tested = read_checked(folder / METRICS_FILE, is_tested)
     if tested and name not in tested["metrics"]:
-        raise UserError(f"{folder / METRICS}: holds no result {TITLES.get(name, name)}; run --test-only again.")
+        raise UserError(f"{folder / METRICS_FILE}: holds no result {RESULT_TITLES[name]}; run --test-only again.")
     return read_evaluation(folder, name), describe_tested(tested, name) if tested else ""
 
 
-def _read_json(path: Path, is_expected: Callable[[dict[str, Any]], bool], notes: list[str]) -> dict[str, Any]:
-    """The dictionary in a file; empty where there is none, and where it is not what is expected, which is noted."""
-    try:
-        content = read_json(path)
-        if isinstance(content, dict) and is_expected(content):
-            return content
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError, RecursionError, KeyError, TypeError, AttributeError):
-        pass
-    notes.append(f"{path}: does not hold what a run writes there; left out.")
-    return {}
-
-
-def _is_origin(content: dict[str, Any]) -> bool:
-    """True for what run.json holds; may raise for what it does not."""
-    splits = content["data"].values()
-    counts = [list(split["images"].values()) for split in splits if isinstance(split["root"], str)]
-    return (
-        all(map(is_start, content["starts"]))
-        and len(counts) == len(splits)
-        and all(of_split and all(type(count) is int and count >= 0 for count in of_split) for of_split in counts)
-    )
-
-
-def _is_status(content: dict[str, Any]) -> bool:
-    texts = [content[name] for name in ("status", "message", "time") if name in content]
-    counts = [content[name] for name in ("epoch", "step") if name in content]
-    return all(isinstance(text, str) for text in texts) and all(type(count) is int and count >= 0 for count in counts)
-
-
-def _is_result(content: dict[str, Any]) -> bool:
-    """True for what metrics.json holds; one without an origin is older than it."""
-    values = [value for metrics in content["metrics"].values() for value in metrics.values()]
-    return (
-        all(value is None or type(value) in (int, float) for value in values)
-        and all(re.fullmatch("[a-z_]+", name) for name in content["metrics"])  # a part of the tables' names
-        and all(isinstance(content[name], str) for name in ("split", "weights"))
-        and isinstance(content.get("absent_classes", []), list)
-        and isinstance(content.get("classes", 0), int)
-        and content.get("averaged") in (True, False, None)
-        and ("origin" not in content or is_start(content["origin"]))
-    )
-
-
-def read_evaluation(folder: Path, name: str = "clean", metrics: dict[str, float | None] | None = None) -> Evaluation:
-    """A result of --test-only out of its two tables; raises UserError where one is missing, damaged, or unfit."""
+def read_evaluation(folder: Path, name: str = "clean", metrics: Metrics | None = None) -> Evaluation:
+    """A result of --test-only from its two tables. Raises UserError if one is missing or damaged, or they disagree."""
     suffix = "" if name == "clean" else f"_{name}"
     table = read_table(folder / f"per_class{suffix}.csv", ("class", "images", "precision", "recall", "f1"))
     path = folder / f"predictions{suffix}.csv"
@@ -143,19 +169,18 @@ def read_evaluation(folder: Path, name: str = "clean", metrics: dict[str, float 
     number = {row["class"]: index for index, row in enumerate(table)}
     try:
         if len(number) < len(table):
-            raise ValueError("a class stands there twice")
+            raise ValueError("a class is listed twice")
         for row in table:
-            _ = [float(row[name]) for name in ("precision", "recall", "f1", "auroc") if row.get(name)]
-        ranks = [int(row["true_rank"]) for row in rows]
-        if not all(1 <= rank <= len(table) for rank in ranks):
-            raise ValueError("a true_rank is none")
+            _ = [float(row[score]) for score in ("precision", "recall", "f1", "auroc") if row.get(score)]
         outcome = Outcome(
             np.array([number[row["target"]] for row in rows]),
             np.array([number[row["prediction"]] for row in rows]),
-            np.array(ranks),
+            np.array([int(row["true_rank"]) for row in rows]),
             np.array([float(row["loss"]) for row in rows]),
             len(table),
         )
+        if outcome.true_ranks.min() < 1 or outcome.true_ranks.max() > len(table):
+            raise ValueError(f"a true_rank is not in 1 to {len(table)}")
         images = [int(row["images"]) for row in table]
     except (KeyError, ValueError) as error:
         raise UserError(f"{path}: does not fit per_class{suffix}.csv ({error}); run --test-only again.") from None
@@ -165,10 +190,10 @@ def read_evaluation(folder: Path, name: str = "clean", metrics: dict[str, float 
 
 
 def read_table(path: Path, columns: tuple[str, ...]) -> list[dict[str, str]]:
-    """The rows of a CSV; raises UserError unless it holds one or more, with these columns among others."""
+    """The rows of a CSV file. Raises UserError if there are none or one of these columns is missing."""
     try:
         text = io.StringIO(read_bytes(path).decode("utf-8-sig"), newline="")
-        rows = [_undone(row) for row in csv.DictReader(text, strict=True)]
+        rows = list(csv.DictReader(text, strict=True))
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; --test-only with --output-dir {path.parent} writes it.") from None
     except (OSError, ValueError, csv.Error) as error:
@@ -176,12 +201,4 @@ def read_table(path: Path, columns: tuple[str, ...]) -> list[dict[str, str]]:
         raise UserError(f"{path}: cannot be read as a table ({reason}); run --test-only again.") from None
     if not rows or any(row.get(column) is None for row in rows for column in columns):
         raise UserError(f"{path}: expected rows with {', '.join(columns)}; run --test-only again.")
-    return rows
-
-
-def _undone(row: dict) -> dict:
-    return {key: from_cell(value) if isinstance(value, str) else value for key, value in row.items()}
-
-
-STATUS = "status.json"
-BAD_BATCH = "nonfinite_batch.json"
+    return [{key: from_cell(cell) if isinstance(cell, str) else cell for key, cell in row.items()} for row in rows]

@@ -1,4 +1,4 @@
-"""Self-contained HTML pages: styles, script and pictures are inside, and nothing is asked of a network."""
+"""HTML pages and Markdown files from utils/results/templates. Pages are self-contained: styles, script and pictures."""
 
 import base64
 from functools import cache
@@ -7,29 +7,47 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from utils.runtime.text import printable
+
 TEMPLATES = Path(__file__).parent / "templates"
 
 
 def render(template: str, **values: Any) -> bytes:
-    """A page from `utils/results/templates/<template>`; values are escaped where they are put in, whatever they hold.
+    """An HTML page in UTF-8 from a template; all values are escaped. File names that are not text get backslashes.
 
-    Names of files that are no text are written with backslashes. Raises jinja2's UndefinedError for a value that the
-    template names and was not given.
+    Raises jinja2's UndefinedError for a value that the template uses and was not given.
     """
-    return _environment().get_template(template).render(values).encode(errors="backslashreplace")
+    return _environment(html=True).get_template(template).render(values).encode(errors="backslashreplace")
+
+
+def render_markdown(template: str, **values: Any) -> bytes:
+    """A Markdown file in UTF-8 from a template; the template passes foreign text through the filter `code`.
+
+    Raises as `render`.
+    """
+    return _environment(html=False).get_template(template).render(values).encode(errors="backslashreplace")
 
 
 @cache
-def _environment() -> Environment:
-    return Environment(
+def _environment(html: bool) -> Environment:
+    environment = Environment(
         loader=FileSystemLoader(TEMPLATES),
-        autoescape=True,
+        autoescape=html,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
+        keep_trailing_newline=not html,
     )
+    environment.filters["code"] = code_span
+    return environment
+
+
+def code_span(text: str) -> str:
+    """Any text as a Markdown code span on one line, which nothing in the text can end."""
+    shown = printable(text)
+    return f"`` {shown.replace('``', '` `')} ``" if "`" in shown else f"`{shown}`"
 
 
 def data_uri(content: bytes, media_type: str = "image/png") -> str:
-    """Bytes of a picture as the `src` of an <img>."""
+    """The bytes of a picture as the `src` of an <img>."""
     return f"data:{media_type};base64,{base64.b64encode(content).decode()}"

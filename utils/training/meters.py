@@ -16,13 +16,13 @@ class RunningMean:
         self.reset()
 
     def reset(self) -> None:
-        """Begin anew."""
+        """Start again, with no scalars."""
         self.names: tuple[str, ...] = ()
         self.total = torch.zeros(0, dtype=torch.float64, device=self.device)
         self.count = 0
 
     def update(self, **values: Tensor) -> None:
-        """Take in one step; every call names the same scalars, tensors () on the device."""
+        """Add one step; every call gives the same names, with tensors () on the device."""
         if not self.names:
             self.names = tuple(values)
             self.total = torch.zeros(len(values), dtype=torch.float64, device=self.device)
@@ -30,26 +30,26 @@ class RunningMean:
         self.count += 1
 
     def read(self) -> dict[str, float]:
-        """The means so far, over all ranks; every rank must call it. Empty before the first update."""
+        """The means so far, over all ranks. A collective. Empty before the first update."""
         if not self.count:
             return {}
         means = distributed.all_reduce_mean(self.total / self.count).tolist()
         return dict(zip(self.names, means, strict=True))
 
     def state(self) -> dict[str, Any]:
-        """Names, count, and the totals of each rank (W, n); every rank must call it."""
+        """Names, count, and the totals of each rank (W, n). A collective."""
         totals = torch.stack(distributed.all_gather_object(self.total.cpu()))
         return {"names": list(self.names), "count": self.count, "totals": totals}
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Go on from `state()`; on another number of processes each takes the mean of the totals."""
+        """Continue from `state()`; on another number of processes each takes the mean of the totals."""
         totals = state["totals"]  # (W, n)
         own = totals[distributed.rank()] if len(totals) == distributed.world_size() else totals.mean(0)
         self.names, self.count, self.total = tuple(state["names"]), state["count"], own.to(self.device)
 
 
 def batch_accuracy(logits: Tensor, targets: Tensor) -> Tensor:
-    """Top-1 accuracy of a batch, a tensor () in [0, 1]; targets (B,) or, when mixed, (B, C): their largest counts."""
+    """Top-1 accuracy of a batch, a tensor () in [0, 1]. Mixed targets (B, C) count as their largest class."""
     if targets.ndim == 2:
         targets = targets.argmax(1)
     return (logits.argmax(1) == targets).float().mean()

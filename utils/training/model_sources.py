@@ -1,4 +1,4 @@
-"""Models named by a repository of the hub or by a folder, as timm names them: hf-hub:ORG/NAME and local-dir:FOLDER."""
+"""Models in a hub repository or a local folder, by timm's names for them: hf-hub:ORG/NAME and local-dir:FOLDER."""
 
 import os
 import reprlib
@@ -17,13 +17,13 @@ from utils.runtime.errors import UserError
 
 HUB = ("hf-hub:", "hf_hub:")
 FOLDER = "local-dir:"
-OWN_WEIGHTS = "default"  # of --weights: those of the repository or folder
+OWN_WEIGHTS = "default"  # value of --weights that selects the weights in the repository or folder
 
 
 class Source(NamedTuple):
-    """What a config.json says: the timm architecture, how it is built, and its pretrained weights.
+    """The content of a config.json: the timm architecture, its arguments, and its pretrained weights.
 
-    name: for timm.create_model; of the hub's cache where it holds the repository, which needs no network.
+    name: for timm.create_model; the folder in the hub's cache if the repository is there, so that no network is needed.
     """
 
     name: str
@@ -37,24 +37,29 @@ def is_source(name: str) -> bool:
 
 
 def model_name(text: str) -> str:
-    """The type of --model: a folder is the same one from wherever the run is resumed."""
+    """The type of --model. A folder becomes absolute, so that the run can be resumed from any folder."""
     return f"{FOLDER}{absolute(text.removeprefix(FOLDER))}" if text.startswith(FOLDER) else text
 
 
-def read_source(name: str, flag: str = "--model") -> Source:
-    """Read the config.json of a named source: from its folder, the hub's cache, or the hub.
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, or the name of its type."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
-    Raises UserError, naming `flag`, where it cannot be read or names no architecture of timm.
+
+def read_source(name: str, flag: str = "--model") -> Source:
+    """Read the config.json of a source from its folder, the hub's cache, or the hub.
+
+    Raises UserError, naming `flag`, if it cannot be read or does not name an architecture of timm.
     """
     try:
         with quiet_hub():
             timm_name = _cached(name)
-            where = timm_name.partition(":")[2]
+            location = timm_name.partition(":")[2]
             read = load_model_config_from_path if timm_name.startswith(FOLDER) else load_model_config_from_hf
-            config, architecture, model_args = read(where)
+            config, architecture, model_args = read(location)
         source = Source(timm_name, architecture, dict(model_args or {}), dict(config))
-    except Exception as error:  # the hub's client raises many kinds, and a config may hold anything
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+    except Exception as error:  # the hub's client raises many kinds, and a config may contain anything
+        reason = first_line(error)
         raise UserError(f"{flag} {name}: its config.json cannot be read ({reason}). {_advice(name)}") from None
     if not isinstance(architecture, str) or not timm.is_model(architecture):
         raise UserError(f"{flag} {name}: its config.json names {reprlib.repr(architecture)}, which timm does not have.")
@@ -62,23 +67,21 @@ def read_source(name: str, flag: str = "--model") -> Source:
 
 
 def plain_name(name: str) -> str:
-    """The name of timm's architecture, under which exported weights are built without the source.
+    """The timm architecture of a model, with which exported weights are built without the source.
 
-    Raises UserError for a source whose models are built with arguments of its own.
+    Raises UserError for a source with model arguments, which the exported folder would not keep.
     """
     if not is_source(name):
         return name
     source = read_source(name)
     if source.model_args.keys() - {"num_classes", "img_size"}:
-        raise UserError(
-            f"--model {name}: is built with arguments of its own ({', '.join(sorted(source.model_args))}), which an "
-            "export cannot keep."
-        )
+        names = ", ".join(sorted(source.model_args))
+        raise UserError(f"--model {name}: its config.json has model_args ({names}), which an export cannot keep.")
     return source.architecture
 
 
 def _cached(name: str) -> str:
-    """The name, or that of its folder in the hub's cache, so that a run resumes and is tested without the network."""
+    """The source's folder in the hub's cache as a name, so that no network is needed; else the name itself."""
     if name.startswith(FOLDER):
         return name
     repository, _, revision = name.partition(":")[2].partition("@")
@@ -88,16 +91,16 @@ def _cached(name: str) -> str:
 
 def _advice(name: str) -> str:
     if name.startswith(FOLDER):
-        return "Expected a folder with config.json and weights, as timm's save_for_hf or utils.export write it."
+        return "Expected a folder with config.json and weights, as written by timm's save_for_hf or utils.export."
     return (
-        "Each start needs it, a resumed one and --test-only too; once fetched, it stays in the hub's cache (HF_HOME). "
-        f"Connect to the network, or give a copy of the repository with {FOLDER}FOLDER."
+        "Each start needs it, also a resumed one and --test-only; after a download it stays in the hub's cache "
+        f"(HF_HOME). Connect to the network, or give a copy of the repository with {FOLDER}FOLDER."
     )
 
 
 @contextmanager
 def quiet_hub() -> Iterator[None]:
-    """Without the hub client's warnings of each try, and without unpickling anything but plain weights."""
+    """Silence the hub client's warnings about each attempt, and allow unpickling of plain weights only."""
     verbosity, forced = hub_logging.get_verbosity(), os.environ.get("TORCH_FORCE_WEIGHTS_ONLY_LOAD")
     hub_logging.set_verbosity_error()
     os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"  # timm may ask torch.load for more

@@ -1,4 +1,4 @@
-"""What --plot-every and --tensorboard show of a run, on rank 0; what fails is named, and the training goes on."""
+"""--plot-every and --tensorboard: plots and events of a run, on rank 0. A failure here never ends a training."""
 
 import gc
 from collections.abc import Callable, Iterator
@@ -20,8 +20,8 @@ if TYPE_CHECKING:  # both are imported where they are used: they cost a process'
     from torch.utils.tensorboard import SummaryWriter
 
 
-class Pictures:
-    """Pictures of the run in OUTPUT/plots, and its events in OUTPUT/tensorboard. Rank 0 alone calls the methods."""
+class Monitor:
+    """Plots in OUTPUT/plots and events in OUTPUT/tensorboard. Only rank 0 calls the methods."""
 
     def __init__(
         self,
@@ -34,14 +34,15 @@ class Pictures:
         tensorboard: bool,
         draw_gallery: Callable[..., "Figure"] | None = None,
     ) -> None:
-        """first_epoch: the one to come; plot_every: None: no pictures; draw_gallery: by `epochs_done`, of a policy."""
+        """first_epoch: the next one; plot_every: None for no plots; draw_gallery: draws masks, given `epochs_done`."""
         self.output_dir, self.classes, self.first_epoch, self.epochs = output_dir, classes, first_epoch, epochs
         self.plot_every, self.draw_gallery = plot_every, draw_gallery
         self.events = Events(output_dir, first_epoch) if tensorboard else None
 
     def begin(self, fresh: bool) -> None:
-        """Before the first epoch: remove what a kill has left, or a later epoch that is to be done anew; of a fresh run
-        show what the policy does untrained; tell the events of a last epoch that a kill cut off.
+        """Before the first epoch: remove leftovers of a kill and galleries of epochs to be repeated.
+
+        Also writes the events of a last epoch that a kill cut off, and draws the masks of an untrained policy.
         """
         with warning_of(PLOTS):
             remove_temporaries(self.output_dir / PLOTS)
@@ -60,13 +61,14 @@ class Pictures:
             gc.collect()  # see `show`
 
     def show(self, predictions: Predictions, line: dict[str, Any]) -> None:
-        """Once an epoch's checkpoint is saved. What a kill cuts off here the events catch up with when the run resumes;
-        pictures come with the next epoch that has some, or by the commands. predictions: of val after this epoch.
+        """Write the epoch's events and plots, once its checkpoint is saved. predictions: those of val after this epoch.
+
+        After a kill, the resumed run writes the missing events; missing plots come with the next plotted epoch.
         """
         if self.plot_every is None and self.events is None:
             return
         done = line["epoch"] + 1
-        if self.events is not None:  # first, since drawing takes most and may fail
+        if self.events is not None:  # first, because drawing takes longest and may fail
             with warning_of("tensorboard"):
                 self.events.write(line["epoch"])
         if self.plot_every is not None and (done % self.plot_every == 0 or done == self.epochs):
@@ -76,8 +78,8 @@ class Pictures:
                 self.events.write_masks(line["epoch"])
                 if done == self.epochs:
                     self.events.close()
-        # matplotlib's parser leaves exceptions in cycles, whose frames hold main's: the loaders would outlive it, and
-        # their workers be ended by the interpreter's exit, which waits for them for 20 s.
+        # matplotlib's parser leaves exceptions in reference cycles that hold the frame of `main`. The loaders would
+        # outlive it, and the interpreter would wait 20 s for their workers at exit.
         gc.collect()
 
     def _draw_all(self, predictions: Predictions, epochs_done: int) -> None:
@@ -105,26 +107,26 @@ class Pictures:
 
 @contextmanager
 def warning_of(name: str) -> Iterator[None]:
-    """Whatever goes wrong inside becomes a line that names it: a picture is not worth a training."""
+    """Turn any error inside into a warning; a failed plot must not end a training."""
     try:
         yield
     except Exception as error:
         reason = (str(error).splitlines() or [""])[0] or type(error).__name__
-        progress.say(f"warning: {name} could not be written ({reason}); the training goes on.")
+        progress.say(f"warning: {name} could not be written ({reason}); the training continues.")
 
 
 FOLDER = "tensorboard"
-PLOTS = "plots"  # where the mask galleries lie
-POLICY = ("mask_", "policy_", "advantage_", "prior_", "concentrations_")  # how the log's names of policies begin
+PLOTS = "plots"  # the folder of all plots
+POLICY = ("mask_", "policy_", "advantage_", "prior_", "concentrations_")  # prefixes of policy quantities in the log
 
 
 def check_installed() -> None:
-    """Raise UserError, before a run begins, where the package of --tensorboard cannot be imported; rank 0 writes."""
+    """Raise UserError on rank 0, before a run starts, if the package of --tensorboard cannot be imported."""
     if not distributed.is_main_process():
         return
     try:
         import torch.utils.tensorboard  # noqa: F401
-    except Exception as error:  # a package that is broken raises anything
+    except Exception as error:  # a broken package can raise anything
         reason = (str(error).splitlines() or [""])[0] or type(error).__name__
         raise UserError(
             f"--tensorboard: the package tensorboard cannot be imported ({reason}). Install it with pip install "
@@ -133,26 +135,26 @@ def check_installed() -> None:
 
 
 class Events:
-    """OUTPUT/tensorboard: each number of log.jsonl as a scalar, its step the epoch.
+    """OUTPUT/tensorboard: each number of log.jsonl as a scalar, with the epoch as its step.
 
-    The log is what counts: a resumed run replaces the events of its last epoch, which a kill may have cut off, and of
-    all later ones. Where there are no events yet, all epochs of the log are written.
+    The log is authoritative: a resumed run replaces the events of its last epoch, which a kill may have cut off, and of
+    all later ones. If there are no events yet, all epochs of the log are written.
     """
 
     def __init__(self, output_dir: Path, first_epoch: int) -> None:
-        """first_epoch: the one to come."""
+        """first_epoch: the next one."""
         self.output_dir, self.folder = output_dir, output_dir / FOLDER
-        there = any(self.folder.glob("*tfevents*"))
-        self.next_epoch = max(first_epoch - 1, 0) if there else 0  # the first that is not written, or not for sure
+        has_events = any(self.folder.glob("*tfevents*"))
+        self.next_epoch = max(first_epoch - 1, 0) if has_events else 0  # the first epoch to write
         self.writer: SummaryWriter | None = None
 
     def write(self, epoch: int) -> None:
-        """Write the lines of the log up to this epoch's that are not yet there, with the mask galleries that are.
+        """Write the missing lines of the log up to this epoch, with their mask galleries.
 
-        Raises what the file system or TensorBoard raise; what was not written is written by the next call.
+        Raises any error of the file system or TensorBoard; the next call then writes what is missing.
         """
         try:
-            if self.writer is None:  # only now, since its thread should not be there when loaders fork their workers
+            if self.writer is None:  # only now: its thread must not exist when loaders fork their workers
                 from torch.utils.tensorboard import SummaryWriter
 
                 self.writer = SummaryWriter(str(self.folder), purge_step=self.next_epoch)
@@ -163,12 +165,12 @@ class Events:
                 self._add_masks(line["epoch"])
             self.writer.flush()
         except Exception:
-            self.writer = None  # it goes on failing; a new one writes a new file
+            self.writer = None  # a failed writer keeps failing; a new one writes a new file
             raise
         self.next_epoch = epoch + 1
 
     def write_masks(self, epoch: int) -> None:
-        """Write the gallery of an epoch whose line is written; nothing where there is none."""
+        """Write the gallery, if there is one, of an epoch that has been written."""
         if self.writer is not None:
             self._add_masks(epoch)
             self.writer.flush()
@@ -180,13 +182,13 @@ class Events:
             self.writer.add_image("masks", pixels, epoch, dataformats="HWC")
 
     def close(self) -> None:
-        """At the end of the run."""
+        """Close the file at the end of the run."""
         if self.writer is not None:
             self.writer.close()
 
 
 def tag(name: str) -> str:
-    """Where TensorBoard shows a quantity of the log: such as train/loss, val/f1, policy/mask_std, run/skipped_steps."""
+    """The TensorBoard tag of a quantity, such as train/loss, val/f1, policy/mask_std or run/skipped_steps."""
     group, _, rest = name.partition("_")
     if group in ("train", "val", "lr", "policy"):
         return f"{group}/{rest}"

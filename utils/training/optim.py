@@ -1,4 +1,4 @@
-"""Optimisers, schedules, the guarded update, and the moving average of the weights."""
+"""Parameter groups, optimisers, schedules, and the moving average of the weights."""
 
 import warnings
 
@@ -30,9 +30,9 @@ def parameter_groups(
     bias_weight_decay: float | None = None,
     transformer_embedding_decay: float | None = None,
 ) -> list[dict]:
-    """Parameter groups of the parameters that learn, by weight decay; None means the same as the others.
+    """Parameter groups of the trainable parameters, by weight decay; None: `weight_decay`.
 
-    As in torchvision's reference: embeddings by name first, then biases, then what belongs to a normalisation layer.
+    The order of precedence is that of torchvision's reference: embeddings by name, biases, normalisation layers.
     """
     groups: dict[float, list[nn.Parameter]] = {}
     for module in model.modules():
@@ -51,19 +51,19 @@ def parameter_groups(
 
 
 def _is_norm(module: nn.Module) -> bool:
-    """True for BatchNorm2d, LayerNorm, GroupNorm, timm's RmsNorm and the like, which share no base class."""
+    """Whether this is BatchNorm2d, LayerNorm, GroupNorm, timm's RmsNorm and so on: they share no base class."""
     return "norm" in type(module).__name__.lower()
 
 
 def build_optimizer(name: str, groups: list[dict], lr: float, momentum: float) -> Optimizer:
-    """sgd, sgd_nesterov, rmsprop (eps .0316, alpha .9, as torchvision's reference) or adamw; fused where torch can."""
+    """sgd, sgd_nesterov, rmsprop (eps .0316, alpha .9, as in torchvision's reference) or adamw; fused if possible."""
     if name == "adamw":
         return AdamW(groups, lr=lr, fused=True)
     if name == "rmsprop":
         return RMSprop(groups, lr=lr, momentum=momentum, eps=0.0316, alpha=0.9)
     optimizer = SGD(groups, lr=lr, momentum=momentum, nesterov=name == "sgd_nesterov", fused=True)
     if momentum > 0:
-        # The fused kernel leaves the buffers of a first step that is held back uninitialised; zeros give the same step.
+        # If the first step is skipped, the fused kernel leaves its buffers uninitialised. Zeros give the same step.
         for group in optimizer.param_groups:
             for parameter in group["params"]:
                 optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
@@ -83,9 +83,9 @@ def build_scheduler(
     warmup_method: str = "constant",
     warmup_decay: float = 0.01,
 ) -> LRScheduler:
-    """A schedule stepped once an epoch, and already brought to `first_epoch` from the optimiser's initial rates.
+    """A schedule that is stepped once per epoch, advanced to `first_epoch` from the optimiser's initial rates.
 
-    Since a schedule follows from its arguments alone, a resumed run builds it anew, and may do so for other `epochs`.
+    A schedule follows from its arguments alone, so a resumed run rebuilds it, possibly for other `epochs`.
     """
     for group in optimizer.param_groups:
         group["lr"] = group.pop("initial_lr", group["lr"])
@@ -102,7 +102,7 @@ def build_scheduler(
         else:
             warmup = ConstantLR(optimizer, factor=warmup_decay, total_iters=warmup_epochs)
         scheduler = SequentialLR(optimizer, [warmup, scheduler], milestones=[warmup_epochs])
-    with warnings.catch_warnings():  # torch warns of a schedule stepped before the optimiser, which is meant here
+    with warnings.catch_warnings():  # torch warns of stepping a schedule before the optimiser, which is intended
         warnings.simplefilter("ignore", UserWarning)
         for _ in range(first_epoch):
             scheduler.step()
@@ -113,9 +113,9 @@ class MovingAverage:
     """Exponential moving average of a model's weights and buffers (`--model-ema`), by timm's ModelEmaV3.
 
     Updated every `steps` steps; a plain copy during the learning rate's warm-up. As in torchvision's reference the
-    decay is adjusted to mean the same at any batch size: 1 - min(1, (1 - decay) * global_batch * steps / epochs).
-    That alone would keep about exp(-(1 - decay) * images) of the first weights over a whole run: nearly all, on a small
-    set. So the decay also warms up, as timm has it: at most 1 - (1 + n)^(-2/3) at update n.
+    decay is adjusted for the batch size: 1 - min(1, (1 - decay) * global_batch * steps / epochs). Alone, that would
+    keep about exp(-(1 - decay) * images) of the initial weights over a whole run, which is nearly all on a small set.
+    So the decay also warms up, as in timm: it is at most 1 - (1 + n)^(-2/3) at update n.
     """
 
     def __init__(
@@ -124,25 +124,25 @@ class MovingAverage:
         adjusted = 1 - min(1.0, (1 - decay) * global_batch * steps / epochs)
         self.source, self.steps, self.warmup_epochs = model, steps, warmup_epochs
         self.average = ModelEmaV3(model, decay=adjusted, use_warmup=True)
-        self.updates = 0  # since the end of the learning rate's warm-up
+        self.updates = 0  # since the learning rate's warm-up ended
 
     @property
     def model(self) -> nn.Module:
         return self.average.module
 
     def update(self, epoch: int, step: int, skipped: Tensor | None = None) -> None:
-        """To be called after every step; takes the weights in at every `steps`-th, unless that step was skipped.
+        """Update at every `steps`-th step, unless that step was skipped. To be called after each step.
 
-        skipped: a bool tensor (), for which the host waits then; None: it was not.
+        skipped: bool tensor (), for which the host waits at those steps; None: not skipped.
         """
         if step % self.steps == 0 and not (skipped is not None and skipped.item()):
-            self.average.update(self.source, step=self.updates + 1)  # which it counts from 1
+            self.average.update(self.source, step=self.updates + 1)  # timm counts updates from 1
             self.updates = self.updates + 1 if epoch >= self.warmup_epochs else 0
 
     def memory(self, steps_per_epoch: int, epochs: int) -> tuple[float, float, int]:
-        """How many steps the average reaches back: as the decay is set, at the run's end, and the steps of the run.
+        """The average's memory in steps: for the decay as set, at the end of the run; and the steps of the run.
 
-        Each epoch updates at its steps 0, `steps`, ...: once where it has fewer.
+        Each epoch updates at its steps 0, `steps`, 2 * `steps`, ..., so at least once.
         """
         updates_per_epoch = -(-steps_per_epoch // self.steps)
         updates = updates_per_epoch * max(0, epochs - self.warmup_epochs)

@@ -1,4 +1,4 @@
-"""Before hours are spent: one batch through all that a run does, and room for all that it writes; then undone."""
+"""Dry run before training: one batch through training and evaluation, a check of the disk, then all is restored."""
 
 import os
 import shutil
@@ -7,11 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader
 
 from utils.checkpoints import checkpoint
-from utils.data.dataset import ImageFolder, build_loader
-from utils.data.samplers import EvaluationSampler, TrainingSampler
 from utils.runtime import distributed
 from utils.runtime.errors import UserError, agreed
 from utils.runtime.files import prove_writable
@@ -19,68 +16,56 @@ from utils.runtime.progress import say
 from utils.training.compiling import compile_failure
 from utils.training.state import TrainingState, restore_rng_state
 
-FULL_STATES = 2  # the newest and the one before, which is gone when the next one is written
+FULL_STATES = 2  # the newest, and the previous one, which is removed once the next is written
 
 
 def rehearse(
-    train: Callable[[DataLoader], Any],
-    evaluate: Callable[[DataLoader], Any],
+    train: Callable[[], Any],
+    evaluate: Callable[[], Any],
     training: TrainingState,
     *,
-    training_split: ImageFolder,
-    evaluation_split: ImageFolder,
     batch_size: int,
-    seed: int,
     output_dir: Path,
     epochs_left: int,
     device: torch.device,
-    compiled: bool,
 ) -> None:
-    """Train and evaluate one batch on each rank, prove that a checkpoint can be written; then undo it.
+    """Train and evaluate one batch on each rank, prove that a checkpoint can be written, then restore everything.
 
-    train, evaluate: the script's own passes over a loader. Raises UserError where the device's memory or the disk's
-    room does not suffice, and where torch.compile fails, which it does at the first batch.
+    train, evaluate: the script's own passes over one batch. Raises UserError if the device's memory or the disk's
+    space is too small, and if torch.compile fails, which it does at the first batch.
     """
     before = checkpoint.copy(training.take())
-    rank, world_size = distributed.rank(), distributed.world_size()
-    batch = batch_size * world_size
-    samplers = (
-        TrainingSampler(batch, batch_size, rank, world_size, seed),
-        EvaluationSampler(len(evaluation_split), batch_size, rank, world_size),
-    )
-    samplers[1].indices = samplers[1].indices[:: max(1, len(samplers[1]))]  # one batch, out of the whole split
-    pairs = zip((training_split, evaluation_split), samplers, strict=True)
-    loaders = [build_loader(dataset, sampler, workers=0, pin_memory=False) for dataset, sampler in pairs]
+    rank = distributed.rank()
     try:
-        train(loaders[0])
-        evaluate(loaders[1])
+        train()
+        evaluate()
     except torch.OutOfMemoryError:
         raise UserError(
             f"rank {rank}: {device} has too little memory for --batch-size {batch_size}; give a smaller one, or --amp."
         ) from None
     except Exception as error:
-        problem = compile_failure(error) if compiled else None
+        problem = compile_failure(error)
         if problem is None:
             raise
         raise UserError(f"rank {rank}: {problem}") from None
-    after = training.take()  # with all that the optimisers hold from their first step on
+    after = training.take()  # with what the optimisers allocate at their first step
     with agreed():
         if distributed.is_main_process():
-            _check_room(output_dir, after, epochs_left)
+            check_space(output_dir, after, epochs_left)
     for line in distributed.all_gather_object(f"rank {rank}: {_describe(device)}"):
         say(line)
     training.put_back(before, "rehearsal")
     restore_rng_state(before["rng"])
 
 
-def _check_room(output_dir: Path, state: dict[str, Any], epochs_left: int) -> None:
+def check_space(output_dir: Path, state: dict[str, Any], epochs_left: int) -> None:
     """Raise UserError if a checkpoint cannot be written, or if the run's files will not fit on the disk."""
     data = checkpoint.serialize(state)
     prove_writable(output_dir, data)
     saved = [tensor for name in ("model", "model_ema") for tensor in state.get(name, {}).values()]
     weights = sum(tensor.numel() * tensor.element_size() for tensor in saved)
-    there = sum((output_dir / name).exists() for name in (checkpoint.CHECKPOINT, checkpoint.PREVIOUS))
-    needed = (FULL_STATES - there) * len(data) + (epochs_left + 1) * weights
+    existing = sum((output_dir / name).exists() for name in (checkpoint.CHECKPOINT, checkpoint.PREVIOUS))
+    needed = (FULL_STATES - existing) * len(data) + (epochs_left + 1) * weights
     free = shutil.disk_usage(output_dir).free
     if free < needed:
         raise UserError(
@@ -94,7 +79,7 @@ def _check_room(output_dir: Path, state: dict[str, Any], epochs_left: int) -> No
 
 
 def _describe(device: torch.device) -> str:
-    """The device with its memory."""
+    """The device and its memory."""
     if device.type == "cpu":
         total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
         return f"cpu, {total / 2**30:.1f} GiB of memory"

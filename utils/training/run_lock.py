@@ -1,7 +1,7 @@
-"""The lock on a run's --output-dir: held by rank 0 while the run lives, released by the kernel when it is killed.
+"""The lock on a run's --output-dir: held by rank 0 while the run lives; the kernel releases it after a kill.
 
-It is a POSIX record lock: loader workers do not inherit it, and it holds across the hosts of a network file system. It
-is lost when its process closes any descriptor of the file, so only this module opens the file.
+It is a POSIX record lock: loader workers do not inherit it, and it works across the hosts of a network file system. A
+process loses it when it closes any descriptor of the file, so only this module opens the file.
 """
 
 import errno
@@ -24,15 +24,15 @@ from utils.runtime.errors import UserError
 from utils.runtime.text import printable
 
 LOCK = "run.lock"
-MARK = b'{"host": '  # how the content of our files begins
-LONGEST = 4096  # bytes of such a file
+MARK = b'{"host": '  # the first bytes of our lock files
+LONGEST = 4096  # bytes of a lock file
 UNSUPPORTED = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)  # a file system without locks
 FLOCK = "hhqqi4x"  # C's struct flock on 64-bit Linux: type, whence, start, length, process
-PATIENCE = 1.0  # seconds in which a holder writes its name
+PATIENCE = 1.0  # seconds to wait for a holder to write its name
 ATTEMPTS = 100
 
-_held: dict[tuple[int, int], tuple[Path, int]] = {}  # path and descriptor by the file's device and inode
-os.register_at_fork(after_in_child=_held.clear)  # a child holds none of its parent's locks
+_held: dict[tuple[int, int], tuple[Path, int]] = {}  # path and descriptor, by the device and inode of the file
+os.register_at_fork(after_in_child=_held.clear)  # a child does not hold its parent's locks
 
 
 class Holder(NamedTuple):
@@ -47,17 +47,17 @@ class Holder(NamedTuple):
 
 
 class Lock(NamedTuple):
-    """held: None where that cannot be tested; holder: the last process that took the lock, None if unknown."""
+    """held: None if that cannot be tested. holder: the last process that took the lock, None if unknown."""
 
     held: bool | None
     holder: Holder | None
 
 
 def acquire(folder: Path) -> None:
-    """Lock a folder that exists for this process; nothing happens if this process holds the lock already.
+    """Lock an existing folder for this process, unless this process already holds the lock.
 
-    A file system without locks gets a warning. Raises UserError if another process holds the lock, which it names, and
-    if the file cannot be locked or written.
+    On a file system without locks a warning is printed. Raises UserError if another process holds the lock, naming it,
+    and if the file cannot be locked or written.
     """
     path = folder.absolute() / LOCK
     if _identity(path) in _held:
@@ -73,13 +73,13 @@ def acquire(folder: Path) -> None:
         except BaseException:
             os.close(descriptor)
             raise
-        os.close(descriptor)  # a run that ended has removed the file since it was opened
+        os.close(descriptor)  # a finished run removed the file after it was opened
     else:
-        raise UserError(f"{path}: is replaced all the time; give another --output-dir.")
+        raise UserError(f"{path}: other processes keep replacing it; give another --output-dir.")
     _write_holder(path, descriptor)
     if not locked:
         progress.say(
-            f"warning: {folder}: its file system has no locks, so a second run in this folder would not be noticed."
+            f"warning: {folder}: its file system has no locks, so a second run in this folder would not be detected."
         )
 
 
@@ -95,7 +95,7 @@ def release() -> None:
 
 @contextmanager
 def released_at_end() -> Iterator[None]:
-    """Release what the block (or, as a decorator, the function) has locked, also after an exception."""
+    """Release all locks at the end of the block (or of the decorated function), also after an exception."""
     try:
         yield
     finally:
@@ -103,7 +103,7 @@ def released_at_end() -> Iterator[None]:
 
 
 def look_at(folder: Path) -> Lock:
-    """Whether a run lives in the folder; never takes, drops or disturbs a lock."""
+    """Whether a run holds the folder; never takes, releases or disturbs a lock."""
     path = folder / LOCK
     if own := _held.get(_identity(path)):
         return Lock(True, _read_holder(own[1]))
@@ -130,7 +130,7 @@ def _identity(file: Path | int) -> tuple[int, int] | None:
 
 
 def _open(path: Path) -> int:
-    """A descriptor of the lock file, which is created if needed; raises UserError for any other file."""
+    """A descriptor of the lock file, created if needed; raises UserError if the file is something else."""
     try:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
         found = os.fstat(descriptor)
@@ -138,17 +138,17 @@ def _open(path: Path) -> int:
         ours = ours and (found.st_size == 0 or os.pread(descriptor, len(MARK), 0) == MARK)
     except OSError as error:
         raise UserError(
-            f"{path}: cannot be opened ({error.strerror}); a run locks its folder with this file. Remove it, or give "
+            f"{path}: cannot be opened ({error.strerror}); this file locks the folder of a run. Remove it, or give "
             "another --output-dir."
         ) from None
     if not ours:
         os.close(descriptor)
-        raise UserError(f"{path}: is not the lock of a run; rename or remove it, or give another --output-dir.")
+        raise UserError(f"{path}: is not the lock file of a run; rename or remove it, or give another --output-dir.")
     return descriptor
 
 
 def _try_lock(folder: Path, descriptor: int) -> bool:
-    """True once it is locked, False where there are no locks; raises UserError that names another holder."""
+    """True if locked, False on a file system without locks; raises UserError, naming the holder, if another has it."""
     try:
         fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         return True
@@ -161,7 +161,7 @@ def _try_lock(folder: Path, descriptor: int) -> bool:
     while (holder := _read_holder(descriptor)) is None and time.monotonic() < deadline:
         time.sleep(0.02)
     raise UserError(
-        f"--output-dir {folder}: another run is writing there: {holder or 'a process that gave no name'}. Wait for its "
+        f"--output-dir {folder}: another run is writing there: {holder or 'an unknown process'}. Wait for its "
         "end, stop it, or give another --output-dir."
     )
 
@@ -176,7 +176,7 @@ def _write_holder(path: Path, descriptor: int) -> None:
 
 
 def _read_holder(descriptor: int) -> Holder | None:
-    """Who wrote the file; None where that is not what we write."""
+    """The process that wrote the file; None if the content is not ours."""
     try:
         content = json.loads(os.pread(descriptor, LONGEST, 0))
         holder = Holder(**content)
@@ -187,7 +187,7 @@ def _read_holder(descriptor: int) -> Holder | None:
 
 
 def _is_locked(descriptor: int) -> bool | None:
-    """Whether another process holds the lock, asked without taking it; None where that cannot be asked."""
+    """Whether another process holds the lock, tested without taking it; None if that cannot be tested."""
     if sys.platform != "linux":
         return None
     asked = struct.pack(FLOCK, fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)

@@ -1,4 +1,4 @@
-"""What a run leaves behind: full states within and after each epoch, weights, log.jsonl and status.json."""
+"""Saves a run: full states within and after each epoch, weights, log.jsonl and status.json."""
 
 import copy
 from collections.abc import Callable
@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 from utils.checkpoints import checkpoint
 from utils.data.loaders import TIMEOUT, batch_seconds
 from utils.results.log import append_log
-from utils.results.metrics import Metrics
+from utils.results.metrics import Metrics, format_metrics
 from utils.results.run_folder import BAD_BATCH, STATUS
 from utils.runtime import distributed, progress
 from utils.runtime.errors import UserError, agreed
@@ -21,7 +21,6 @@ from utils.runtime.progress import Position
 from utils.runtime.reading import read_json
 from utils.runtime.signals import ALONE_SECONDS, TOGETHER_SECONDS, Interrupted, StopRequest, WaitEnded
 from utils.training import run_lock
-from utils.training.evaluation import format_metrics
 from utils.training.state import TrainingState
 from utils.training.update import ADVICE, NonFiniteLoss, StepGuard
 
@@ -31,8 +30,8 @@ Item = TypeVar("Item")
 class Saver:
     """Saves the run every `checkpoint_steps` steps, after each epoch, and when a signal asks it to stop.
 
-    To be entered round the training: status.json then says running, interrupted, finished or failed. All methods are
-    called by all ranks, and rank 0 writes; if it cannot, all raise its UserError, and the run stops.
+    A context manager around training: it keeps status.json at running, interrupted, finished or failed. All ranks call
+    all methods and rank 0 writes. If it cannot write, all ranks raise its UserError and the run stops.
     """
 
     def __init__(
@@ -46,19 +45,19 @@ class Saver:
         checkpoint_steps: int | None,
         timeout: float = TIMEOUT,
     ) -> None:
-        """origin: what the run began with (script, classes, images, args), which goes into the files as it is.
+        """origin: script, classes, images and arguments of the run, stored in its files unchanged.
 
-        timeout: seconds that a process may wait, for a batch too.
+        timeout: the longest wait of a process, also for a batch, in seconds.
         """
         self.batch_seconds = batch_seconds(timeout)
         self.output_dir, self.training, self.meters = output_dir, training, training.meters
         self.origin = origin
         self.position, self.best_f1, self.checkpoint_steps = start, best_f1, checkpoint_steps
-        self.saved = start  # what status.json tells; known to rank 0
+        self.saved = start  # the position in status.json; up to date on rank 0 only
         self.stop = StopRequest()
 
     def idle(self) -> "Saver":
-        """One that never saves and hears no signal, for a pass that is to be undone."""
+        """A copy that never saves and ignores signals, for the rehearsal."""
         idle = copy.copy(self)
         idle.position, idle.checkpoint_steps, idle.stop = Position(self.position.epoch), None, StopRequest()
         return idle
@@ -77,18 +76,18 @@ class Saver:
             with agreed():
                 if distributed.is_main_process():
                     self._write_status("finished", "")
-        elif not isinstance(error, Interrupted) and _speaks(error):  # an interruption was noted with its checkpoint
-            with suppress(UserError):  # on a full disk, say; what matters is the first error
+        elif not isinstance(error, Interrupted) and _should_report(error):  # interruptions are already recorded
+            with suppress(UserError):  # such as a full disk: the first error matters more
                 if isinstance(error, NonFiniteLoss):
                     write_json(self.output_dir / BAD_BATCH, error.batch)
                     progress.say(f"{self.output_dir / BAD_BATCH}: the images of that batch.")
                 if not distributed.is_lost_contact(error):
                     self._write_status("failed", str(error) or type(error).__name__)
-                elif self._is_running():  # otherwise the rank that failed has said why
+                elif self._is_running():  # otherwise the rank that failed has recorded its reason
                     self._write_status("failed", lost_contact(error))
 
     def after_step(self, position: Position, guard: StepGuard) -> None:
-        """Save if it is due; raises Interrupted, on all ranks after the same step, once a signal came to any."""
+        """Save if it is due; raises Interrupted, on all ranks after the same step, if any rank received a signal."""
         self.position = position
         stop = guard.stop_agreed()
         if stop or (self.checkpoint_steps is not None and position.step % self.checkpoint_steps == 0):
@@ -96,10 +95,10 @@ class Saver:
             self._save(stop)
 
     def wait_for_batch(self, get: Callable[[], Item], guard: StepGuard | None = None) -> Item:
-        """Returns `get()`, a loader's next batch; raises WaitEnded if it takes too long. A signal ends the wait too.
+        """Returns `get()`, a loader's next batch; raises WaitEnded if it takes too long. A signal shortens the wait.
 
-        A single process then saves the last step and raises Interrupted. Of several, the others wait in a collective,
-        so nothing can be saved: if the batch does not come soon, UserError.
+        After a signal a single process saves the last step and raises Interrupted. Several processes cannot save,
+        because the others already wait in a collective: if the batch does not come soon, this raises UserError.
         """
         single = distributed.world_size() == 1
         try:
@@ -109,8 +108,8 @@ class Saver:
                 raise
         if not single:
             raise UserError(
-                f"rank {distributed.rank()}: {self.stop.asked} came, and no batch for {TOGETHER_SECONDS} seconds after "
-                "it, so the run ends without a new checkpoint; the last one, if there is one, is unharmed."
+                f"rank {distributed.rank()}: received {self.stop.asked}, and no batch came within {TOGETHER_SECONDS} "
+                "seconds, so the run ends without a new checkpoint. An earlier checkpoint is intact."
             )
         if guard is not None:
             guard.raise_if_found(self.position.epoch)
@@ -118,7 +117,7 @@ class Saver:
         raise AssertionError  # not reached
 
     def stop_if_asked(self) -> None:
-        """Between steps, where all ranks are: as `after_step`, but only for a signal."""
+        """Save and raise Interrupted if any rank received a signal. A collective."""
         if any(distributed.all_gather_object(self.stop.asked is not None)):
             self._save(stop=True)
 
@@ -128,18 +127,18 @@ class Saver:
         line: dict[str, Any],
         show: Callable[[dict[str, Any]], None] | None = None,
     ) -> None:
-        """Print the epoch's metrics; write model_<epoch>.pth, model_best.pth if it is, the log line and the checkpoint.
+        """Print the epoch's metrics; write model_<epoch>.pth, the best model, the log line and the checkpoint.
 
-        results: the metrics of `val`, and with --model-ema those of the average, `val_ema`, which then decides which
-        epoch is the best. A kill in between leaves the last checkpoint; resumed from it, the same files are written
-        again. show: called last, on rank 0 with the log line: were it to kill the process, the epoch would be done all
-        the same. Raises UserError, before anything is written, for a val loss or a weight that is not finite.
+        results: the metrics of `val`, and with --model-ema also `val_ema`, those of the average, which then decide the
+        best epoch. After a kill in between, the resumed run writes the same files again. show: called last, on rank 0
+        with the log line; the epoch is complete even if it kills the process. Raises UserError, before anything is
+        written, for a non-finite val loss or weight.
         """
         epoch = self.position.epoch
         if any(metrics["loss"] is None for metrics in results.values()):
             raise UserError(
-                f"the loss on val after epoch {epoch} is not finite, so this epoch was not saved; the last checkpoint, "
-                f"if there is one, is unharmed. {ADVICE}",
+                f"the loss on val after epoch {epoch} is not finite, so this epoch was not saved. An earlier "
+                f"checkpoint is intact. {ADVICE}",
                 agreed=True,
             )
         decisive = "val_ema" if "val_ema" in results else "val"
@@ -178,7 +177,7 @@ class Saver:
         }
 
     def _save(self, stop: bool) -> None:
-        """Write the checkpoint; then, if the run is to stop, raise Interrupted."""
+        """Write the checkpoint; raise Interrupted if the run should stop."""
         state = self._state()
         names = [name for name in distributed.all_gather_object(self.stop.asked) if name] if stop else []
         message = f"{names[0]}: stopped" if names else ""
@@ -189,16 +188,16 @@ class Saver:
         if stop:
             raise Interrupted(
                 f"{names[0]}: stopped after {self.position.step} steps of epoch {self.position.epoch}; "
-                f"{self.output_dir / checkpoint.CHECKPOINT} is saved, and --resume goes on from there."
+                f"{self.output_dir / checkpoint.CHECKPOINT} is saved; --resume continues from there."
             )
 
     def _check_finite(self) -> None:
-        """Raise UserError for weights that are not finite: a gradient can overflow where no loss shows it."""
+        """Raise UserError for non-finite weights: a gradient can overflow although every loss is finite."""
         name = self.training.first_not_finite()
         if name is not None:
             raise UserError(
-                f"{name} is not finite after {self.position.step} steps of epoch {self.position.epoch}, so this was "
-                f"not saved; the last checkpoint, if there is one, is unharmed. {ADVICE}"
+                f"{name} is not finite after {self.position.step} steps of epoch {self.position.epoch}, so nothing was "
+                f"saved. An earlier checkpoint is intact. {ADVICE}"
             )
 
     def _save_checkpoint(self, state: dict[str, Any], status: str, message: str) -> None:
@@ -207,7 +206,7 @@ class Saver:
         self._write_status(status, message)
 
     def _is_running(self) -> bool:
-        """Whether status.json says so of this start; by now another one may have taken the folder over."""
+        """Whether status.json says "running" for this start; another start may own the folder by now."""
         if run_lock.look_at(self.output_dir).holder not in (None, self.lock_holder):
             return False
         with suppress(OSError, ValueError, TypeError, KeyError):
@@ -220,8 +219,8 @@ class Saver:
         write_json(self.output_dir / STATUS, content)
 
 
-def _speaks(error: BaseException) -> bool:
-    """True if this rank is the one, or one of those, to tell of the error."""
+def _should_report(error: BaseException) -> bool:
+    """Whether this rank should report the error."""
     if isinstance(error, UserError):
         return distributed.is_main_process() or not error.agreed
     return not distributed.failure_posted()

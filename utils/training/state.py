@@ -1,4 +1,4 @@
-"""All that training changes, taken and put back as one: what a checkpoint must hold."""
+"""Everything that training changes, saved and restored together: the content of a checkpoint."""
 
 from typing import Any, NamedTuple
 
@@ -6,7 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from utils.checkpoints import verify as verification
-from utils.runtime import distributed
+from utils.data.samplers import derive_seed
+from utils.runtime import distributed, progress
+from utils.runtime.progress import Position
 from utils.training import models
 from utils.training.meters import RunningMean
 from utils.training.optim import MovingAverage
@@ -14,18 +16,21 @@ from utils.training.update import GuardedUpdate
 
 
 class TrainingState(NamedTuple):
-    """The networks (and other modules with a state) by the name of their entry, and what trains and measures them.
+    """The modules with a state, by their names in the checkpoint; their update, with the average; and the meters.
 
-    The schedules are not in it: they follow from the arguments and the epoch.
+    Schedules are not part of it: they follow from the arguments and the epoch.
     """
 
     modules: dict[str, nn.Module]
     update: GuardedUpdate
-    ema: MovingAverage | None
     meters: RunningMean
 
+    @property
+    def ema(self) -> MovingAverage | None:
+        return self.update.ema
+
     def take(self) -> dict[str, Any]:
-        """Plain values, and references to the tensors that training goes on to change; every rank must call it."""
+        """Plain values, and references to the tensors that training keeps changing. A collective."""
         return {
             "rng": rng_states(),
             "meters": self.meters.state(),
@@ -35,8 +40,9 @@ class TrainingState(NamedTuple):
         }
 
     def first_not_finite(self) -> str | None:
-        """The name of a weight or statistic that holds NaN or an infinity, if there is one; waits for the device."""
-        networks = {name: module for name, module in self.modules.items() if name != "objective"}  # NaN until it begins
+        """The name of a weight or statistic that holds NaN or infinity; else None. Waits for the device."""
+        networks = dict(self.modules)
+        networks.pop("objective", None)  # its baseline starts as NaN
         if self.ema:
             networks["model_ema"] = self.ema.model
         for name, network in networks.items():
@@ -48,9 +54,9 @@ class TrainingState(NamedTuple):
         return None
 
     def put_back(self, state: dict[str, Any], source: str) -> None:
-        """Restore what `take` gave, in place, but for the random numbers; learning rates stay those of the schedules.
+        """Restore, in place, what `take` returned, except for random generators and learning rates.
 
-        Raises UserError, naming the source, if the modules or optimisers are not those of the state.
+        Raises UserError, naming the source, if the state belongs to other modules or optimisers.
         """
         for name, module in self.modules.items():
             models.load_strictly(module, state[name], f"{source}, '{name}'")
@@ -66,7 +72,7 @@ class TrainingState(NamedTuple):
 
 
 def rng_states() -> list[dict[str, Tensor]]:
-    """The state of the global generators, CPU and CUDA, of each rank."""
+    """The states of the global generators, CPU and CUDA, of each rank. A collective."""
     state = {"cpu": torch.get_rng_state()}
     if torch.cuda.is_initialized():
         state["cuda"] = torch.cuda.get_rng_state()
@@ -74,8 +80,25 @@ def rng_states() -> list[dict[str, Tensor]]:
 
 
 def restore_rng_state(states: list[dict[str, Tensor]]) -> None:
-    """Put this process's generators back to what `rng_states` gave for its rank."""
+    """Restore this process's generators from what `rng_states` returned for its rank."""
     state = states[distributed.rank()]
     torch.set_rng_state(state["cpu"])
     if "cuda" in state and torch.cuda.is_initialized():
         torch.cuda.set_rng_state(state["cuda"])
+
+
+def restore_generators(state: dict[str, Any] | None, seed: int) -> None:
+    """Give each rank its own random numbers: the checkpoint's, or a new stream from (seed, rank, position)."""
+    kind = "GPUs" if torch.cuda.is_initialized() else "CPU processes"
+    if state is not None:
+        saved_kind = "GPUs" if all("cuda" in generators for generators in state["rng"]) else "CPU processes"
+        if (len(state["rng"]), saved_kind) == (distributed.world_size(), kind):
+            restore_rng_state(state["rng"])
+            return
+        progress.say(
+            f"The checkpoint was written by {len(state['rng'])} {saved_kind}, and now there are "
+            f"{distributed.world_size()} {kind}: the run continues from the same weights and the same position in the "
+            "data, but with other global batches and masks, so not bit for bit."
+        )
+    start = Position.of(state)
+    torch.manual_seed(derive_seed("process", seed, distributed.rank(), start.epoch, start.step))

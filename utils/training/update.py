@@ -12,13 +12,14 @@ from torch.optim import Optimizer
 from utils.runtime import distributed
 from utils.runtime.errors import UserError
 from utils.runtime.signals import StopRequest
+from utils.training.optim import MovingAverage
 
-ADVICE = "Resumed, a run repeats itself: start a new one with a lower --lr, --clip-grad-norm, or --amp-dtype bf16."
-LAG = 2  # steps on CUDA between a stop's collective and the host reading it: so many stay queued on the device
+ADVICE = "Resuming repeats the failure: start a new run with a lower --lr, --clip-grad-norm, or --amp-dtype bf16."
+LAG = 2  # steps on CUDA between the collective of a stop request and its reading, so that the queue stays full
 
 
 class NonFiniteLoss(UserError):
-    """A loss was not finite; `batch`: for each rank, whether its loss was finite, and the paths of its images."""
+    """A loss was not finite. `batch`: for each rank, whether its loss was finite, and the paths of its images."""
 
     def __init__(self, message: str, batch: list[dict]) -> None:
         super().__init__(message, agreed=True)
@@ -26,36 +27,36 @@ class NonFiniteLoss(UserError):
 
 
 class StepGuard:
-    """One small collective a step: is a loss not finite on any rank, and does any rank want to stop?
+    """One small collective per step: is a loss non-finite on any rank, and was any rank asked to stop?
 
-    `check` never waits for the device. `raise_if_found` does, and is meant for print steps and for before a save.
+    `check` never waits for the device. `raise_if_found` does; it is called at print steps and before saves.
     """
 
     def __init__(self, device: torch.device, path: Callable[[int], Path], stop: StopRequest) -> None:
-        """path: of an image by its index, for the report of a batch."""
+        """path: the file of an image, by its index, for the report of a batch."""
         self.path, self.stop = path, stop
         self.lag, self._to_host = (LAG, _copy_behind) if device.type == "cuda" else (0, lambda flag: (flag, None))
-        # By step, since `raise_if_found` last found nothing: was a loss not finite on any rank, and on this one, both
-        # bool () on the device, and this rank's indices (B,).
+        # The steps since `raise_if_found` last found nothing: whether a loss was non-finite on any rank, and on this
+        # rank, both bool () on the device; and the indices (B,) of this rank's images.
         self.recent: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
         self.stops: deque[tuple[Tensor, torch.cuda.Event | None]] = deque()
-        self.wishes = {wish: torch.tensor(wish, device=device) for wish in (False, True)}
+        self.flags = {flag: torch.tensor(flag, device=device) for flag in (False, True)}
 
     def check(self, loss: Tensor, step: int, indices: Tensor) -> Tensor:
-        """True, as a bool tensor () equal on all ranks, if the loss () of this step is not finite on some rank.
+        """Whether the loss () of this step is non-finite on any rank: bool tensor (), equal on all ranks.
 
-        indices: (B,), of this rank's images, on the CPU.
+        indices: (B,), this rank's images, on the CPU.
         """
         loss = loss.detach()
-        own = (loss - loss) != 0  # NaN, unlike 0, where it is not finite; two kernels, where isfinite takes five
-        flags = torch.stack([own, self.wishes[self.stop.asked is not None]])
+        own = (loss - loss) != 0  # inf - inf is NaN, and NaN != 0; two kernels instead of the five of isfinite
+        flags = torch.stack([own, self.flags[self.stop.asked is not None]])
         found, stop = (distributed.all_reduce_sum(flags.float()) > 0).unbind()
         self.recent[step] = found, own, indices
         self.stops.append(self._to_host(stop))
         return found
 
     def stop_agreed(self) -> bool:
-        """True, on all ranks after the same step, if a signal asked any of them to stop; call it once a step."""
+        """Whether a signal asked any rank to stop; equal on all ranks. To be called once per step."""
         if len(self.stops) <= self.lag:
             return False
         stop, event = self.stops.popleft()
@@ -64,7 +65,7 @@ class StepGuard:
         return bool(stop)
 
     def raise_if_found(self, epoch: int) -> None:
-        """Raise NonFiniteLoss, on all ranks at once, if a loss was not finite."""
+        """Raise NonFiniteLoss, on all ranks together, if a loss was non-finite."""
         found = torch.stack([found for found, _, _ in self.recent.values()]).tolist() if self.recent else []
         if not any(found):
             self.recent.clear()
@@ -77,14 +78,14 @@ class StepGuard:
             "images": [str(self.path(index)) for index in indices.tolist()],
         }
         raise NonFiniteLoss(
-            f"the loss was not finite at epoch {epoch}, step {step}; that update was held back, and nothing was saved "
-            f"since. {ADVICE}",
+            f"the loss was not finite at epoch {epoch}, step {step}; that update was skipped, and nothing has been "
+            f"saved since. {ADVICE}",
             distributed.all_gather_object(own),
         )
 
 
 def _copy_behind(flag: Tensor) -> tuple[Tensor, torch.cuda.Event]:
-    """A copy on the host, pinned, that is there once the event has happened; nothing waits now."""
+    """A pinned copy on the host, complete once the event has happened; nothing waits here."""
     copied, event = flag.to("cpu", non_blocking=True), torch.cuda.Event()
     event.record()
     return copied, event
@@ -96,10 +97,11 @@ SMALLEST_SCALE = 2.0**-14  # of the fp16 gradient scaler: below it, every step h
 class GuardedUpdate:
     """Backward pass, clipping and step of one or more optimisers; a skipped step changes nothing.
 
-    A step is skipped, for all networks together, where the caller holds it back (a loss is not finite), and, where
-    gradients are measured anyway (by the fp16 scaler or for clipping), where one of them is not finite: such steps are
-    counted (`skipped_steps`, on the device). Then the statistics that the forward passes have moved are restored too.
-    Fused optimisers read the flag on the device; for rmsprop, which has no fused form, the host waits for it.
+    A step is skipped for all networks together if the caller asks for it (`hold_back`: a loss is non-finite), or if a
+    gradient is non-finite where gradients are measured anyway (by the fp16 scaler or for clipping). Where gradients are
+    measured, skipped steps are counted on the device (`skipped_steps`) and the BatchNorm statistics that the forward
+    passes changed are restored. Fused optimisers read the flag on the device; rmsprop has no fused form, so there the
+    host waits for it.
     """
 
     def __init__(
@@ -109,9 +111,13 @@ class GuardedUpdate:
         fp16: bool = False,
         clip_grad_norm: float | None = None,
         networks: Iterable[nn.Module] = (),
+        ema: MovingAverage | None = None,
     ) -> None:
-        """optimizers: by the name of the network that each updates; networks: those whose buffers are restored."""
-        self.optimizers = optimizers
+        """optimizers: by the name of the network that each updates; networks: those with buffers to restore.
+
+        ema: updated after each step that is not skipped.
+        """
+        self.optimizers, self.ema = optimizers, ema
         self.clip_grad_norm = clip_grad_norm
         self.fp16 = fp16
         self.scaler = torch.amp.GradScaler(device.type, enabled=fp16)
@@ -123,14 +129,14 @@ class GuardedUpdate:
         self.buffers_before: dict[torch.dtype, Tensor] = {}
 
     def begin_step(self) -> None:
-        """To be called before the forward passes of a step: remembers the buffers that these will move."""
+        """Keep the buffers that the forward passes of a step will change. To be called before them."""
         if self.measures_gradients:
             self.buffers_before = {dtype: _flat(buffers) for dtype, buffers in self.buffers.items()}
 
-    def __call__(self, loss: Tensor, hold_back: Tensor) -> Tensor:
-        """One update from a loss (); whether it was skipped, as a bool tensor () on the device, equal on all ranks.
+    def __call__(self, loss: Tensor, hold_back: Tensor, epoch: int = 0, step: int = 0) -> Tensor:
+        """One update from a loss (); returns whether it was skipped: bool tensor () on the device, equal on all ranks.
 
-        hold_back: bool tensor (), equal on all ranks.
+        hold_back: bool tensor (), equal on all ranks; epoch, step: for the moving average.
         """
         for optimizer in self.optimizers.values():
             optimizer.zero_grad(set_to_none=True)
@@ -147,10 +153,12 @@ class GuardedUpdate:
             _step(optimizer, skipped)
         self.skipped_steps += skipped
         self.scaler.update()
+        if self.ema is not None:
+            self.ema.update(epoch, step, skipped)
         return skipped
 
     def _restore_buffers(self, skipped: Tensor) -> None:
-        """Put the buffers back to what `begin_step` found where the step was skipped."""
+        """Restore the buffers kept by `begin_step` if the step was skipped."""
         for dtype, buffers in self.buffers.items():
             kept = torch.where(skipped, self.buffers_before[dtype], _flat(buffers))  # few kernels, not one a buffer
             parts = kept.split([buffer.numel() for buffer in buffers])
@@ -165,9 +173,9 @@ class GuardedUpdate:
         }
 
     def load_state(self, state: dict, source: str) -> None:
-        """Restore `state()`, keeping the learning rates that the rebuilt schedules have set.
+        """Restore `state()`, but keep the learning rates that the rebuilt schedules have set.
 
-        Raises UserError if it is of other optimisers or of other parameters.
+        Raises UserError if the state belongs to other optimisers or parameters.
         """
         for name, optimizer in self.optimizers.items():
             rates = [(group["lr"], group["initial_lr"]) for group in optimizer.param_groups]
@@ -182,11 +190,11 @@ class GuardedUpdate:
         self.skipped_steps.fill_(state["skipped_steps"])
 
     def read_skipped(self) -> dict[str, int]:
-        """For the log: the steps skipped since the run began; empty where gradients are not measured."""
+        """For the log: the number of skipped steps since the run began; empty if gradients are not measured."""
         return {"skipped_steps": int(self.skipped_steps)} if self.measures_gradients else {}
 
     def raise_if_collapsed(self) -> None:
-        """Raise UserError if the fp16 scale has collapsed: every step overflows, and nothing is learned any more."""
+        """Raise UserError if the fp16 scale has collapsed: every step overflows and nothing is learned."""
         if self.fp16 and self.scaler.get_scale() < SMALLEST_SCALE:
             raise UserError(
                 "the fp16 gradient scale has fallen below 2^-14: every step overflows. Lower --lr or use bf16.",
@@ -195,7 +203,7 @@ class GuardedUpdate:
 
 
 def _flat(tensors: list[Tensor]) -> Tensor:
-    """A copy of tensors of one dtype, one after the other, (N,)."""
+    """The tensors of one dtype, flattened and concatenated to (N,)."""
     return torch.cat([tensor.flatten() for tensor in tensors])
 
 
@@ -208,7 +216,7 @@ def _step(optimizer: Optimizer, skipped: Tensor) -> None:
 
 
 def _lay_out_as_parameters(optimizer: Optimizer) -> None:
-    """Give restored buffers the memory format of their parameters, which the fused kernels take for granted."""
+    """Give restored buffers the memory format of their parameters, as the fused kernels require."""
     for parameter, buffers in optimizer.state.items():
         for name, buffer in buffers.items():
             if isinstance(buffer, Tensor) and buffer.shape == parameter.shape:

@@ -1,4 +1,4 @@
-"""What the tests of RadImageNet's preparation share: the set as it is handed out, and where the tree is to be."""
+"""Fixtures for the tests of RadImageNet's preparation: a source and an output folder."""
 
 from pathlib import Path
 

@@ -1,6 +1,5 @@
-"""RadImageNet made a tree to train on: from folder and archive alike, and resumed after kills."""
+"""RadImageNet prepared for training: the tree, its counts, runs resumed after kills, and bad input."""
 
-import io
 import multiprocessing
 import os
 import shutil
@@ -18,6 +17,7 @@ from tests.helpers.radimagenet import (
     expected,
     fails,
     filenames_of,
+    origin,
     pack,
     rows_of,
     write_lists,
@@ -27,36 +27,35 @@ from utils.data.fingerprint import fingerprint
 from utils.data.folders import ImageFiles, check_same_classes, find_classes
 from utils.radimagenet import images as radimagenet_images
 from utils.radimagenet.__main__ import main, prepare
-from utils.radimagenet.lists import ImageLists
 from utils.runtime.errors import UserError
 from utils.runtime.processes import run_script
+
+WAYS = ("symlink", "hardlink", "copy", "archive")
 
 # The tree
 
 
-@pytest.mark.parametrize("link", ["symlink", "hardlink", "copy"])
-def test_the_tree_has_the_images_and_is_read_by_the_scripts(source, output, link, capsys):
+@pytest.mark.parametrize("link", WAYS[:3])
+def test_the_tree_holds_the_images_and_can_be_trained_on(source, output, link, capsys):
     main(["prepare", "--source", str(source), "--link", link, str(output)])
     assert contents(output) == expected(source)
     assert (output / "summary.csv").read_text() == SUMMARY
     assert rows_of(output / "missing.csv") == rows_of(output / "repeated.csv") == []
     printed = capsys.readouterr().out.splitlines()
     assert printed[0] == "The lists name 17 images of 3 classes: train 9, val 4, test 4."
-    assert printed[1] == "Images found:"
     assert printed[3].split() == ["CT__abd__normal", "4", "1", "2", "7"]
     assert printed[6].split() == ["all", "9", "4", "4", "17"]
     assert not any("warning" in line for line in printed)
     check_same_classes(output, {split: find_classes(output / split) for split in COUNTS})
     images = ImageFolder(output / "train", lambda image: np.asarray(image))
     assert images.classes == list(FOLDERS)
-    assert np.array_equal(images.read(0).getchannel("R"), np.random.default_rng(0).integers(0, 256, (8, 9)))
     assert images.files.targets.tolist() == [0, 0, 0, 0, 1, 1, 1, 2, 2]
     image, original = output / "val/US__liver/val0.png", source / "radiology_ai/US/liver/val0.png"
     assert image.is_symlink() == (link == "symlink")
     assert image.samefile(original) == (link != "copy")
 
 
-def test_links_are_relative_and_outlive_a_move_of_both_trees(source, output, tmp_path):
+def test_links_are_relative_and_survive_moving_both_trees(source, output, tmp_path):
     prepare(output, source)
     link = os.readlink(output / "train/CT__abd__normal/train0.png")
     assert link == "../../../given/radiology_ai/CT/abd/normal/train0.png"
@@ -67,7 +66,7 @@ def test_links_are_relative_and_outlive_a_move_of_both_trees(source, output, tmp
     assert contents(tmp_path / "mount" / "output") == whole
 
 
-def test_links_are_right_through_links_to_folders(source, tmp_path):
+def test_links_are_right_through_linked_folders(source, tmp_path):
     (tmp_path / "far" / "away").mkdir(parents=True)
     (tmp_path / "shortcut").symlink_to(tmp_path / "far" / "away")
     (tmp_path / "alias").symlink_to(source)
@@ -75,20 +74,20 @@ def test_links_are_right_through_links_to_folders(source, tmp_path):
     assert contents(tmp_path / "far" / "away" / "output") == expected(source)
 
 
-def test_each_prepared_folder_has_a_cache_of_its_own(source, tmp_path):
-    prints = set()
-    for link in ("symlink", "hardlink", "copy"):
-        prepare(tmp_path / link, source, link=link)
-        prints.add(fingerprint(ImageFiles.find(tmp_path / link / "train"), {}))
-    prepare(tmp_path / "unpacked", archive=pack(source, tmp_path / "images.tar"))
-    prints.add(fingerprint(ImageFiles.find(tmp_path / "unpacked" / "train"), {}))
+def test_each_prepared_folder_has_its_own_cache(source, tmp_path):
+    def print_of(way):
+        return fingerprint(ImageFiles.find(tmp_path / way / "train"), {})
+
+    for way in WAYS:
+        prepare(tmp_path / way, **origin(way, source))
+    prints = {print_of(way) for way in WAYS}
     assert len(prints) == 4
-    assert fingerprint(ImageFiles.find(tmp_path / "copy" / "train"), {}) in prints
+    assert print_of("copy") in prints
     os.utime(source / "radiology_ai/US/liver/train0.png")
-    assert fingerprint(ImageFiles.find(tmp_path / "symlink" / "train"), {}) not in prints
+    assert print_of("symlink") not in prints
 
 
-def test_radiology_ai_itself_may_be_the_source_and_the_lists_elsewhere(source, output, tmp_path, monkeypatch):
+def test_the_source_may_be_radiology_ai_and_the_lists_elsewhere(source, output, tmp_path, monkeypatch):
     (tmp_path / "lists").mkdir()
     for path in source.glob("*.csv"):
         path.rename(tmp_path / "lists" / path.name)
@@ -101,30 +100,22 @@ def test_radiology_ai_itself_may_be_the_source_and_the_lists_elsewhere(source, o
     assert contents(tmp_path / "second") == expected(source)
 
 
-def test_other_columns_do_not_matter(source, output):
-    for split in COUNTS:
-        rows = "".join(f'7,"a ""label""",{name}\r\n' for name in filenames_of(split))
-        (source / f"RadiologyAI_{split}.csv").write_bytes(f"\ufeff,label,filename\r\n{rows}\r\n".encode())
-    prepare(output, source)
-    assert contents(output) == expected(source)
-
-
-def test_names_that_are_no_text(source, output):
+def test_file_names_that_are_not_text_are_kept(source, output):
     name = os.fsdecode(b"radiology_ai/US/liver/\xff.png")
     shutil.copy(source / filenames_of("val")[0], source / name)
     absent = os.fsdecode(b"radiology_ai/US/liver/\xfe.png")
     write_lists(source, {"val": [*filenames_of("val"), name, absent]})
-    with pytest.raises(UserError, match="1 images that the lists name are missing"):
+    with pytest.raises(UserError, match="1 of 19 listed images are missing"):
         prepare(output, source)
     assert (output / "val" / "US__liver" / os.fsdecode(b"\xff.png")).exists()
     assert b"val,radiology_ai/US/liver/\xfe.png\n" in (output / "missing.csv").read_bytes()
 
 
-# Going on
+# Resumed runs
 
 
 def kill_at(monkeypatch, function: str, call: int) -> None:
-    """Let a process kill itself at a call of os's function."""
+    """Let the process kill itself at this call of a function of os."""
     original, calls = getattr(os, function), []
 
     def counted(*arguments, **options):
@@ -140,96 +131,89 @@ def kill_at(monkeypatch, function: str, call: int) -> None:
     ("way", "function"),
     [("symlink", "symlink"), ("hardlink", "link"), ("copy", "replace"), ("copy", "utime"), ("archive", "replace")],
 )
-def test_killed_and_started_again_it_goes_on(source, output, tmp_path, monkeypatch, way, function):
-    archive = pack(source, tmp_path / "images.tar.gz") if way == "archive" else None
-    arguments = {"archive": archive} if archive else {"source": source, "link": way}
+def test_a_killed_run_is_resumed(source, output, monkeypatch, way, function):
+    arguments = origin(way, source)
     monkeypatch.setattr(radimagenet_images, "THREADS", 1)
     with monkeypatch.context() as patches:
         kill_at(patches, function, 6)
         process = multiprocessing.get_context("fork").Process(target=prepare, args=(output,), kwargs=arguments)
         process.start()
         process.join()
-        assert process.exitcode == -signal.SIGKILL
+    assert process.exitcode == -signal.SIGKILL
     whole, half = expected(source), contents(output)
-    left = [name for name in half if name.endswith(".tmp")]
-    assert len(left) == (way in ("copy", "archive"))
-    assert len(half) - len(left) == 5
-    assert all(half[name] == whole[name] for name in half if name not in left)
+    temporary = [name for name in half if name.endswith(".tmp")]
+    assert len(temporary) == (way in ("copy", "archive"))
+    assert len(half) - len(temporary) == 5
+    assert all(half[name] == whole[name] for name in half if name not in temporary)
     prepare(output, **arguments)
     assert contents(output) == whole
     assert (output / "summary.csv").read_text() == SUMMARY
 
 
-@pytest.mark.parametrize("way", ["symlink", "hardlink", "copy", "archive"])
-def test_a_second_run_makes_nothing_anew(source, output, tmp_path, monkeypatch, way):
-    archive = pack(source, tmp_path / "images.tar.gz") if way == "archive" else None
-    arguments = {"archive": archive} if archive else {"source": source, "link": way}
+@pytest.mark.parametrize("way", WAYS)
+def test_a_second_run_writes_nothing(source, output, monkeypatch, way):
+    arguments = origin(way, source)
     prepare(output, **arguments)
     made = contents(output)
-
-    def refuse(*arguments):
-        raise AssertionError(arguments)
-
-    for name in ("symlink", "link"):
-        monkeypatch.setattr(radimagenet_images.os, name, refuse)
-    monkeypatch.setattr(radimagenet_images, "write", refuse)
+    for module, name in (
+        (radimagenet_images.os, "symlink"),
+        (radimagenet_images.os, "link"),
+        (radimagenet_images, "write"),
+    ):
+        monkeypatch.setattr(module, name, lambda *_: pytest.fail("written again"))
     prepare(output, **arguments)
     assert contents(output) == made
 
 
-@pytest.mark.parametrize("first", ["symlink", "hardlink", "copy", "other file", "other link"])
-@pytest.mark.parametrize("then", ["symlink", "hardlink", "copy", "archive"])
-def test_another_thing_in_the_place_is_named_and_kept(source, output, tmp_path, first, then):
-    if first == then:
-        return
+SAME_FILE = [("copy", "archive"), ("hardlink", "archive"), ("hardlink", "copy")]
+
+
+@pytest.mark.parametrize(
+    ("first", "then"),
+    [(first, then) for first in (*WAYS[:3], "file", "link") for then in WAYS if first != then],
+)
+def test_another_file_in_the_place_of_an_image_is_reported_and_kept(source, output, tmp_path, first, then):
     image = output / "test" / "US__liver" / "test0.png"
-    if first.startswith("other"):
+    if first in WAYS:
+        prepare(output, source, link=first)
+    else:
         image.parent.mkdir(parents=True)
         (tmp_path / "precious.png").write_text("precious")
-        image.symlink_to(tmp_path / "precious.png") if first == "other link" else image.write_text("precious")
-    else:
-        prepare(output, source, link=first)
+        image.symlink_to(tmp_path / "precious.png") if first == "link" else image.write_text("precious")
     before = os.lstat(image)
-    archive = pack(source, tmp_path / "images.tar") if then == "archive" else None
-    arguments = {"archive": archive} if archive else {"source": source, "link": then}
-    if (first, then) in [("copy", "archive"), ("hardlink", "archive"), ("hardlink", "copy")]:  # the same file
-        return prepare(output, **arguments)
-    with pytest.raises(UserError, match=r"\.png: is there already, and is not what this run makes of "):
-        prepare(output, **arguments)
+    if (first, then) in SAME_FILE:
+        prepare(output, **origin(then, source))
+    else:
+        with pytest.raises(UserError, match=r"\.png: exists, but is not what this run makes of "):
+            prepare(output, **origin(then, source))
     after = os.lstat(image)
     assert (after.st_ino, after.st_size, after.st_mtime) == (before.st_ino, before.st_size, before.st_mtime)
 
 
-def test_what_the_lists_do_not_name_is_not_left_in_the_tree(source, output):
+def test_unlisted_and_outdated_files_in_the_tree_are_refused(source, output):
     prepare(output, source)
-    strange = output / "train" / "US__liver" / "more.png"
-    strange.write_text("")
-    with pytest.raises(UserError) as caught:
-        prepare(output, source)
-    assert str(caught.value).startswith(f"{strange}: the lists do not name this (1 such in the folder)")
-    strange.rename(output / "val" / "US__spleen")
-    with pytest.raises(UserError, match="val/US__spleen: the lists do not name this"):
-        prepare(output, source)
+    unlisted = output / "train" / "US__liver" / "more.png"
+    unlisted.write_text("")
+    assert fails("--source", source, output).startswith(f"{unlisted}: not in the lists (1 such in the folder)")
+    unlisted.rename(output / "val" / "US__spleen")
+    assert "val/US__spleen: not in the lists" in fails("--source", source, output)
     (output / "val" / "US__spleen").unlink()
     (source / "radiology_ai/US/liver/val0.png").unlink()
-    with pytest.raises(UserError, match=r"US__liver/val0\.png: is there from an earlier run, but has no source"):
-        prepare(output, source, allow_missing=True)
+    message = fails("--source", source, "--allow-missing", output)
+    assert "US__liver/val0.png: exists from an earlier run, but has no source" in message
 
 
-# What is missing or named twice
+# Missing and repeated images
 
 
-def test_missing_images_are_listed_and_may_come_later(source, output, tmp_path, capsys):
+def test_missing_images_are_listed_and_may_be_added_later(source, output, tmp_path, capsys):
     shutil.move(source / "radiology_ai/MR", tmp_path / "later")
     (source / "radiology_ai/US/liver/test0.png").rename(tmp_path / "later" / "test0.png")
-    with pytest.raises(UserError) as caught:
-        prepare(output, source)
-    assert str(caught.value).startswith(
-        f"{output}/missing.csv: 7 images that the lists name are missing, of 17; get them"
-    )
+    message = fails("--source", source, output)
+    assert message.startswith(f"{output}/missing.csv: 7 of 17 listed images are missing; add them")
     printed = capsys.readouterr().out
-    assert "warning: 1 classes lack images in train or val, where training refuses the set: MR__knee__acl.\n" in printed
-    assert "warning: 2 classes lack images in test, whose metrics are over the others: MR__knee__acl, US__l" in printed
+    assert "warning: 1 classes lack images in train or val; training refuses the set: MR__knee__acl.\n" in printed
+    assert "warning: 2 classes lack images in test; its metrics are over the others: MR__knee__acl, US__l" in printed
     assert rows_of(output / "missing.csv") == [
         *(["train", f"radiology_ai/MR/knee/acl/train{number}.png"] for number in range(3)),
         *(["val", f"radiology_ai/MR/knee/acl/val{number}.png"] for number in range(2)),
@@ -245,84 +229,51 @@ def test_missing_images_are_listed_and_may_come_later(source, output, tmp_path, 
     assert rows_of(output / "missing.csv") == []
 
 
-def test_images_named_twice_are_reported(source, output, capsys):
+def test_repeated_images_are_reported_and_counted_once(source, output, capsys):
     again, shared = filenames_of("train")[0], filenames_of("val")[1]
     train = [*filenames_of("train"), again, again, shared]
     write_lists(source, {"train": train, "test": [*filenames_of("test"), shared]})
     prepare(output, source)
     assert rows_of(output / "repeated.csv") == [[again, "train train train"], [shared, "train val test"]]
     printed = capsys.readouterr().out
-    assert "warning: 1 images stand in several splits" in printed
-    assert "warning: 1 images are named more than once in one list" in printed
+    assert "The lists name 19 images of 3 classes: train 10, val 4, test 5.\n" in printed
+    assert "warning: 1 images are in several splits" in printed
+    assert "warning: 1 images are more than once in one list" in printed
     assert all((output / split / "MR__knee__acl" / "val0.png").exists() for split in COUNTS)
     assert rows_of(output / "summary.csv")[1] == ["MR__knee__acl", "4", "2", "2", "8"]
 
 
 @pytest.mark.parametrize("name", ["summary.csv", "missing.csv", "repeated.csv"])
-def test_a_table_of_another_hand_is_kept(source, output, name):
+def test_a_table_that_the_command_did_not_make_is_kept(source, output, name):
     output.mkdir()
     (output / name).write_text("split,class,mine\n")
-    assert f"{output / name}: is there and was not made by this command; move it" in fails("--source", source, output)
+    assert f"{output / name}: exists and was not made by this command; move it" in fails("--source", source, output)
     assert contents(output) == {}
     assert (output / name).read_text() == "split,class,mine\n"
 
 
-# Bad input
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("", "RadiologyAI_val.csv: its first line has no column 'filename'"),
-        ("file,label\nradiology_ai/US/liver/a.png,x\n", "RadiologyAI_val.csv: its first line has no column 'filename'"),
-        ("filename,label\n", "RadiologyAI_val.csv: names no image"),
-        ("label,filename\nx,radiology_ai/US/a/a.png\nx\n", "RadiologyAI_val.csv, line 3: has no column 'filename'"),
-        ("filename\n" + "a" * 200_000, "RadiologyAI_val.csv, line 2: cannot be read (field larger than"),
-        ("\x89PNG\r\n\x1a\n\0\0", "RadiologyAI_val.csv: its first line has no column 'filename'"),
-        (
-            "filename\nradiology_ai/US/liver/a.txt\n",
-            "line 2: 'radiology_ai/US/liver/a.txt' is no image; expected radio",
-        ),
-        ("filename\nradiology_ai/US/liver/a\0.png\n", "is no image"),
-        ("filename\nradiology_ai/CT/a__b/c/a.png\nradiology_ai/CT/a/b__c/a.png\n", "both become the class CT__a__b__c"),
-        *(
-            (f"filename\n{folder}/a.png\n", f"line 2: {folder!r} is no folder of the layout expected, radiology_ai/")
-            for folder in (
-                *("elsewhere/US/liver", "/radiology_ai/US/liver", "../radiology_ai/US/liver", "radiology_ai", ""),
-                *("radiology_ai/XR/chest/normal", "radiology_ai/CT/abd", "radiology_ai/US/liver/deep"),
-                *("radiology_ai/CT/../normal", "radiology_ai/US/..", "radiology_ai/CT//normal", "radiology_ai/US/."),
-                "radiology_ai\\US\\liver",
-            )
-        ),
-    ],
-)
-def test_lists_that_are_none_are_refused_before_anything_is_made(source, output, text, message):
-    (source / "RadiologyAI_val.csv").write_text(text)
-    assert message in fails("--source", source, output)
-    assert not output.exists()
+# Bad folders and commands
 
 
 def test_folders_that_do_not_fit_are_refused(source, output, tmp_path):
     assert "absent: holds no folder radiology_ai" in fails("--source", tmp_path / "absent", output)
-    assert "is inside the source" in fails("--source", source, source / "deep" / "output")
-    assert "is inside the source" in fails("--source", source / "radiology_ai", source / "output")
-    assert "is inside the source" in fails("--source", source, source)
-    assert "RadiologyAI_train.csv: cannot be read (No such file or directory)" in fails(
-        "--source", source, "--csv-dir", tmp_path, output
-    )
+    for given, inside in ((source, "deep/output"), (source / "radiology_ai", "output"), (source, ".")):
+        assert "is inside the source" in fails("--source", given, source / inside)
+    message = fails("--source", source, "--csv-dir", tmp_path, output)
+    assert "RadiologyAI_train.csv: unreadable (No such file or directory)" in message
     assert not output.exists()
     output.write_text("precious")
-    assert f"{output}: is a file; give a folder to make, or to go on with." in fails("--source", source, output)
+    assert f"{output}: is a file; give a new folder, or one to resume." in fails("--source", source, output)
     assert output.read_text() == "precious"
     (source / "RadiologyAI_test.csv").unlink()
-    assert "RadiologyAI_test.csv: cannot be read" in fails("--source", source, tmp_path / "new")
+    assert "RadiologyAI_test.csv: unreadable" in fails("--source", source, tmp_path / "new")
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may do everything")
-def test_no_permission(source, output, tmp_path):
+@pytest.mark.skipif(os.geteuid() == 0, reason="root has all permissions")
+def test_folders_without_permission_are_refused(source, output, tmp_path):
     closed = tmp_path / "closed"
     closed.mkdir(mode=0o500)
-    assert "this folder cannot be made (Permission denied)" in fails("--source", source, closed / "output")
+    assert "this folder cannot be created (Permission denied)" in fails("--source", source, closed / "output")
     (source / "radiology_ai/US/liver").chmod(0)
     assert "US/liver: cannot read this folder (Permission denied)" in fails("--source", source, output)
     (source / "radiology_ai/US/liver").chmod(0o700)
@@ -334,12 +285,4 @@ def test_a_bad_command_is_one_sentence_and_exit_code_2(source, output, capsys):
     assert caught.value.code == 2
     assert capsys.readouterr().err.count("\n") == 1
     archive = pack(source, source.parent / "images.tar")
-    assert "--link: is for --source" in fails("--archive", archive, "--link", "symlink", output)
-
-
-def test_lists_count_images_once():
-    lists = ImageLists()
-    lists.read("train", io.BytesIO(b"filename\nradiology_ai/US/a/1.png\nradiology_ai/US/a/1.png\n"), "list")
-    assert len(lists) == 1
-    assert lists.listed("US__a") == {"1.png"}
-    assert lists.repeated() == {"radiology_ai/US/a/1.png": ["train", "train"]}
+    assert "--link: applies to --source only" in fails("--archive", archive, "--link", "symlink", output)

@@ -1,4 +1,4 @@
-"""RadImageNet's correction masks: by hand, with OpenCV's pixels, the same from folder and archive."""
+"""RadImageNet's correction masks: arithmetic by hand, OpenCV's pixels, the same result from folder and archive."""
 
 import hashlib
 import io
@@ -32,7 +32,7 @@ def uniform(*colour: int) -> Image.Image:
 
 
 def filled(dtype: str, *values: float) -> np.ndarray:
-    """(224, 224, C) of a constant for each channel."""
+    """A mask (224, 224, C) with a constant for each channel."""
     return np.full((224, 224, len(values)), values, dtype=dtype)
 
 
@@ -58,21 +58,18 @@ def test_masks_are_added_by_hand(colour, mask, corrected):
 def test_masks_are_added_pixel_by_pixel():
     pixels = np.random.default_rng(0).integers(0, 256, (224, 224), dtype=np.uint8)
     mask = np.zeros((224, 224), np.uint8)
-    mask[3, 200] = 7
-    pixels[3, 200] = 251
-    found = np.asarray(correct(Image.fromarray(pixels).convert("RGB"), mask))
-    assert found[3, 200] == 2  # 258 modulo 256
-    found = found.copy()
-    found[3, 200] = 251
-    assert np.array_equal(found, pixels)
+    mask[3, 200], pixels[3, 200] = 7, 251
+    corrected = np.asarray(correct(Image.fromarray(pixels).convert("RGB"), mask))
+    pixels[3, 200] = 2  # 258 modulo 256
+    assert np.array_equal(corrected, pixels)
 
 
 @pytest.mark.parametrize(
     ("shape", "digest"),
     [((256, 256), "db2b9777fafc487f"), ((600, 800), "3ba94e0a4c7f86ad"), ((113, 448), "52d6cc43cd69a4a4")],
 )
-def test_resizing_has_the_pixels_of_opencv(shape, digest):
-    # From cv2.resize(pixels, (224, 224)) of OpenCV 4.10.0 and of 5.0.0.
+def test_resizing_gives_the_pixels_of_opencv(shape, digest):
+    # Digests of cv2.resize(pixels, (224, 224)) with OpenCV 4.10.0 and 5.0.0.
     pixels = np.random.default_rng(shape).integers(0, 256, (*shape, 3), dtype=np.uint8)
     assert hashlib.sha256(resize(pixels).tobytes()).hexdigest()[:16] == digest
 
@@ -83,7 +80,7 @@ def test_resizing_is_bilinear_without_antialiasing(shape):
     pixels = np.random.default_rng(shape).integers(0, 256, (*shape, 3), dtype=np.uint8)
     exact = torch.from_numpy(pixels).permute(2, 0, 1)[None].double()
     exact = torch.nn.functional.interpolate(exact, (224, 224), mode="bilinear")[0].permute(1, 2, 0).numpy()
-    assert np.abs(resize(pixels) - exact).max() < 1.01  # OpenCV's fixed point cuts off where it shifts
+    assert np.abs(resize(pixels) - exact).max() < 1.01  # OpenCV's fixed point truncates
 
 
 def test_halving_is_the_mean_of_four():
@@ -92,38 +89,42 @@ def test_halving_is_the_mean_of_four():
     assert np.array_equal(resize(pixels), (means + 2) // 4)
 
 
+ZEROS = npy(np.zeros((224, 224)))
+
+
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        (npy(np.zeros((223, 224))), r"holds \(223, 224\); expected an array \(224, 224\)"),
-        (npy(np.zeros((3, 224, 224))), "expected an array"),
-        (npy(np.zeros((224, 224), bool)), "numbers of the type bool"),
-        (npy(np.zeros((224, 224), np.uint16)), "numbers of the type uint16"),
-        (npy(np.zeros((224, 224), complex)), "numbers of the type complex128"),
+        (npy(np.zeros((223, 224))), r"has the shape \(223, 224\); expected \(224, 224\)"),
+        (npy(np.zeros((3, 224, 224))), "has the shape"),
+        (npy(np.zeros((224, 224), bool)), "has the dtype bool"),
+        (npy(np.zeros((224, 224), np.uint16)), "has the dtype uint16"),
+        (npy(np.zeros((224, 224), complex)), "has the dtype complex128"),
         (npy(np.full((224, 224), np.nan)), "not finite"),
         (npy(np.full((224, 224), -np.inf, np.float16)), "not finite"),
-        (npy(np.zeros((224, 224)))[:-1], "cannot be read as an array"),
-        (npy(np.zeros((224, 224))).replace(b"(224, 224)", b"(2**9, 1)"), "cannot be read as an array"),
-        (npy(np.zeros((224, 224))).replace(b"(224, 224), }  ", b"(10**12,), } "), "cannot be read as an array"),
-        (b"", "cannot be read as an array"),
-        (b"PK\x03\x04", "cannot be read as an array"),
+        (ZEROS[:-1], "not a readable array"),
+        (ZEROS.replace(b"(224, 224)", b"(2**9, 1)"), "not a readable array"),
+        (ZEROS.replace(b"(224, 224), }  ", b"(10**12,), } "), "not a readable array"),
+        (b"", "not a readable array"),
+        (b"PK\x03\x04", "not a readable array"),
     ],
+    ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_what_is_no_mask_is_refused(data, message):
+def test_bad_masks_are_refused(data, message):
     with pytest.raises(UserError, match=f"^mask: .*{message}"):
         read_mask(data, "mask")
 
 
 def test_masks_are_not_unpickled(tmp_path):
     data = npy(np.array([MakesAFolder(tmp_path / "made")], dtype=object))
-    with pytest.raises(UserError, match="mask: cannot be read as an array"):
+    with pytest.raises(UserError, match="mask: not a readable array"):
         read_mask(data, "mask")
     assert not (tmp_path / "made").exists()
 
 
 @pytest.fixture
 def masks(source: Path, tmp_path: Path) -> Path:
-    """A folder with masks for the four ultrasound images, and for none of the others."""
+    """A folder with masks for the four ultrasound images only."""
     folder = tmp_path / "masks"
     folder.mkdir()
     for number, image in enumerate(sorted((source / "radiology_ai/US/liver").iterdir())):
@@ -139,26 +140,23 @@ def pack_masks(masks: Path, archive: Path, name: Callable[[str], str] = lambda n
     return archive
 
 
-def test_corrected_images_are_the_same_on_all_ways(source, masks, output, tmp_path, monkeypatch):
+def test_corrected_images_are_the_same_from_folder_and_archive(source, masks, output, tmp_path, monkeypatch):
     prepare(output, source, correction_masks=masks)
-    found, plain = contents(output), expected(source)
-    for name, data in found.items():
+    corrected, plain = contents(output), expected(source)
+    for name, data in corrected.items():
+        assert (output / name).is_symlink() == ("US__" not in name)
         if "US__" in name:
             image = Image.open(source / "radiology_ai/US/liver" / Path(name).name).convert("RGB")
             pixels = resize(np.asarray(image)).astype(int) + np.load(masks / f"{Path(name).stem}.npy")[:, :, ::-1]
             assert np.array_equal(np.asarray(Image.open(io.BytesIO(data))), pixels.clip(0, 255))
-            assert not (output / name).is_symlink()
         else:
             assert data == plain[name]
-            assert (output / name).is_symlink()
     packed = pack_masks(masks, tmp_path / "masks.tar.gz", lambda name: f"correction_masks/{name}")
-    flat = pack_masks(masks, tmp_path / "flat.tar.gz")
     archive = pack(source, tmp_path / "images.tar.gz")
-    ways = [{"source": source, "correction_masks": path} for path in (masks, packed, flat)]
-    ways.append({"archive": archive, "correction_masks": masks})
+    ways = [{"source": source, "correction_masks": packed}, {"archive": archive, "correction_masks": masks}]
     for number, arguments in enumerate(ways):
         prepare(tmp_path / str(number), **arguments)
-        assert contents(tmp_path / str(number)) == found
+        assert contents(tmp_path / str(number)) == corrected
         with monkeypatch.context() as patches:
             patches.setattr(radimagenet_images, "write", None)  # a second run writes nothing
             prepare(tmp_path / str(number), **arguments)
@@ -167,54 +165,50 @@ def test_corrected_images_are_the_same_on_all_ways(source, masks, output, tmp_pa
 @pytest.mark.parametrize("way", ["folder", "archive of masks", "archive of images"])
 def test_images_without_a_mask_are_missing(source, masks, output, tmp_path, way):
     (masks / "train1.npy").unlink()
-    path = pack_masks(masks, tmp_path / "masks.tar.gz") if way == "archive of masks" else masks
-    arguments = {"correction_masks": path, "source": source}
-    if way == "archive of images":
-        arguments = {"correction_masks": path, "archive": pack(source, tmp_path / "images.tar")}
-    with pytest.raises(UserError, match="1 images that the lists name are missing, or their masks"):
+    arguments = {"correction_masks": masks, "source": source}
+    if way == "archive of masks":
+        arguments["correction_masks"] = pack_masks(masks, tmp_path / "masks.tar.gz")
+    elif way == "archive of images":
+        arguments = {"correction_masks": masks, "archive": pack(source, tmp_path / "images.tar")}
+    with pytest.raises(UserError, match="1 of 17 listed images, or their masks, are missing"):
         prepare(output, **arguments)
     assert rows_of(output / "missing.csv") == [["train", "radiology_ai/US/liver/train1.png"]]
     assert contents(output).keys() == expected(source).keys() - {"train/US__liver/train1.png"}
 
 
-def test_a_plain_image_is_not_taken_for_a_corrected_one(source, masks, output):
+def test_plain_images_are_not_taken_for_corrected_ones(source, masks, output):
     prepare(output, source, link="copy")
-    assert "is there already, and is not what this run makes of " in fails(
-        "--source", source, "--link", "copy", "--correction-masks", masks, output
-    )
-    (output / "train/US__liver/train1.png").unlink()
-    prepare(output.with_name("other"), source)
+    message = fails("--source", source, "--link", "copy", "--correction-masks", masks, output)
+    assert "exists, but is not what this run makes of " in message
     (masks / "train1.npy").unlink()
-    for image in output.with_name("other").glob("*/US__liver/*"):
+    for image in output.glob("*/US__liver/*"):
         if image.name != "train1.png":
             image.unlink()
-    with pytest.raises(UserError, match=r"train1\.png: is there from an earlier run, but has no source or mask now"):
-        prepare(output.with_name("other"), source, correction_masks=masks, allow_missing=True)
+    message = fails("--source", source, "--link", "copy", "--correction-masks", masks, "--allow-missing", output)
+    assert "train1.png: exists from an earlier run, but has no source or mask now" in message
 
 
 def test_bad_masks_and_images_are_named(source, masks, output, tmp_path):
-    assert "holds no correction mask" in fails("--source", source, "--correction-masks", source, output)
-    assert "is no folder and no .tar" in fails("--source", source, "--correction-masks", tmp_path / "no.tar", output)
-    packed = pack_masks(masks, tmp_path / "masks.tar.gz")
-    archive = pack(source, tmp_path / "images.tar")
-    assert "unpack one of the two" in fails("--archive", archive, "--correction-masks", packed, output)
+    def fails_with(path, origin=("--source", source), output=output):
+        return fails(*origin, "--correction-masks", path, output)
+
+    assert "holds no correction mask" in fails_with(source)
+    assert "no.tar: not a folder, .tar or .tar.gz" in fails_with(tmp_path / "no.tar")
+    packed, archive = pack_masks(masks, tmp_path / "masks.tar.gz"), pack(source, tmp_path / "images.tar")
+    assert "unpack one of the two" in fails_with(packed, ("--archive", archive))
     with tarfile.open(tmp_path / "twice.tar", "w") as tar:
         for folder in ("a", "b"):
             tar.add(masks / "val0.npy", f"{folder}/val0.npy")
-    assert "two masks named val0.npy" in fails("--source", source, "--correction-masks", tmp_path / "twice.tar", output)
+    assert "two masks named val0.npy" in fails_with(tmp_path / "twice.tar")
     (masks / "val0.npy").write_bytes(b"no mask" * 300_000)
-    assert "val0.npy: cannot be read as an array" in fails(
-        "--source", source, "--correction-masks", masks, tmp_path / "new"
-    )
+    assert "val0.npy: not a readable array" in fails_with(masks, output=tmp_path / "new")
     packed = pack_masks(masks, tmp_path / "masks.tar.gz")
-    assert "masks.tar.gz: val0.npy: cannot be" in fails(
-        "--source", source, "--correction-masks", packed, tmp_path / "new"
-    )
+    assert "masks.tar.gz: val0.npy: not a readable array" in fails_with(packed, output=tmp_path / "new")
     np.save(masks / "val0.npy", np.zeros((224, 224)))
     (source / "radiology_ai/US/liver/val0.png").write_text("no image")
     archive = pack(source, tmp_path / "images.tar")
-    for arguments in (("--source", source), ("--archive", archive)):
-        message = fails(*arguments, "--correction-masks", masks, tmp_path / arguments[0])
+    for origin in (("--source", source), ("--archive", archive)):
+        message = fails_with(masks, origin, tmp_path / origin[0])
         assert "radiology_ai/US/liver/val0.png: cannot be read as an image (" in message
         assert ".original" not in message
-        assert not [name for name in contents(tmp_path / arguments[0]) if name.endswith(".tmp")]
+        assert not [name for name in contents(tmp_path / origin[0]) if name.endswith(".tmp")]

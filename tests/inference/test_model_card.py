@@ -1,0 +1,103 @@
+"""The model card of an export: true statements only, for any metrics.json and any class names."""
+
+import json
+import os
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+
+from _normal import train as normal
+from tests.helpers.exports import MASKS, run_export, safetensors_of, write_checkpoint
+from utils.checkpoints.checkpoint import read_weights
+from utils.inference.model_card import CARD_METRICS, read_measured
+
+
+def front_matter(card: str) -> dict:
+    return yaml.safe_load(card.split("---\n")[1])
+
+
+def test_the_card_of_unmeasured_weights(tmp_path):
+    source = write_checkpoint(tmp_path / "model_0.pth", *MASKS, "--lr", 0.025, "--amp", script="_policy_gradient")
+    card = (run_export(source, tmp_path / "out") / "README.md").read_text()
+    assert front_matter(card) == {
+        "library_name": "timm",
+        "pipeline_tag": "image-classification",
+        "tags": ["timm", "image-classification", "medical", "radiology", "policy-gradient-noise-mask"],
+        "license": "other",
+        "license_name": "unknown",
+    }
+    flags = re.findall(r"^- `(--.*)`$", card, re.MULTILINE)
+    assert {"--lr 0.025", "--amp", "--grid 8", "--sigma 2.0", "--batch-size 8"} <= set(flags)
+    assert not [flag for flag in flags if flag.startswith(("--momentum", "--data-path", "--workers", "--device"))]
+    for sentence in (
+        "The policy network that made the masks is not in these\nfiles",
+        "Not measured.",
+        "The licence of these weights is **unknown**",
+        "Not a medical device",
+    ):
+        assert sentence in card
+
+
+def test_the_metrics_are_those_measured_with_exactly_these_weights(tmp_path, image_folder):
+    source = write_checkpoint(tmp_path / "model_0.pth")
+    words = ["--device=cpu", "--workers=0", "--data-path", str(image_folder), "--resume", str(source), "--test-only"]
+    normal.main(words)
+    metrics = json.loads((tmp_path / "metrics.json").read_text())["metrics"]["clean"]
+    card = (run_export(source, tmp_path / "out", "--license", "cc-by-4.0") / "README.md").read_text()
+    assert f"| {' | '.join(metrics)} |" in card
+    assert f"| {' | '.join(f'{value:.4f}' for value in metrics.values())} |" in card
+    assert "on 21 images of a `val` split" in card
+    assert front_matter(card)["license"] == "cc-by-4.0"
+    assert read_measured(source).metrics == metrics
+    os.utime(source, ns=(0, (tmp_path / "metrics.json").stat().st_mtime_ns + 1))  # written again since
+    assert read_measured(source) is None
+
+
+@pytest.fixture
+def measured(tmp_path):
+    """measured(**changes): the card's results for weights next to a metrics.json with these changes."""
+    weights = tmp_path / "run" / "model_0.pth"
+    weights.parent.mkdir()
+    weights.write_bytes(b"")
+    metrics = {"clean": dict.fromkeys(CARD_METRICS, 0.5)}
+    content = {"split": "val", "images": 9, "weights": "../run/model_0.pth", "metrics": metrics}
+
+    def read(averaged: bool | None = None, **changes: object):
+        (weights.parent / "metrics.json").write_text(json.dumps(content | changes))
+        return read_measured(weights, averaged)
+
+    return read
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"weights": "elsewhere/model_1.pth"},
+        {"weights": "/other/model_0.pth"},
+        {"weights": 5},
+        {"split": "|"},
+        {"images": "9"},
+        {"metrics": {}},
+        {"metrics": {"clean": dict.fromkeys(CARD_METRICS, "1")}},
+        {"metrics": {"clean": dict.fromkeys(CARD_METRICS, float("nan"))}},
+        {"metrics": [[]]},
+        {"averaged": True},
+        {"averaged": "no"},
+    ],
+    ids=str,
+)
+def test_metrics_of_other_weights_and_invalid_ones_are_ignored(measured, change):
+    assert measured().metrics["top1"] == 0.5
+    assert measured(**change) is None
+    assert measured(averaged=False) is None
+
+
+def test_class_names_need_not_be_text(tmp_path):
+    classes = [os.fsdecode(b"caf\xe9"), "`tick`|<b>", "line\nbreak"]
+    folder = run_export(write_checkpoint(tmp_path / "model_0.pth", classes=classes), tmp_path / "out")
+    assert read_weights(safetensors_of(folder)).classes == classes
+    assert json.loads((folder / "config.json").read_text())["label_names"] == classes
+    card = Path(folder / "README.md").read_text()
+    assert "\n0. `caf\\udce9`\n1. `` `tick`|<b> ``\n2. `line\\nbreak`\n" in card

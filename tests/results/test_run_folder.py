@@ -1,0 +1,51 @@
+"""The files of --test-only, written and read back."""
+
+import json
+
+import pytest
+import torch
+
+from tests.helpers.finished_runs import START
+from utils.data.folders import ImageFiles
+from utils.results.metrics import classification_metrics, outcome_metrics
+from utils.results.run_folder import read_run_folder, write_test_results
+from utils.runtime.errors import UserError
+
+TARGETS = torch.tensor([0, 0, 0, 1, 1])
+
+
+def write(folder, *names):
+    """Write random results for five images of three classes, one of them absent; returns the metrics by name."""
+    files = ImageFiles(folder / "val", {"a": ["1.png", "2.png", "3.png"], "=b": ["1.png", "2.png"], "none": []})
+    results = {}
+    for seed, name in enumerate(names):
+        logits = torch.randn(5, 3, generator=torch.Generator().manual_seed(seed))
+        predictions = (logits, TARGETS, torch.arange(5))
+        results[name] = predictions, classification_metrics(logits, TARGETS, auroc=True)
+    write_test_results(folder, results, files, split="val", weights="w.pth", averaged=None, origin=START)
+    return {name: metrics for name, (_, metrics) in results.items()}
+
+
+def test_results_are_read_back_as_written(tmp_path, capsys):
+    metrics = write(tmp_path, "clean", "masked")
+    run = read_run_folder(tmp_path)
+    assert run.notes == []
+    assert {name: evaluation.metrics for name, evaluation in run.evaluations.items()} == metrics
+    for name, evaluation in run.evaluations.items():
+        assert [row["class"] for row in evaluation.table] == ["a", "=b", "none"]
+        expected = {key: value for key, value in metrics[name].items() if key != "auroc"}
+        assert outcome_metrics(evaluation.outcome) == pytest.approx(expected, abs=1e-6)
+    assert run.tested["absent_classes"] == ["none"] and run.tested["origin"] == START
+    printed = capsys.readouterr().out
+    assert f"val, 5 images, clean: loss {metrics['clean']['loss']:.4f}  top1" in printed
+    assert "val: macro metrics are over the 2 of 3 classes that have images here; without: none." in printed
+
+
+def test_tables_of_an_earlier_masked_evaluation_are_removed(tmp_path):
+    write(tmp_path, "clean", "masked")
+    write(tmp_path, "clean")
+    assert {path.name for path in tmp_path.iterdir()} == {"metrics.json", "per_class.csv", "predictions.csv"}
+    assert list(json.loads((tmp_path / "metrics.json").read_text())["metrics"]) == ["clean"]
+    (tmp_path / "per_class_masked.csv").mkdir()
+    with pytest.raises(UserError, match=r"per_class_masked\.csv: left by an earlier evaluation, cannot be removed"):
+        write(tmp_path, "clean")
