@@ -1,4 +1,6 @@
-"""Small networks and comparisons of their states."""
+"""Small networks, their states as bytes, and comparisons of states."""
+
+import io
 
 import torch
 from torch import nn
@@ -12,6 +14,13 @@ def network(seed: int = 0) -> nn.Sequential:
     model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))
     model(torch.randn(5, 3))
     return model
+
+
+def as_bytes(state: object, old_format: bool = False) -> bytes:
+    """The bytes that torch.save writes."""
+    buffer = io.BytesIO()
+    torch.save(state, buffer, _use_new_zipfile_serialization=not old_format)
+    return buffer.getvalue()
 
 
 def assert_equal_states(actual: dict, expected: dict) -> None:

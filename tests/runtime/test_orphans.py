@@ -1,4 +1,4 @@
-"""Ranks end with their launcher, loader workers with their rank, and joining has a limit; nothing is left behind."""
+"""Ranks end with their launcher, loader workers with their rank, and joining has a time limit."""
 
 import json
 import os
@@ -15,8 +15,9 @@ import pytest
 from benchmarks import soak
 from benchmarks.soak import Aim, Life, families, positions, watch
 from tests.conftest import ROOT, write_image_folder
-from tests.helpers.ranks import PATIENCE
+from tests.helpers.ranks import PATIENCE, start_process
 from utils.runtime.lifetimes import _may_be_launcher
+from utils.runtime.processes import join_processes
 
 LAUNCHER = """
 import os, subprocess, sys, time
@@ -33,17 +34,17 @@ time.sleep(600)
 """
 
 
-def is_there(pid):
-    """Whether a process runs or is stopped; a zombie has ended."""
+def exists(pid):
+    """Whether a process exists, running or stopped; a zombie has ended."""
     with suppress(OSError):
         return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
     return False
 
 
-def left_of(pids, seconds):
-    """The processes that still exist once all have ended or the time is over."""
+def remaining(pids, seconds):
+    """The processes that still exist when all have ended or the time is up."""
     deadline = time.monotonic() + seconds
-    while (left := set(filter(is_there, pids))) and time.monotonic() < deadline:
+    while (left := set(filter(exists, pids))) and time.monotonic() < deadline:
         time.sleep(0.1)
     return left
 
@@ -52,7 +53,7 @@ def left_of(pids, seconds):
     ("start", "environment", "stopped", "ends"),
     [
         ("lifetimes.end_with_launcher()", {"TORCHELASTIC_RUN_ID": "1"}, False, True),
-        ("lifetimes.end_with_launcher()", {}, False, False),  # one from a shell may outlive it
+        ("lifetimes.end_with_launcher()", {}, False, False),  # a process from a shell may outlive the shell
         ("lifetimes.end_with_parent(os.getppid())", {}, True, True),  # as a loader worker that is stopped
     ],
 )
@@ -68,10 +69,10 @@ def test_a_process_ends_with_the_one_that_started_it(start, environment, stopped
     try:
         if stopped:
             os.kill(pid, signal.SIGSTOP)
-        assert is_there(pid)
+        assert exists(pid)
         launcher.kill()
         launcher.wait()
-        assert left_of([pid], PATIENCE if ends else 1) == (set() if ends else {pid})
+        assert remaining([pid], PATIENCE if ends else 1) == (set() if ends else {pid})
     finally:
         with suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
@@ -79,8 +80,8 @@ def test_a_process_ends_with_the_one_that_started_it(start, environment, stopped
 
 
 @pytest.mark.parametrize(("parent", "ends"), [(1, True), (-1, True), (0, False)])
-def test_a_launcher_that_ended_before_its_rank_looked_is_noticed(parent, ends):
-    """The parent that was expected: process 1, none, or the right one."""
+def test_a_parent_that_ended_before_its_child_started_is_noticed(parent, ends):
+    """parent: the expected one is process 1, none, or (0) the real one."""
     expected = "os.getppid()" if parent == 0 else parent
     code = RANK.replace("START", f"lifetimes.end_with_parent({expected})").replace("time.sleep(600)", "")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True)
@@ -97,16 +98,16 @@ def test_process_1_can_be_the_launcher_of_a_container(command, may_be, tmp_path)
 
 
 def ranks_of(life, count=2):
-    """The process ids of a torchrun's ranks, as soon as they are there."""
+    """The process ids of a torchrun's ranks, once they all exist."""
     while True:
         assert not life.has_ended(), life.output.read_text()
-        found = []
+        ranks = []
         for pid in families({life.process.pid}):
             with suppress(OSError):
                 if b"\0RANK=" in Path(f"/proc/{pid}/environ").read_bytes():
-                    found.append(pid)
-        if len(found) >= count:
-            return found
+                    ranks.append(pid)
+        if len(ranks) >= count:
+            return ranks
         time.sleep(0.01)
 
 
@@ -116,7 +117,7 @@ def cpu_seconds(pid):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("moment", ["import", "joining", "training", "stopped"])
+@pytest.mark.parametrize("moment", ["import", "joining", "training with all ranks stopped"])
 def test_nothing_outlives_a_torchrun_that_is_killed(moment, tmp_path):
     data, folder = write_image_folder(tmp_path / "data"), tmp_path / "run"
     flags = ("--batch-size", 2, "--epochs", 200, "--checkpoint-steps", 3, "--workers", 1)
@@ -130,54 +131,44 @@ def test_nothing_outlives_a_torchrun_that_is_killed(moment, tmp_path):
             spent = -1
             while spent != (spent := cpu_seconds(ranks[0])):
                 time.sleep(2)
-        elif moment in ("training", "stopped"):
+        elif moment != "import":
             assert watch(life, folder, Aim(steps=5)), life.output.read_text()
         everything = families({life.process.pid}).keys()
-        if moment == "stopped":
+        if moment not in ("import", "joining"):
             for pid in everything - {life.process.pid}:
                 os.kill(pid, signal.SIGSTOP)
         life.process.kill()
         life.process.wait()
-        assert left_of(everything, PATIENCE) == set()
+        assert remaining(everything, PATIENCE) == set()
     finally:
         life.kill()
     found, damaged = positions(folder)
     assert damaged == 0
-    assert bool(found) == (moment in ("training", "stopped"))
+    assert bool(found) == (moment not in ("import", "joining"))
 
 
-JOIN = f"""
-import sys
-sys.path.insert(0, {str(ROOT)!r})
-from utils.runtime.processes import join_processes, run_script
-run_script(lambda: join_processes("cpu", 3))
-"""
+def main():
+    """For the processes below: join the others, which never come."""
+    join_processes("cpu", 2)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("master", ["nobody listens", "nobody answers", "the others do not come"])
 def test_joining_ends_within_the_timeout(master, tmp_path):
+    rank = 0 if master == "the others do not come" else 1
+    output, error_file = tmp_path / "output", tmp_path / "error.json"
+    output.touch()
     with socket.create_server(("127.0.0.1", 0), backlog=5) as server:
         port = server.getsockname()[1]
-        if master == "nobody listens":
+        if master != "nobody answers":
             server.close()
-        rank = 0 if master == "the others do not come" else 1
-        if rank == 0:
-            server.close()
-        error_file = tmp_path / "error.json"
         environment = {"RANK": rank, "WORLD_SIZE": 3, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         environment["TORCHELASTIC_ERROR_FILE"] = error_file
-        inherited = {name: value for name, value in os.environ.items() if not name.startswith("TORCHELASTIC")}
-        done = subprocess.run(
-            [sys.executable, "-c", JOIN],
-            env={**inherited, **{name: str(value) for name, value in environment.items()}},
-            capture_output=True,
-            text=True,
-            timeout=PATIENCE,
-        )
-    assert done.returncode == 2
-    [said] = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    assert f"error: rank {rank} could not join the other 2 within --timeout 3 seconds" in said
-    assert f"reach 127.0.0.1:{port}." in said
-    assert "Traceback" not in done.stderr
-    assert "error: " + json.loads(error_file.read_text())["message"]["message"] == said
+        process = start_process("tests/runtime/test_orphans.py", [], output, output, environment)
+        process.join(PATIENCE)
+    assert process.exitcode == 2
+    printed = output.read_text()
+    [message] = [line for line in printed.splitlines() if line.startswith("error: ")]
+    assert f"error: rank {rank} could not join the other 2 within --timeout 2 seconds" in message
+    assert f"reach 127.0.0.1:{port}." in message
+    assert "Traceback" not in printed
+    assert "error: " + json.loads(error_file.read_text())["message"]["message"] == message

@@ -1,4 +1,4 @@
-"""Output that nobody receives: a closed pipe or stream, a full disk, a lost terminal. No run ends by it."""
+"""Output that nobody receives (a closed pipe or stream, a full disk, a lost terminal) does not end a run."""
 
 import io
 import os
@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
@@ -13,68 +14,60 @@ from _normal import train as normal
 from benchmarks.soak import Tally
 from tests.conftest import ROOT, SMALL
 from tests.helpers.disks import full_disk
-from tests.helpers.ranks import PATIENCE
+from tests.helpers.ranks import PATIENCE, start_process
 from utils import predict
 from utils.runtime import output
 from utils.runtime.errors import UserError
 
-EPOCHS = 1
-FLAGS = [*SMALL, "--epochs", str(EPOCHS), "--print-freq", "1"]
+FULL = Path("/dev/full")
 
 
-def start(command: list[str], **streams: object) -> subprocess.Popen:
-    return subprocess.Popen(
-        command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": ""}, **streams
-    )
+@pytest.fixture(scope="module")
+def flags(image_folder):
+    return [*SMALL, "--epochs", "1", "--print-freq", "1", "--data-path", str(image_folder), "--output-dir"]
 
 
-def closed_streams(command: list[str]) -> subprocess.Popen:
-    return start(["sh", "-c", 'exec "$@" >&- 2>&-', "sh", *command])
-
-
-def full_device(command: list[str]) -> subprocess.Popen:
-    with open("/dev/full", "wb") as full:
-        return start(command, stdout=full, stderr=full)
-
-
-def closed_pipe(command: list[str]) -> subprocess.Popen:
-    process = start(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    assert process.stdout.readline()  # as `| head -n 1` does
-    process.stdout.close()
-    return process
-
-
-def lost_terminal(command: list[str]) -> subprocess.Popen:
-    terminal, end = os.openpty()
-    process = start(command, stdout=end, stderr=end)
-    os.close(end)
-    assert os.read(terminal, 1)
-    os.close(terminal)
-    return process
+@pytest.fixture(scope="module")
+def whole(flags, tmp_path_factory):
+    """The folder of a training whose output arrives."""
+    folder = tmp_path_factory.mktemp("whole")
+    normal.main([*flags, str(folder)])
+    return folder
 
 
 @pytest.mark.slow
-def test_a_training_whose_output_is_lost_computes_the_same(image_folder, tmp_path):
-    command = [sys.executable, "_normal/train.py", *FLAGS, "--data-path", str(image_folder), "--output-dir"]
-    kinds = (closed_streams, full_device, closed_pipe, lost_terminal)
-    processes = {kind.__name__: kind([*command, str(tmp_path / kind.__name__)]) for kind in kinds}
-    normal.main([*command[2:], str(tmp_path / "whole")])
+@pytest.mark.parametrize("kind", ["closed streams", "full disk", "closed pipe", "lost terminal"])
+def test_a_training_whose_output_is_lost_computes_the_same(flags, whole, tmp_path, kind):
+    reader, path = None, {"closed streams": None, "full disk": FULL}.get(kind, tmp_path / "pipe")
+    if kind == "closed pipe":
+        os.mkfifo(path)
+        reader = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+        os.set_blocking(reader, True)
+    elif kind == "lost terminal":
+        reader, terminal = os.openpty()
+        path = Path(os.ttyname(terminal))
+    process = start_process("_normal/train.py", [*flags, str(tmp_path / "lost")], path, path)
+    if reader is not None:
+        while not os.read(reader, 1):  # a pipe that the process has not opened yet
+            pass
+        os.close(reader)
+    process.join(PATIENCE)
+    assert process.exitcode == 0
     tally = Tally()
-    for name, process in processes.items():
-        assert process.wait(PATIENCE) == 0, name
-        tally.compare(tmp_path / "whole", tmp_path / name)
+    tally.compare(whole, tmp_path / "lost")
     assert tally.differences == []
-    assert tally.files == len(kinds) * (EPOCHS + 3)
+    assert tally.files == 4
 
 
 def test_an_error_keeps_its_exit_code_when_its_sentence_is_lost(tmp_path):
-    command = [sys.executable, "_normal/train.py", "--data-path", str(tmp_path / "absent")]
-    assert full_device(command).wait(PATIENCE) == 2
+    process = start_process("_normal/train.py", ["--data-path", str(tmp_path / "absent")], FULL, FULL)
+    process.join(PATIENCE)
+    assert process.exitcode == 2
 
 
 @pytest.fixture
 def own_stdout(monkeypatch) -> Callable[[int], io.TextIOWrapper]:
-    """own_stdout(descriptor): the process's stdout, opened on another descriptor as Python opens it."""
+    """own_stdout(descriptor): replaces the process's stdout by a stream on this descriptor, as Python opens it."""
 
     def open_stdout(descriptor: int, **settings: object) -> io.TextIOWrapper:
         stream = io.TextIOWrapper(io.BufferedWriter(io.FileIO(descriptor, "w")), encoding="utf-8", **settings)
@@ -85,7 +78,7 @@ def own_stdout(monkeypatch) -> Callable[[int], io.TextIOWrapper]:
     return open_stdout
 
 
-def test_a_log_file_goes_on_once_its_disk_has_room_again(own_stdout, tmp_path):
+def test_a_log_file_continues_once_its_disk_has_room_again(own_stdout, tmp_path):
     own_stdout(os.open(tmp_path / "log", os.O_WRONLY | os.O_CREAT))
     output.drop_lost_output("stdout")
     print("before", flush=True)
@@ -96,17 +89,13 @@ def test_a_log_file_goes_on_once_its_disk_has_room_again(own_stdout, tmp_path):
     assert (tmp_path / "log").read_text() == "before\nafter\n"
 
 
-def test_the_stream_is_otherwise_the_one_that_python_opened(own_stdout, tmp_path):
+def test_a_lossy_stream_keeps_the_settings_of_the_original(own_stdout, tmp_path):
     before = own_stdout(os.open(tmp_path / "log", os.O_WRONLY | os.O_CREAT), errors="surrogateescape", newline="\n")
     output.drop_lost_output("stdout")
     now = sys.stdout
     assert now is not before
-    assert (now.fileno(), now.isatty(), now.encoding, now.errors) == (
-        before.fileno(),
-        False,
-        "utf-8",
-        "surrogateescape",
-    )
+    assert now.fileno() == before.fileno()
+    assert (now.isatty(), now.encoding, now.errors) == (False, "utf-8", "surrogateescape")
     now.reconfigure(errors="backslashreplace", line_buffering=True)
     print("\udce9é\r")
     assert now.buffer.write(b"\xff") == 1
@@ -123,15 +112,11 @@ def test_unbuffered_output_stays_unbuffered(own_stdout, tmp_path):
     assert (tmp_path / "log").read_text() == "at once"
 
 
-def test_streams_of_a_notebook_or_a_test_stay_as_they_are(monkeypatch):
-    other = io.StringIO()
-    monkeypatch.setattr(sys, "stderr", other)
+def test_streams_of_a_notebook_or_a_test_stay_unchanged(monkeypatch):
+    stream = io.StringIO()
+    monkeypatch.setattr(sys, "stderr", stream)
     output.drop_lost_output("stdout", "stderr")
-    assert sys.stderr is other
-
-
-def lines(count: int) -> list[str]:
-    return ["a line\n"] * count
+    assert sys.stderr is stream
 
 
 def test_predictions_end_at_a_closed_pipe(own_stdout):
@@ -139,17 +124,17 @@ def test_predictions_end_at_a_closed_pipe(own_stdout):
     os.close(read)
     own_stdout(write)
     with pytest.raises(SystemExit) as end:
-        predict.write_lines(iter(lines(10_000)), None)
+        predict.write_lines(iter(["a line\n"] * 10_000), None)
     assert end.value.code == 128 + signal.SIGPIPE
 
 
 def test_predictions_that_cannot_be_written_are_an_error(own_stdout):
     own_stdout(os.open("/dev/full", os.O_WRONLY))
     with pytest.raises(UserError, match=r"stdout: cannot be written \(No space left on device\)"):
-        predict.write_lines(iter(lines(1)), None)
+        predict.write_lines(iter(["a line\n"]), None)
 
 
-def test_an_error_in_predicting_is_not_taken_for_lost_output(own_stdout, tmp_path):
+def test_an_error_in_predicting_is_not_mistaken_for_lost_output(own_stdout, tmp_path):
     def failing():
         yield "a line\n"
         raise PermissionError("an image")
@@ -159,7 +144,15 @@ def test_an_error_in_predicting_is_not_taken_for_lost_output(own_stdout, tmp_pat
         predict.write_lines(failing(), None)
 
 
+@pytest.mark.slow
 def test_only_a_command_that_prints_its_result_fails_when_stdout_is_full():
     code = "from utils.runtime.processes import run_script; run_script(lambda: print('a result'), prints_result={})"
-    processes = [full_device([sys.executable, "-c", code.format(prints)]) for prints in (False, True)]
+    buffered = {**os.environ, "PYTHONUNBUFFERED": ""}
+    with FULL.open("wb") as full:
+        processes = [
+            subprocess.Popen(
+                [sys.executable, "-c", code.format(prints)], cwd=ROOT, env=buffered, stdout=full, stderr=full
+            )
+            for prints in (False, True)
+        ]
     assert [process.wait(PATIENCE) for process in processes] == [0, 120]  # 120: Python's own, at its exit
