@@ -27,7 +27,7 @@ def start_ranks(script: str, arguments: list[str], processes: int, stdout: Path,
     stdout.touch()
     stderr.touch()
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.ranks"])
+    context.set_forkserver_preload(["tests.helpers.ranks"])
     ranks = []
     for rank in range(processes):
         environment = {name: str(value) for name, value in {**common, "RANK": rank, "LOCAL_RANK": rank}.items()}
