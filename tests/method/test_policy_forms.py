@@ -10,6 +10,7 @@ from tests.conftest import SMALL_POLICY
 from tests.helpers.parsing import PARSERS, given, parse
 from utils import arguments
 from utils.checkpoints import checkpoint
+from utils.results import figures
 from utils.results.log import read_log
 from utils.runtime.errors import UserError
 
@@ -69,7 +70,7 @@ def test_the_gallery_takes_range_and_head_weight_from_the_file(train, tmp_path, 
     forms = ("--mask-range", 0.5, 2, "--head-weight", 0.5, "--mask-fade-epochs", 1)
     folder = train("run", "--epochs", 1, *forms)
     drawn = []
-    monkeypatch.setattr(gallery, "write_figure", lambda path, figure: drawn.append(figure))
+    monkeypatch.setattr(figures, "write_figure", lambda path, figure: drawn.append(figure))
     gallery.main([str(folder), "-o", str(tmp_path / "x.png")])
     titles = [axes.get_title() for axes in drawn[0].axes]
     masks = drawn[0].axes[titles.index("smooth mask")].images[0].get_array()

@@ -28,12 +28,6 @@ TREES = {".".join(path.relative_to(ROOT).with_suffix("").parts): ast.parse(path.
 MODULES = [name for name in TREES if not name.endswith("__init__")]
 
 
-def cases(modules, *broken):
-    """Parameters for these modules; the broken ones are known to break the rule and may fail."""
-    mark = pytest.mark.xfail(reason="breaks the rule so far", strict=False)
-    return [pytest.param(name, marks=mark if name in broken else ()) for name in modules]
-
-
 def package_of(module):
     return max((package for package in LAYER_OF if f"{module}.".startswith(f"{package}.")), key=len, default=None)
 
@@ -47,17 +41,14 @@ def imported(module):
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
-@pytest.mark.parametrize("module", cases(MODULES, "utils.runtime.progress"))
+@pytest.mark.parametrize("module", MODULES)
 def test_a_module_imports_only_from_layers_before_its_own(module):
     own = package_of(module)
     packages = {package_of(name) for name in imported(module)} - {None, own}
     assert [package for package in packages if LAYER_OF[package] >= LAYER_OF[own]] == []
 
 
-PASS_NAMESPACE = ("utils.inference.classifier", "utils.inference.model_card", "utils.training.fitting")
-
-
-@pytest.mark.parametrize("module", cases([name for name in MODULES if LAYER_OF[package_of(name)] < 7], *PASS_NAMESPACE))
+@pytest.mark.parametrize("module", [name for name in MODULES if LAYER_OF[package_of(name)] < 7])
 def test_the_namespace_and_the_launchers_variables_stay_in_their_modules(module):
     nodes = list(ast.walk(TREES[module]))
     annotations = [ast.unparse(node.annotation) for node in nodes if isinstance(node, ast.arg) and node.annotation]
@@ -77,18 +68,14 @@ def test_main_and_the_training_loop_fit_on_a_screen(script):
     assert len(loop.args.args + loop.args.kwonlyargs) <= 7
 
 
-BARE = ("utils.__init__", "utils.audit.__init__", "utils.radimagenet.__init__", "benchmarks.__init__",
-        "experiments.__init__", "experiments.plans.__init__")  # fmt: skip
-
-
-@pytest.mark.parametrize("module", cases([name for name in TREES if name.endswith("__init__")], *BARE))
+@pytest.mark.parametrize("module", [name for name in TREES if name.endswith("__init__")])
 def test_an_init_file_holds_a_docstring_only(module):
     assert ast.get_docstring(TREES[module])
     assert len(TREES[module].body) == 1
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("script", cases(["_normal.train", "_policy_gradient.train"], "_policy_gradient.train"))
+@pytest.mark.parametrize("script", ["_normal.train", "_policy_gradient.train"])
 def test_a_start_of_training_imports_nothing_for_plots(script):
     code = f"import sys, {script}; print(*sys.modules)"
     command = [sys.executable, "-c", code]
