@@ -6,7 +6,7 @@ set -euo pipefail
 cd "$(dirname "$0")"
 output=${1:-demo}
 if [ -e "$output" ]; then
-    echo "error: $output is there already; remove it, or give another folder (make demo DEMO=FOLDER)." >&2
+    echo "error: $output already exists; remove it, or give another folder (make demo DEMO=FOLDER)." >&2
     exit 2
 fi
 run() { echo "> $*"; "$@"; }
@@ -18,7 +18,7 @@ run cp "$output/data/test/ct-head-infarct/00000.png" "$output/data/train/ct-head
 run python -m utils.audit "$output/data" -o "$output/audit" --exclude-list "$output/exclude.txt"
 run torchrun --nproc_per_node=2 --standalone _policy_gradient/train.py --data-path "$output/data" $small \
     --model resnet10t --batch-size 16 --lr 0.01 --epochs 6 --grid 16 --kernel 5 --sigma 2 \
-    --exclude "$output/exclude.txt" --gray --mean 0.2753 --std 0.2898 --plot-every 3 --output-dir "$output/pretrained"
+    --exclude "$output/exclude.txt" --gray --mean 0.2932 --std 0.2950 --plot-every 3 --output-dir "$output/pretrained"
 run python -m _policy_gradient.gallery "$output/pretrained" --classes ct-head-haemorrhage,mr-brain-tumour,us-breast-cyst
 run python -m utils.weight_averaging "$output"/pretrained/model_{3,4,5}.pth -o "$output/heated.pth"
 run torchrun --nproc_per_node=2 --standalone _normal/train.py --data-path "$output/data" $small \

@@ -29,7 +29,6 @@ from utils.data.samplers import SampleKey, derive_seed
 from utils.data.splits import open_splits
 from utils.data.transforms import Normalize
 from utils.flags import positive_int
-from utils.results.figures import output_path, write_figure
 from utils.runtime.command_line import Parser, expanded, expanded_path
 from utils.runtime.errors import UserError
 from utils.runtime.processes import run_script
@@ -269,6 +268,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--overwrite", action="store_true", help="replace an existing file")
     options = parser.parse_args(argv)
+    from utils.results.figures import output_path, write_figure  # matplotlib: only the command needs it at once
+
     arguments.check_limits(vars(options))
     path = checkpoint_of(options.run)
     output = output_path(options.output, path.parent / "plots" / "masks.png", options.overwrite)

@@ -1,0 +1,1 @@
+"""Speed: our code against reference implementations, as ratios."""

@@ -1,0 +1,1 @@
+"""Experiments: plans of runs, their execution and their analysis."""

@@ -8,7 +8,7 @@ import math
 import numpy as np
 from scipy import stats
 
-from utils.results.metrics import LEVEL
+from utils.results.metrics import LEVEL, count_classes, macro_metrics
 
 SCORES = ("top1", "balanced_accuracy", "f1", "hard_top1", "hard_balanced_accuracy", "hard_f1")
 ALPHA, POWER = 0.05, 0.8
@@ -21,28 +21,11 @@ def scores(
 
     targets: (N,) classes below C; predictions: (R, N); hard: (C,) bool; weights: (N,) integers, how often each image
     counts (None: once). hard_top1 and hard_balanced_accuracy cover the images of hard classes; hard_f1 is the mean F1
-    of the hard classes over all images. As in `utils.results.metrics`, a class counts if it occurs in targets.
+    of the hard classes over all images. A class counts if it occurs in targets.
     """
-    weights = np.ones(len(targets)) if weights is None else weights.astype(float)
-    runs, classes = len(predictions), len(hard)
-    # One count for both: for each run, the wrong predictions of each class, then the right ones.
-    cells = 2 * classes * np.arange(runs)[:, None] + classes * (predictions == targets) + predictions  # (R, N)
-    counted = np.broadcast_to(weights, cells.shape).ravel()
-    wrong, right = np.bincount(cells.ravel(), counted, minlength=2 * classes * runs).reshape(runs, 2, -1).swapaxes(0, 1)
-    predicted = wrong + right  # (R, C)
-    images = np.bincount(targets, weights, minlength=classes)  # (C,)
-    recall = right / np.maximum(images, 1)
-    f1 = 2 * right / np.maximum(images + predicted, 1)
-    columns = []
-    with np.errstate(invalid="ignore"):
-        for which in (np.full(classes, True), hard):
-            present = which & (images > 0)
-            columns += [
-                right[:, which].sum(1) / images[which].sum(),
-                recall[:, present].sum(1) / present.sum(),
-                f1[:, present].sum(1) / present.sum(),
-            ]
-    return np.stack(columns, axis=1)
+    counts = count_classes(targets, predictions, weights, len(hard))
+    metrics = [macro_metrics(*counts, among) for among in (None, hard)]
+    return np.stack([group[name] for group in metrics for name in ("top1", "balanced_accuracy", "f1")], axis=1)
 
 
 def bootstrap_scores(

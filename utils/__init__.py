@@ -1,0 +1,1 @@
+"""Shared code of both scripts, and the commands that users type."""

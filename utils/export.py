@@ -24,7 +24,7 @@ from utils import arguments
 from utils.checkpoints.checkpoint import Weights, safetensors_bytes
 from utils.data.transforms import three_values
 from utils.inference import onnx as onnx_file
-from utils.inference.classifier import Classifier, add_mask_flags, add_weights_flags, is_heated, open_classifier
+from utils.inference.classifier import Classifier, add_mask_flags, add_weights_flags, open_classifier
 from utils.inference.model_card import model_card
 from utils.runtime.command_line import expanded
 from utils.runtime.errors import UserError
@@ -54,10 +54,11 @@ def build_parser() -> arguments.Parser:
     return parser
 
 
-def export_name(args: argparse.Namespace, weights: Weights, data_name: str) -> str:
+def export_name(classifier: Classifier, data_name: str) -> str:
     """The name of the folder and of the weights in it."""
+    args, weights = classifier.args, classifier.weights
     model = args.model.split(".")[0]
-    if is_heated(args):
+    if classifier.is_heated:
         method = METHODS[args.mask_policy or "learned"]
         return f"{model}_{method}_{data_name}_{args.grid}_{args.grid}_k{args.kernel}_s{args.sigma:g}"
     if weights.classes is None:
@@ -214,7 +215,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     classifier = open_classifier(given, CPU)
     classifier.args.model = plain_name(classifier.args.model)
     data_name = choose_data_name(options["data_name"], classifier.weights)
-    target = Path(options["output"]) / export_name(classifier.args, classifier.weights, data_name)
+    target = Path(options["output"]) / export_name(classifier, data_name)
     try:
         check_target(target, options["overwrite"])
         write_folder(target, classifier, data_name, options["license"], options["onnx"])

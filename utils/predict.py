@@ -25,7 +25,7 @@ from utils.data.listing import PassedOver, find_images
 from utils.data.samplers import EvaluationSampler
 from utils.data.splits import transform_for_evaluation
 from utils.flags import natural, positive_int
-from utils.inference.classifier import Classifier, add_weights_flags, is_heated, open_classifier, print_to_stderr
+from utils.inference.classifier import Classifier, add_weights_flags, open_classifier, print_to_stderr
 from utils.runtime.command_line import expanded
 from utils.runtime.distributed import resolve_device
 from utils.runtime.errors import UserError
@@ -216,7 +216,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise UserError(str(error)) from None
     paths = find_all(options["images"])
     classifier = open_classifier(given, device)
-    if is_heated(classifier.args):
+    if classifier.is_heated:
         print_to_stderr(f"{options['file']}: a heated model; it classifies clean images well only after fine-tuning.")
     stop_at_bad = options["bad_images"] == "error"
     loader = build_image_loader(classifier, paths, options["batch_size"], options["workers"], stop_at_bad, device)

@@ -36,6 +36,7 @@ from utils.checkpoints import checkpoint
 from utils.checkpoints.checkpoint import read_weights
 from utils.data.splits import transform_for_evaluation
 from utils.data.transforms import Normalize
+from utils.inference.classifier import Classifier
 from utils.runtime.errors import UserError
 
 
@@ -158,7 +159,8 @@ def test_the_name_tells_how_the_weights_were_trained(tmp_path, script, flags, na
     weights = read_weights(write_checkpoint(tmp_path / "model_0.pth", *flags, script=script))
     args = parse(script, *SMALL, *flags)
     args.__dict__.update({key: getattr(args, key, None) for key in ("grid", "kernel", "sigma", "mask_policy")})
-    assert export.export_name(args, weights, export.choose_data_name(None, weights)) == name
+    classifier = Classifier(None, [], args, weights)
+    assert export.export_name(classifier, export.choose_data_name(None, weights)) == name
 
 
 def test_weights_of_other_code_need_a_data_name(tmp_path):

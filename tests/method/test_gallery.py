@@ -202,7 +202,7 @@ def test_the_command_shows_before_and_after(run, image_folder, monkeypatch, caps
     folder, began = run
     drawn = []
     monkeypatch.setattr(gallery, "draw_stages", lambda *args: drawn.append(args))
-    monkeypatch.setattr(gallery, "write_figure", lambda path, _: drawn.append(path))
+    monkeypatch.setattr(figures, "write_figure", lambda path, _: drawn.append(path))
     flags = [str(folder), "--split", "test", "--classes", "dark,bright", "-o", str(tmp_path / "x.png")]
     gallery.main(flags)
     assert capsys.readouterr().out == f"{tmp_path / 'x.png'}\n"

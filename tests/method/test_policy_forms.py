@@ -10,6 +10,7 @@ from tests.conftest import SMALL_POLICY
 from tests.helpers.parsing import PARSERS, given, parse
 from utils import arguments
 from utils.checkpoints import checkpoint
+from utils.results import figures
 from utils.results.log import read_log
 from utils.runtime.errors import UserError
 
@@ -69,7 +70,7 @@ def test_the_gallery_takes_range_and_head_weight_from_the_file(train, tmp_path, 
     forms = ("--mask-range", 0.5, 2, "--head-weight", 0.5, "--mask-fade-epochs", 1)
     folder = train("run", "--epochs", 1, *forms)
     drawn = []
-    monkeypatch.setattr(gallery, "write_figure", lambda path, figure: drawn.append(figure))
+    monkeypatch.setattr(figures, "write_figure", lambda path, figure: drawn.append(figure))
     gallery.main([str(folder), "-o", str(tmp_path / "x.png")])
     titles = [axes.get_title() for axes in drawn[0].axes]
     masks = drawn[0].axes[titles.index("smooth mask")].images[0].get_array()
@@ -138,6 +139,6 @@ def test_weights_bring_the_masks_that_they_were_made_for():
 @pytest.mark.parametrize("value", [[0.5], [0, 1, 2], [], 0.5, "01", [0, -1], [0, "1"], None])
 def test_a_range_in_a_file_that_no_flag_could_have_given(value):
     saved = vars(parse("_policy_gradient")) | {"mask_range": value}
-    with pytest.raises(UserError, match=r"^--mask-range: f says .*, which this flag does not take"):
+    with pytest.raises(UserError, match=r"^--mask-range: f says .*, which this flag does not accept"):
         arguments.for_resume(PARSER, {}, saved, "f")
     assert arguments.for_weights(PARSER, {"resume": "f"}, saved, "f", test_only=True).mask_range == [0, 1]

@@ -162,7 +162,8 @@ def test_each_promise_names_a_test_that_exists():
     named = re.findall(r"`(test_\w+\.py)(?:::(test_\w+))?`", section(README, "What it promises"))
     assert len(named) >= 12
     for file, function in named:
-        content = (ROOT / "tests" / file).read_text()
+        (path,) = (ROOT / "tests").rglob(file)
+        content = path.read_text()
         assert f"\ndef {function}(" in content if function else content, (file, function)
 
 
@@ -200,7 +201,7 @@ def test_what_a_resumed_run_takes_from_its_file_is_listed():
 
 def test_the_citation_is_the_entry_that_the_authors_ask_for():
     """In the README and in the card of exported weights."""
-    for page in (README, (ROOT / "utils" / "templates" / "model_card.md").read_text()):
+    for page in (README, (ROOT / "utils" / "results" / "templates" / "model_card.md").read_text()):
         (entry,) = re.findall(r"```bibtex\n(.*?)```", page, re.DOTALL)
         assert entry.startswith("@inproceedings{yavuz2025policy,\n")
         assert dict(re.findall(r"  (\w+) = \{(.*)\}", entry)) == {

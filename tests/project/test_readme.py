@@ -198,4 +198,4 @@ def test_the_demo_runs_the_commands_of_the_example(tmp_path):
     output.mkdir()
     again = subprocess.run(["bash", ROOT / "demo.sh", output], env=environment, capture_output=True, text=True)
     assert again.returncode == 2
-    assert "is there already; remove it" in again.stderr
+    assert "already exists; remove it" in again.stderr

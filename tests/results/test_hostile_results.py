@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from experiments import run as run_plan
+from experiments.plan import read_record
 from tests.helpers.finished_runs import undrawn, write_run  # noqa: F401
 from tests.helpers.hostile_values import changed, put
 from utils import plots, report
@@ -195,15 +195,14 @@ def test_result_names_cannot_point_to_another_folder(tmp_path):
 
 @pytest.mark.parametrize("name", ["finished.json", "progress.json"])
 def test_damaged_files_of_a_plan_are_named_in_a_sentence(tmp_path, name):
-    reader = run_plan.is_finished if name == "finished.json" else run_plan.read_progress
     for content in (*CONTENTS.values(), b'{"stages": [], "seconds": "1", "done": 0}', b'{"stages": 1}'):
         (tmp_path / name).write_bytes(content)
         with pytest.raises(UserError, match=name):
-            reader(None, tmp_path)
+            read_record(tmp_path / name, None)
     for kind in ("pipe", "device"):
         make(tmp_path / name, kind)
         with pytest.raises(UserError, match=name):
-            reader(None, tmp_path)
+            read_record(tmp_path / name, None)
 
 
 # Files given by flags

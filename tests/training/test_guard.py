@@ -1,17 +1,16 @@
 """What ranks agree on at each step: losses that are not finite, and signals that ask for a stop."""
 
 import math
+import multiprocessing
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
 
-from tests.conftest import ROOT
+from utils.runtime import signals
 from utils.runtime.signals import SIGNALS, StopRequest
 from utils.training.update import NonFiniteLoss, StepGuard
 
@@ -101,40 +100,42 @@ def test_on_a_device_that_runs_behind_the_stop_is_read_two_steps_later():
     assert read == [False, False, False, True, True, True]
 
 
-WORKER = """
-import sys, time
-sys.path.insert(0, {root!r})
-from utils.interruption import ride_out_signals
-ride_out_signals(0)
-print("ready", flush=True)
-time.sleep({seconds})
-print("lived on", flush=True)
-"""
+@pytest.fixture
+def worker():
+    """A process that rides out signals, as a loader worker does, with a pipe to it; it ends once the pipe is used."""
+    context = multiprocessing.get_context("fork")
+    pipe, own_end = context.Pipe()
+
+    def work():
+        pipe.close()
+        signals.ride_out_signals(0)
+        own_end.send("ready")
+        own_end.send(own_end.recv())
+
+    process = context.Process(target=work)
+    process.start()
+    own_end.close()
+    yield process, pipe
+    process.kill()
+    process.join()
 
 
-def start_worker(seconds):
-    code = WORKER.format(root=str(ROOT), seconds=seconds)
-    worker = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
-    assert worker.stdout.readline() == "ready\n"
-    return worker
-
-
-def test_a_loader_worker_lives_through_the_signals_each_sent_twice():
-    worker = start_worker(2)
+def test_a_loader_worker_survives_every_signal_sent_twice(worker):
+    process, pipe = worker
+    assert pipe.recv() == "ready"
     for number in SIGNALS * 2:
-        worker.send_signal(number)
-        time.sleep(0.1)
-    assert worker.communicate()[0] == "lived on\n"
-    assert worker.returncode == 0
+        os.kill(process.pid, number)
+        time.sleep(0.02)
+    pipe.send("still there")
+    assert pipe.recv() == "still there"
+    process.join()
+    assert process.exitcode == 0
 
 
-def test_a_loader_worker_that_nobody_ends_goes_by_itself():
-    soon = "import utils.interruption as module; module.WORKER_SECONDS = 1; ride_out_signals(0)"
-    code = WORKER.replace("ride_out_signals(0)", soon)
-    worker = subprocess.Popen(
-        [sys.executable, "-c", code.format(root=str(ROOT), seconds=60)], stdout=subprocess.PIPE, text=True
-    )
-    assert worker.stdout.readline() == "ready\n"
-    worker.send_signal(signal.SIGTERM)
-    worker.wait(timeout=30)
-    assert worker.returncode == -signal.SIGALRM
+def test_a_loader_worker_that_nobody_ends_ends_by_itself(monkeypatch, request):
+    monkeypatch.setattr(signals, "WORKER_SECONDS", 1)
+    process, pipe = request.getfixturevalue("worker")
+    assert pipe.recv() == "ready"
+    os.kill(process.pid, signal.SIGTERM)
+    process.join(30)
+    assert process.exitcode == -signal.SIGALRM

@@ -11,7 +11,6 @@ from PIL import Image
 from _policy_gradient import gallery
 from tests.helpers.events import as_scalars, images, number_files_from_zero, scalars
 from tests.helpers.runs import SCRIPTS, assert_same_run, run_script
-from utils import plots
 from utils.checkpoints import checkpoint
 from utils.results import confusion as class_plots
 from utils.results import curves, figures
@@ -99,9 +98,10 @@ def test_going_back_to_an_earlier_checkpoint_takes_later_galleries_away(tmp_path
 
 def test_pictures_come_every_so_many_epochs_and_at_the_end(image_folder, tmp_path, monkeypatch):
     drawn = []
-    for function in ("learning_curves", "confusion_matrix", "per_class_recall"):
-        draw = getattr(plots, function)
-        monkeypatch.setattr(plots, function, lambda *args, draw=draw: drawn.append(args) or draw(*args))
+    functions = ((curves, "learning_curves"), (class_plots, "confusion_matrix"), (class_plots, "per_class_recall"))
+    for module, function in functions:
+        draw = getattr(module, function)
+        monkeypatch.setattr(module, function, lambda *args, draw=draw: drawn.append(args) or draw(*args))
     run_script("_normal", image_folder, tmp_path / "run", "--epochs", "3", "--plot-every", "2")
     for path in (tmp_path / "run" / "plots").iterdir():
         with Image.open(path) as picture:
@@ -109,8 +109,8 @@ def test_pictures_come_every_so_many_epochs_and_at_the_end(image_folder, tmp_pat
             assert min(picture.size) > 30
     log = read_log(tmp_path / "run")
     assert [len(args[0]["run"]) for args in drawn[::3]] == [2, 3]  # epochs in the log
-    curves, confusion, recall = drawn[3:]
-    assert curves == ({"run": log},)
+    of_curves, confusion, recall = drawn[3:]
+    assert of_curves == ({"run": log},)
     targets, predictions, classes, what = confusion
     assert what == "val, after epoch 2"
     assert recall == confusion

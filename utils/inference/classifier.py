@@ -30,6 +30,12 @@ class Classifier(NamedTuple):
     args: argparse.Namespace  # the training's flags, with defaults for what neither file nor command line gives
     weights: Weights
 
+    @property
+    def is_heated(self) -> bool:
+        """Whether the classifier was trained on masked images."""
+        args = self.args
+        return None not in (args.grid, args.kernel, args.sigma) and args.mask_policy != "none"
+
 
 def add_weights_flags(parser: arguments.Parser) -> argparse._ArgumentGroup:
     """Add the weight file and the flags for what it may not record; returns the group of these flags."""
@@ -68,7 +74,7 @@ def open_classifier(given: dict[str, Any], device: torch.device) -> Classifier:
     args = arguments.for_weights(parser, flags, saved, weights.path, test_only=True)
     if "model" not in flags and not isinstance(saved.get("model"), str):
         raise UserError(f"{weights.path}: does not name its model; give --model NAME.")
-    fitting.report_preprocessing(args, flags, weights.args, weights.path, print_to_stderr)
+    fitting.report_preprocessing(vars(args), flags, weights.args, weights.path, print_to_stderr)
     classes = _class_names(weights, given.get("classes"))
     model = build.classifier(args, classes, None, None, device)
     state_dict = fitting.fit(model, weights, print_to_stderr)
@@ -78,11 +84,6 @@ def open_classifier(given: dict[str, Any], device: torch.device) -> Classifier:
         raise UserError(f"{weights.path}: its head has {rows} classes, but {source} {len(classes)}.")
     fitting.load_complete(model, state_dict, weights.path)
     return Classifier(model.eval(), classes, args, weights)
-
-
-def is_heated(args: argparse.Namespace) -> bool:
-    """Whether the classifier was trained on masked images."""
-    return None not in (args.grid, args.kernel, args.sigma) and args.mask_policy != "none"
 
 
 def print_to_stderr(message: str) -> None:

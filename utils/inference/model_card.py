@@ -9,7 +9,7 @@ from huggingface_hub import ModelCardData
 from utils import arguments
 from utils.data.folders import SPLITS
 from utils.flags import shared_parser
-from utils.inference.classifier import Classifier, is_heated
+from utils.inference.classifier import Classifier
 from utils.results.metrics import Metrics
 from utils.results.templates import render_markdown
 from utils.runtime.reading import read_json
@@ -86,7 +86,7 @@ def model_card(
         classes=classifier.classes,
         args=args,
         architecture=args.model.split(".")[0],
-        heated=is_heated(args),
+        heated=classifier.is_heated,
         recipe=recipe_flags(training_args),
         measured=read_measured(Path(weights.path), weights.averaged),
         license_name=license_name,

@@ -3,7 +3,6 @@
 Each change is reported in a sentence, because files of other code rarely have exactly the model's keys.
 """
 
-import argparse
 from collections import Counter
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -45,13 +44,13 @@ def usable_args(weights: Weights, given: dict[str, Any], report: Report) -> dict
 
 
 def report_preprocessing(
-    args: argparse.Namespace, given: Iterable[str], saved: Iterable[str], path: str, report: Report
+    values: dict[str, Any], given: Iterable[str], saved: Iterable[str], path: str, report: Report
 ) -> None:
     """Report the preprocessing flags that neither the command line nor the file gives."""
     assumed = [name for name in INPUT if name not in given and name not in saved]
     if assumed:
-        values = " ".join(arguments.typed(name, getattr(args, name)) for name in assumed)
-        report(f"{path}: does not record how its images were prepared; assumed: {values}")
+        flags = " ".join(arguments.typed(name, values[name]) for name in assumed)
+        report(f"{path}: does not record how its images were prepared; assumed: {flags}")
 
 
 def fit(model: nn.Module, weights: Weights, report: Report) -> StateDict:

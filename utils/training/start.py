@@ -130,4 +130,4 @@ def _report_foreign_args(values: dict[str, Any], given: dict[str, Any], saved: d
     taken = [arguments.typed(name, saved[name]) for name in names if values.get(name) == saved[name]]
     if taken:
         progress.say(printable(f"{path}: used of its arguments: {' '.join(taken)}"))
-    fitting.report_preprocessing(argparse.Namespace(**values), given, saved, path, progress.say)
+    fitting.report_preprocessing(values, given, saved, path, progress.say)

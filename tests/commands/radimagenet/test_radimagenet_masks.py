@@ -83,12 +83,6 @@ def test_resizing_is_bilinear_without_antialiasing(shape):
     assert np.abs(resize(pixels) - exact).max() < 1.01  # OpenCV's fixed point truncates
 
 
-def test_halving_is_the_mean_of_four():
-    pixels = np.random.default_rng(0).integers(0, 256, (448, 448, 3), dtype=np.uint8)
-    means = pixels.reshape(224, 2, 224, 2, 3).sum(axis=(1, 3), dtype=int)
-    assert np.array_equal(resize(pixels), (means + 2) // 4)
-
-
 ZEROS = npy(np.zeros((224, 224)))
 
 
