@@ -86,8 +86,10 @@ def test_a_bad_loss_or_a_signal_on_one_rank_acts_on_all(tmp_path):
         assert stops == [False, False, True]  # the signal came to rank 1 alone, and both stop after the same step
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("kind", "run"), [("agreed", run_script), ("agreed", run_ranks), ("alone", run_ranks)])
+TORCHRUN = pytest.param("agreed", run_script, marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize(("kind", "run"), [TORCHRUN, ("agreed", run_ranks), ("alone", run_ranks)])
 def test_one_rank_that_fails_stops_all_with_one_sentence(kind, run, tmp_path):
     result = run(WORKER, "failure", tmp_path / "none", kind, processes=2, check=False)
     assert result.returncode != 0
