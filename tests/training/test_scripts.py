@@ -13,7 +13,7 @@ from tests.conftest import write_image_folder
 from utils.checkpoints import checkpoint
 from utils.results.log import read_log
 from utils.runtime.errors import UserError
-from utils.training.models import compile_in_place
+from utils.training.compiling import compile_in_place
 
 
 def evaluate_only(script, *flags, data):

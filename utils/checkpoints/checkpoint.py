@@ -23,7 +23,7 @@ from utils.checkpoints import foreign
 from utils.checkpoints import verify as verification
 from utils.checkpoints.pickle_scan import ForeignObject, Refused
 from utils.checkpoints.torch_files import checked_copy
-from utils.runtime.errors import UserError
+from utils.runtime.errors import UserError, first_line
 from utils.runtime.files import open_new, temporary_path, write_atomically
 from utils.runtime.reading import open_regular, parse_json, read_bytes
 
@@ -129,8 +129,7 @@ def read(path: str | Path) -> dict[str, Any]:
     except MemoryError:
         raise NotDamaged(f"{path}: too little memory to read this file.") from None
     except Exception as error:  # torch's readers raise nearly anything for unexpected bytes
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{path}: not a checkpoint, or damaged ({reason[:200]}).") from None
+        raise UserError(f"{path}: not a checkpoint, or damaged ({first_line(error)[:200]}).") from None
     if not isinstance(state, dict):
         raise UserError(f"{path}: holds a {type(state).__name__}; expected a dictionary of weights.")
     for value in (state, *state.values()):

@@ -11,7 +11,7 @@ import io
 import numpy as np
 from PIL import Image
 
-from utils.runtime.errors import UserError
+from utils.runtime.errors import UserError, first_line
 
 SIZE = 224  # pixels
 SHAPES = ((SIZE, SIZE), (SIZE, SIZE, 1), (SIZE, SIZE, 3))
@@ -27,8 +27,7 @@ def read_mask(data: bytes, shown: object) -> np.ndarray:
     try:
         mask = np.lib.format.read_array(io.BytesIO(data), allow_pickle=False)
     except (ValueError, MemoryError, OverflowError) as error:
-        reason = str(error).split("\n")[0]
-        raise UserError(f"{shown}: not a readable array ({reason}); download the mask again.") from None
+        raise UserError(f"{shown}: not a readable array ({first_line(error)}); download the mask again.") from None
     if mask.shape not in SHAPES:
         raise UserError(f"{shown}: has the shape {mask.shape}; expected {' or '.join(map(str, SHAPES))}.")
     if mask.dtype != np.uint8 and mask.dtype.kind not in "if":

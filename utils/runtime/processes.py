@@ -16,7 +16,7 @@ from typing import NoReturn
 import torch
 
 from utils.runtime import distributed
-from utils.runtime.errors import UserError
+from utils.runtime.errors import UserError, first_line
 from utils.runtime.lifetimes import end_workers
 from utils.runtime.node_limits import explain
 from utils.runtime.output import drop_lost_output
@@ -45,7 +45,7 @@ def join_processes(device_name: str | None, timeout_seconds: float = 600) -> tor
         raise UserError(str(error), agreed=True) from None
     except Exception as error:
         if explain(error) is None and distributed.is_lost_contact(error):
-            raise UserError(_not_joined(timeout_seconds, str(error).split("\n")[0])) from None
+            raise UserError(_not_joined(timeout_seconds, first_line(error))) from None
         raise
     if device.type == "cpu":
         keep_freed_memory()
@@ -173,10 +173,9 @@ def _as_user_errors() -> Iterator[None]:
 
 def lost_contact(error: BaseException) -> str:
     """The message for a failed collective."""
-    reason = str(error).splitlines()[0]
     return (
-        f"rank {distributed.rank()}: another rank ended, or did not answer within --timeout ({reason}); its own "
-        "output says why. --resume auto continues from the last checkpoint."
+        f"rank {distributed.rank()}: another rank ended, or did not answer within --timeout ({first_line(error)}); its "
+        "own output says why. --resume auto continues from the last checkpoint."
     )
 
 
