@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from utils.data.images import read_image
 from utils.data.listing import PassedOver, find_images
-from utils.radimagenet.images import find_there
+from utils.radimagenet.images import find_existing
 from utils.runtime.command_line import Parser, expanded_path
 from utils.runtime.errors import UserError
 from utils.runtime.files import write_atomically
@@ -126,7 +126,7 @@ def prepare_folders(output: Path, places: Collection[Path]) -> None:
         contents[place.parent.parent].add(place.parent.name)
         contents[place.parent].add(place.name)
     for folder, names in contents.items():
-        others = find_there(str(output / folder), PassedOver()) - names
+        others = find_existing(str(output / folder), PassedOver()) - names
         if others:
             raise UserError(
                 f"{output / folder / min(others)}: does not belong to mini-RIN. Remove it, or give another OUTPUT."

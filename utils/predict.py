@@ -114,7 +114,7 @@ def predict(
     """
     normalize = build.normalize(classifier.args, device)
     for batch, logits in logits_of_batches(classifier.model, batches(loader, device), normalize, device):
-        for message in batch.bad:
+        for message in batch.unreadable:
             report(message)
         is_readable = batch.indices >= 0
         yield batch.indices[is_readable], logits.cpu()[is_readable]

@@ -122,7 +122,7 @@ def test_hidden_copies_take_no_image_out(tmp_path):
     text = run(data, tmp_path)
     assert not any(read_excluded(tmp_path / "list").values())
     assert "train: skipped: 2 hidden files or folders; ignored: 2 .dcm.\n" in text
-    assert "Warning: train/a: more files are ignored than read." in text
+    assert "Warning: train/a: more files are ignored than read; convert" in text
     assert "test lacks 1 classes of other splits: a.\n" in text
     assert "  test        1        1           0      0\n" in text
 

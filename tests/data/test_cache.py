@@ -21,7 +21,7 @@ from utils.data import cache_build
 from utils.data.cache import INDEX, PIXELS
 from utils.data.dataset import batches, build_loader
 from utils.data.samplers import SampleKey
-from utils.data.transforms import evaluation_transform, resize_transform, training_transform
+from utils.data.transforms import evaluation_transform, training_transform
 from utils.results.log import read_log
 from utils.runtime.errors import UserError
 
@@ -41,7 +41,7 @@ def test_evaluation_from_the_cache_has_the_pixels_of_the_files(flags, folder, tm
 def test_training_from_the_cache_is_training_on_the_resized_images(backend, folder, tmp_path):
     flags = ["--backend", backend, "--auto-augment", "ta_wide", "--random-erase", "0.5"]
     cached = splits(folder, *flags, cache_dir=tmp_path / "cache").training
-    resize = resize_transform(36, backend=backend)
+    resize = evaluation_transform(36, None, backend=backend)
     for index in range(len(cached)):
         path = tmp_path / "resized" / cached.path(index).relative_to(folder)
         path.parent.mkdir(parents=True, exist_ok=True)

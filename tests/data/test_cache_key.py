@@ -1,6 +1,5 @@
 """Which cache a run opens: never one whose pixels differ from the present files."""
 
-import io
 import os
 import shutil
 from pathlib import Path
@@ -14,7 +13,7 @@ from tests.conftest import write_image
 from tests.helpers.caches import built, splits
 from utils.data.cache import PIXELS
 from utils.data.cache_build import CHECKED
-from utils.data.fingerprint import CONTENT, fingerprint
+from utils.data.fingerprint import fingerprint
 from utils.data.folders import ImageFiles
 from utils.data.samplers import SampleKey
 from utils.runtime.errors import UserError
@@ -118,27 +117,6 @@ def test_without_ctime_the_content_of_each_class_counts(tmp_path, monkeypatch):
         write_level(root / "train" / name, 200)
         prints.add(print_of(root / "train"))
     assert len(prints) == 5
-
-
-def test_a_fingerprint_reads_the_start_of_two_images_per_class(tmp_path, monkeypatch):
-    root = write_set(tmp_path / "data", 40, images=20)
-    with open(root / "train" / "x" / "0.bmp", "ab") as file:
-        file.truncate(50 * CONTENT)
-    opened, sizes = [], []
-
-    class Counted(io.BytesIO):
-        def read(self, size):
-            sizes.append(size)
-            return super().read(size)
-
-    def open_counted(path):
-        opened.append(Path(path).relative_to(root / "train").as_posix())
-        return Counted(b"")
-
-    monkeypatch.setattr("utils.data.fingerprint.open_regular", open_counted)
-    print_of(root / "train")
-    assert opened == ["x/0.bmp", "x/9.bmp", "y/0.bmp", "y/9.bmp"]  # sorted as texts
-    assert sizes == [CONTENT] * 4
 
 
 def test_a_fingerprint_does_not_wait_for_pipes_or_fail_on_broken_links(tmp_path):

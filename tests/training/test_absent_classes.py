@@ -117,7 +117,7 @@ def test_a_class_that_the_training_lacks_is_named(image_folder, trained, tmp_pat
         UserError, match=r"zebra: this class is in 'test' but not in .*model_0.pth, which was trained on"
     ):
         evaluate(trained / "model_0.pth", data, tmp_path / "out")
-    with pytest.raises(UserError, match=r"test/zebra: this class is in 'test' but not in 'train' \(1 such in all\)"):
+    with pytest.raises(UserError, match=r"test/zebra: this class is in 'test' but not in 'train'"):
         normal.main([*SMALL, "--data-path", str(data), "--output-dir", str(tmp_path / "run"), "--epochs", "1"])
     assert not (tmp_path / "run").exists()
 

@@ -207,15 +207,15 @@ def kept_sentences(census: Census) -> list[str]:
 
 
 def _named(title: str, census: Census, mask: np.ndarray) -> Section:
-    """The first images of a mask (N,), with the errors of those that have one."""
+    """The first images of a mask (N,), and the errors of unreadable ones."""
     indices = np.flatnonzero(mask).tolist()
     if not indices:
         return Section(title, ["None."])
     more = [f"The first {SHOWN_NAMES} of {len(indices)}; images.csv has all."] if len(indices) > SHOWN_NAMES else []
     rows = []
     for index in indices[:SHOWN_NAMES]:
-        error = [census.errors[index].removeprefix(f"{census.path(index)}: ")] if index in census.errors else []
-        rows.append([census.name(index), *error])
+        error = census.errors[index].removeprefix(f"{census.path(index)}: ")
+        rows.append([census.name(index), error] if error else [census.name(index)])
     return Section(title, more, ["image", "reason"][: len(rows[0])], rows)
 
 

@@ -30,7 +30,7 @@ class Census:
     split: np.ndarray  # uint8 index into splits
     label: np.ndarray  # int32 index into classes
     records: np.ndarray  # images.RECORD
-    errors: dict[int, str]  # why an image is unreadable, by position
+    errors: list[str]  # why an image is unreadable, or ""
     blank: np.ndarray  # bool
     groups: list[np.ndarray]  # positions of the images of each group
     group: np.ndarray  # int64 index into groups; -1 without a group
@@ -78,7 +78,7 @@ class Census:
 
 
 def take_census(
-    files: list[ImageFiles], records: np.ndarray, errors: dict[int, str], blank_below: float, distance: int | None
+    files: list[ImageFiles], records: np.ndarray, errors: list[str], blank_below: float, distance: int | None
 ) -> Census:
     """Find blank images and groups of copies, and apply the rule.
 

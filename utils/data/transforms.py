@@ -87,21 +87,16 @@ class FirstChannel(nn.Module):
 
 
 def evaluation_transform(
-    resize_size: int, crop_size: int, *, interpolation: str = "bilinear", backend: str = "pil"
+    resize_size: int, crop_size: int | None, *, interpolation: str = "bilinear", backend: str = "pil"
 ) -> nn.Module:
     """PIL RGB or grey image to a uint8 tensor (C, crop_size, crop_size): shorter side to resize_size, centre crop.
 
-    Images from a cache already have that size: the resize does not change them.
+    crop_size: None for the resize alone, as in a cache; the resize does not change images from a cache.
     """
-    mode = v2.InterpolationMode(interpolation)
-    resize = [v2.Resize(resize_size, interpolation=mode, antialias=True), v2.CenterCrop(crop_size)]
-    return v2.Compose([ToTensor(), *resize] if backend == "tensor" else [*resize, ToTensor()])
-
-
-def resize_transform(resize_size: int, *, interpolation: str = "bilinear", backend: str = "pil") -> nn.Module:
-    """The resize of `evaluation_transform` alone: PIL image to a uint8 tensor (C, H, W) of shorter side resize_size."""
-    resize = v2.Resize(resize_size, interpolation=v2.InterpolationMode(interpolation), antialias=True)
-    return v2.Compose([ToTensor(), resize] if backend == "tensor" else [resize, ToTensor()])
+    steps = [v2.Resize(resize_size, interpolation=v2.InterpolationMode(interpolation), antialias=True)]
+    if crop_size is not None:
+        steps.append(v2.CenterCrop(crop_size))
+    return v2.Compose([ToTensor(), *steps] if backend == "tensor" else [*steps, ToTensor()])
 
 
 class CropAndFlip(nn.Module):

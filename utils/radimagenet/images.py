@@ -51,6 +51,9 @@ def copy(source: str, target: str, exists: bool) -> bool:
     return True
 
 
+KINDS: dict[str, Put] = {"symlink": symlink, "hardlink": hardlink, "copy": copy}
+
+
 def copy_corrected(source: str, target: str, exists: bool, mask: str | Member) -> bool:
     """Write the image plus its mask, with the later modification time of the two.
 
@@ -143,7 +146,7 @@ def find_files(folder: str, passed_over: PassedOver) -> set[str]:
         raise UserError(f"{folder}: cannot read this folder ({error.strerror}).") from None
 
 
-def find_there(folder: str, passed_over: PassedOver) -> set[str]:
+def find_existing(folder: str, passed_over: PassedOver) -> set[str]:
     """All names in a folder; hidden ones are counted, and temporary files of a killed run are removed."""
     names = set()
     try:

@@ -194,9 +194,9 @@ def test_unlisted_and_outdated_files_in_the_tree_are_refused(source, output):
     prepare(output, source)
     unlisted = output / "train" / "US__liver" / "more.png"
     unlisted.write_text("")
-    assert fails("--source", source, output).startswith(f"{unlisted}: not in the lists (1 such in the folder)")
+    assert fails("--source", source, output).startswith(f"{unlisted.parent}: not in the lists: more.png; remove")
     unlisted.rename(output / "val" / "US__spleen")
-    assert "val/US__spleen: not in the lists" in fails("--source", source, output)
+    assert "val: not in the lists: US__spleen" in fails("--source", source, output)
     (output / "val" / "US__spleen").unlink()
     (source / "radiology_ai/US/liver/val0.png").unlink()
     message = fails("--source", source, "--allow-missing", output)
