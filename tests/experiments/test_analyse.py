@@ -1,7 +1,9 @@
 """The analysis of a plan: tables compared with numbers by hand, missing and damaged runs, and the command."""
 
 import re
+import runpy
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +14,7 @@ from experiments import analyse, pictures
 from experiments.differences import compare
 from experiments.finished import read_runs, read_tasks
 from experiments.plan import Arm, Plan, Stage, read_plan
+from tests.conftest import ROOT
 from tests.helpers.finished_runs import finish, write_stage, write_test
 from utils.runtime.errors import UserError
 
@@ -247,3 +250,13 @@ def test_errors_name_the_file_and_nothing_is_written(pattern, content, message, 
     with pytest.raises(UserError, match=message):
         analyse.main([str(results / "plan.py"), str(results), "--resamples", "5"])
     assert {path: path.read_bytes() for path in results.rglob("*") if path.is_file()} == before
+
+
+def test_the_command_starts_from_any_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [path for path in sys.path if Path(path).resolve() != ROOT])
+    for name in [name for name in sys.modules if name.split(".")[0] == "experiments"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setattr(sys, "argv", ["analyse.py", "--help"])
+    with pytest.raises(SystemExit, match=r"^0$"):
+        runpy.run_path(str(ROOT / "experiments" / "analyse.py"), run_name="__main__")
