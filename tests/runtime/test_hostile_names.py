@@ -262,13 +262,6 @@ def test_too_little_memory_is_a_user_error(capfd):
         run_script(lambda: int("another"))
 
 
-def test_phantoms_of_bad_names_are_a_sentence(tmp_path):
-    path = str(tmp_path / "p")
-    for typed in ([LONG], ["a\0b"], [path, "--size", str(10**9)], [path, "--scale", "1e300"]):
-        with pytest.raises(UserError):
-            phantoms_command.main(typed)
-
-
 def test_a_report_of_a_run_with_a_hostile_name(tmp_path, capfd):
     folder = write_run(tmp_path / "a\x1b[2J\nb")
     report.main([str(folder)])
