@@ -1,4 +1,7 @@
-"""Ranks without torchrun that start warm: forks of a process that has imported everything; a start is 2 s, not 10."""
+"""Warm starts of the scripts, with and without torchrun: forks of a process that has imported everything.
+
+A start takes less than a second, where `torchrun SCRIPT` imports for ten.
+"""
 
 import importlib
 import multiprocessing
@@ -6,61 +9,122 @@ import os
 import socket
 import subprocess
 import sys
+import uuid
+from collections.abc import Callable, Sequence
+from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from unittest.mock import patch
 
-from _normal import train as normal  # noqa: F401 (what is imported here is there when a rank starts)
+import sklearn.metrics  # noqa: F401 (with the next two: what is imported here, ranks do not import again)
+from torch.distributed.launcher.api import elastic_launch
+from torch.distributed.run import config_from_args, parse_args
+
+from _normal import train as normal  # noqa: F401
 from _policy_gradient import train as policy_gradient  # noqa: F401
 from tests.conftest import ROOT
+from utils.runtime.lifetimes import end_with_launcher
 from utils.runtime.processes import run_script
 
 PATIENCE = 120  # seconds; no test asserts a time, but none hangs for ever either
 
 
-def start_ranks(script: str, arguments: list[str], processes: int, stdout: Path, stderr: Path) -> list[BaseProcess]:
-    """Start a script of the repository as so many ranks on this machine; what they say is added to the files."""
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port = server.getsockname()[1]
-    common = {"WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+def start_warm(
+    target: Callable[..., None], *arguments: object, stdout: Path, stderr: Path, cwd: Path = ROOT
+) -> BaseProcess:
+    """Call a function in a fork of the warm process, its output added to the files."""
     stdout.touch()
     stderr.touch()
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.helpers.ranks"])
-    ranks = []
-    for rank in range(processes):
-        environment = {name: str(value) for name, value in {**common, "RANK": rank, "LOCAL_RANK": rank}.items()}
-        ranks.append(context.Process(target=_run_rank, args=(script, environment, arguments, stdout, stderr)))
-    with patch.dict(os.environ, {"PYTHONPATH": str(ROOT)}):  # the process that is forked must find this file
-        for rank in ranks:
-            rank.start()
-    return ranks
+    context.set_forkserver_preload([__name__])
+    process = context.Process(target=_in_child, args=(target, arguments, stdout, stderr, cwd))
+    with patch.dict(os.environ, {"PYTHONPATH": str(ROOT)}):  # the warm process must find this file
+        process.start()
+    return process
 
 
-def _run_rank(script: str, environment: dict[str, str], arguments: list[str], stdout: Path, stderr: Path) -> None:
-    """What `python SCRIPT` does with these arguments."""
-    os.environ.update(environment)
-    os.chdir(ROOT)
+def _in_child(target: Callable[..., None], arguments: Sequence[object], stdout: Path, stderr: Path, cwd: Path) -> None:
+    os.chdir(cwd)
     multiprocessing.set_start_method("fork", force=True)  # of loader workers, as in a run from the command line
     for number, path in enumerate((stdout, stderr), 1):
         os.dup2(os.open(path, os.O_WRONLY | os.O_APPEND), number)
+    target(*arguments)
+
+
+def _run(script: str, arguments: Sequence[str]) -> None:
+    """What `python SCRIPT` does with these arguments."""
     sys.argv = [script, *arguments]
+    end_with_launcher()
     module = importlib.import_module(script.removesuffix(".py").replace("/", "."))
     run_script(module.main)
 
 
+def _run_rank(environment: dict[str, str], script: str, arguments: Sequence[str]) -> None:
+    os.environ.update(environment)
+    _run(script, arguments)
+
+
+def _run_torchrun(options: Sequence[str], script: str, arguments: Sequence[str]) -> None:
+    """What `torchrun OPTIONS SCRIPT` does, but that its ranks are forks."""
+    parsed = parse_args([*options, "--start-method=fork", script])
+    if parsed.standalone:  # as torch.distributed.run.run has it
+        parsed.rdzv_backend, parsed.rdzv_endpoint, parsed.rdzv_id = "c10d", "localhost:0", str(uuid.uuid4())
+    configuration, _, _ = config_from_args(parsed)
+    elastic_launch(configuration, _run)(script, arguments)
+
+
+def start_ranks(script: str, arguments: list[str], processes: int, stdout: Path, stderr: Path) -> list[BaseProcess]:
+    """Start a script of the repository as ranks on this machine, without torchrun."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    common = {"WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    places = [{name: str(value) for name, value in {**common, "RANK": n, "LOCAL_RANK": n}.items()}
+              for n in range(processes)]  # fmt: skip
+    return [start_warm(_run_rank, place, script, arguments, stdout=stdout, stderr=stderr) for place in places]
+
+
+def start_torchrun(
+    options: list[str], script: str, arguments: list[str], stdout: Path, stderr: Path, cwd: Path = ROOT
+) -> BaseProcess:
+    """Start a script of the repository by torchrun. options: torchrun's, such as --standalone --nproc_per_node=2."""
+    return start_warm(_run_torchrun, options, script, arguments, stdout=stdout, stderr=stderr, cwd=cwd)
+
+
 def run_ranks(script: str, *arguments: object, processes: int, check: bool = True) -> subprocess.CompletedProcess[str]:
-    """Run a script as so many ranks to their end; as `run_script`, the exit code being the greatest of theirs."""
+    """Run a script as ranks without torchrun, to their end. As torchrun does, end the others soon after a failure."""
     with TemporaryDirectory() as folder:
         files = Path(folder, "stdout"), Path(folder, "stderr")
-        ranks = start_ranks(script, list(map(str, arguments)), processes, *files)
-        for rank in ranks:
-            rank.join(PATIENCE)
-        codes = [rank.exitcode for rank in ranks]
-        for rank in ranks:
-            rank.kill()
-        said = [path.read_text() for path in files]
-    assert None not in codes, (codes, said)
-    assert not check or not any(codes), (codes, said)
-    return subprocess.CompletedProcess([script, *arguments], max(map(abs, codes)), *said)
+        ranks = running = start_ranks(script, list(map(str, arguments)), processes, *files)
+        while running and not any(rank.exitcode for rank in ranks):
+            assert wait([rank.sentinel for rank in running], PATIENCE), [path.read_text() for path in files]
+            running = [rank for rank in running if rank.exitcode is None]
+        for rank in running:
+            rank.join(1)
+        return _completed(ranks, [script, *arguments], files, check)
+
+
+def run_torchrun(
+    script: str, *arguments: object, processes: int, check: bool = True, cwd: Path = ROOT
+) -> subprocess.CompletedProcess[str]:
+    """Run a script by `torchrun --standalone`, to its end."""
+    with TemporaryDirectory() as folder:
+        files = Path(folder, "stdout"), Path(folder, "stderr")
+        options = ["--standalone", f"--nproc_per_node={processes}"]
+        launcher = start_torchrun(options, script, list(map(str, arguments)), *files, cwd)
+        launcher.join(PATIENCE)
+        return _completed([launcher], [script, *arguments], files, check)
+
+
+def _completed(
+    processes: list[BaseProcess], command: list[object], files: tuple[Path, Path], check: bool
+) -> subprocess.CompletedProcess[str]:
+    """The output and the greatest exit code of the processes that have ended; the others are killed."""
+    codes = [abs(process.exitcode) for process in processes if process.exitcode is not None]
+    for process in processes:
+        process.kill()
+        process.join()
+    output = [path.read_text() for path in files]
+    assert codes, output
+    assert not check or not any(codes), (codes, output)
+    return subprocess.CompletedProcess(command, max(codes), *output)
