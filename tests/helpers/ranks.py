@@ -49,6 +49,9 @@ def start_warm(
     target: Callable[..., None], *arguments: object, stdout: Path | None, stderr: Path | None, cwd: Path = ROOT
 ) -> BaseProcess:
     """Call a function in a fork of the warm process; its output is added to the files. None: closed."""
+    for path in (stdout, stderr):
+        if path is not None:
+            path.touch()  # the caller may read it at once
     process = _server().Process(target=_in_child, args=(target, arguments, stdout, stderr, cwd))
     with patch.dict(os.environ, {"PYTHONPATH": str(ROOT)}):  # the warm process must find this file
         process.start()
@@ -65,7 +68,7 @@ def _in_child(
             os.close(number)
             setattr(sys, name, None)
         else:
-            os.dup2(os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644), number)
+            os.dup2(os.open(path, os.O_WRONLY | os.O_APPEND), number)
     target(*arguments)
 
 
