@@ -151,18 +151,6 @@ def test_the_list_is_applied_by_training_and_evaluation(audited, planted):
     assert len(splits.evaluation) == 8
 
 
-def test_a_second_audit_without_the_listed_images_lists_nothing(planted, tmp_path):
-    """It still finds near copies within a split, and copies in the evaluated split, which stay."""
-    for path in planted.rglob("*.*"):
-        name = path.relative_to(planted)
-        if str(name) not in LEFT_OUT:
-            put(tmp_path / "data" / name, Image.open(path))
-    run(tmp_path / "data", tmp_path)
-    assert listed_names(tmp_path / "list") == set()
-    paths = [row["path"] for row in table(tmp_path / "out" / "duplicates.csv")]
-    assert paths == ["train/a/larger.png", "train/a/1.png", "test/b/2.png", "test/b/twin.png"]
-
-
 def test_a_single_split_may_be_audited(planted, tmp_path):
     run(planted / "train", tmp_path)
     assert listed_names(tmp_path / "list") == {

@@ -134,13 +134,6 @@ def test_another_process_that_builds_is_waited_for(folder, tmp_path, in_small_st
     assert list(new_build(folder, tmp_path).wait()) == []
 
 
-def test_a_lock_that_ends_with_its_process_is_taken_over(folder, tmp_path, in_small_steps):
-    first, second = new_build(folder, tmp_path).build(), new_build(folder, tmp_path).build()
-    next(first), next(second)
-    first.close()
-    assert list(second)[-1].endswith(COMPLETE)
-
-
 class Clock:
     """A clock that `sleep` advances; each look at it takes 0.001 seconds."""
 

@@ -4,7 +4,6 @@ import errno
 import multiprocessing
 import os
 import signal
-import threading
 import time
 from functools import partial
 
@@ -87,16 +86,6 @@ def test_a_refused_fork_ends_in_a_sentence_and_leaves_no_worker(code, monkeypatc
     assert "Exception ignored" not in capfd.readouterr().err
 
 
-def test_a_refused_thread_ends_in_a_sentence(monkeypatch):
-    def refuse(_):
-        raise RuntimeError("can't start new thread")
-
-    loader = acting_loader(int)
-    monkeypatch.setattr(threading.Thread, "start", refuse)
-    with pytest.raises(UserError, match=r"refuses to start another process or thread \(can't start new thread\)"):
-        list(loaded(loader))
-
-
 def test_a_bug_is_not_turned_into_a_sentence():
     def fail():
         raise RuntimeError("a bug")
@@ -114,6 +103,7 @@ def test_a_bug_is_not_turned_into_a_sentence():
         ("unable to allocate shared memory(shm) for file </t>: No space left on device (28)", "--shm-size"),
         ("unable to open shared memory object </t> in read-write mode: Too many open files (24)", "ulimit -n"),
         ("received 0 items of ancdata", "ulimit -n"),
+        ("can't start new thread", "refuses to start another process or thread (can't start new thread)"),
         ("DataLoader worker (pid 7) is killed by signal: Segmentation fault. ", "--workers 0"),
     ],
 )
@@ -132,7 +122,6 @@ def test_errors_of_torch_become_advice(text, expected, monkeypatch):
     ("free", "batches", "workers", "processes", "fitting"),
     [
         (64, 100, 16, 1, 5),  # 33 batches of 5 MB; 11 fit
-        (164, 100, 16, 1, 15),
         (64, 100, 2, 4, 1),  # 4 x 5 batches
         (9, 100, 1, 1, 0),
     ],

@@ -13,14 +13,7 @@ from torch.utils.data import DataLoader
 from utils.data.cache_build import BATCH, CacheBuild, build_together
 from utils.data.dataset import ImageFolder, build_loader
 from utils.data.device_crops import FILTERS, DeviceImages
-from utils.data.folders import (
-    LAYOUT,
-    SPLITS,
-    ImageFiles,
-    check_same_classes,
-    find_classes,
-    read_excluded,
-)
+from utils.data.folders import LAYOUT, SPLITS, ImageFiles, check_same_classes, find_classes, read_excluded
 from utils.data.samplers import EvaluationSampler, TrainingSampler
 from utils.data.transforms import DrawCrop, evaluation_transform, training_transform
 from utils.phantoms import dataset as phantoms

@@ -52,7 +52,7 @@ def training_transform(
     if backend == "pil":
         steps.append(ToTensor())
     if gray and auto_augment is not None and not fills_in_colour:
-        steps.append(FirstChannel())
+        steps.append(v2.Lambda(first_channel))
     if random_erase > 0:
         steps.append(v2.RandomErasing(p=random_erase, value=fill[:1] if gray and not fills_in_colour else fill))
     return v2.Compose(steps)
@@ -79,11 +79,8 @@ class ToTensor(nn.Module):
         return pixels[None] if pixels.ndim == 2 else pixels.permute(2, 0, 1)
 
 
-class FirstChannel(nn.Module):
-    """A tensor (C, H, W) to (1, H, W)."""
-
-    def forward(self, image: Tensor) -> Tensor:
-        return image[:1]
+def first_channel(image: Tensor) -> Tensor:
+    return image[:1]
 
 
 def evaluation_transform(
