@@ -43,8 +43,8 @@ def find_classes(split: Path, passed_over: PassedOver | None = None) -> list[str
         elif not entries[name]:
             passed_over.add_file(name)
     if not classes:
-        content = passed_over.describe()
-        raise UserError(f"{split}: holds no class folders{f' ({content})' if content else ''}; expected {LAYOUT}.")
+        content = f" ({passed_over.describe()})" if passed_over.describe() else ""
+        raise UserError(f"{split}: holds no class folders{content}; expected {LAYOUT}.")
     if explained := explain_forms(classes, classes):
         raise UserError(f"{split}: holds two folders of one class.{explained}")
     return classes
@@ -88,7 +88,7 @@ def _refuse_nested(split: Path, names: dict[str, list[str]]) -> None:
 
 
 def check_same_classes(root: Path, splits: dict[str, list[str]]) -> None:
-    """Raise UserError if a class is in one split but not in another; splits: class names by split."""
+    """Raise UserError for a class that is not in every split; splits: class names by split."""
     for name, other in itertools.permutations(splits, 2):
         if unknown := sorted(set(splits[name]) - set(splits[other])):
             rule = f"every split must hold the same classes: {LAYOUT}"
