@@ -236,7 +236,7 @@ class ImageFiles:
         return self.root / self.path_as_text(index)
 
     def path_as_text(self, index: int) -> str:
-        """Relative to the split's folder."""
+        """The path relative to the split's folder."""
         start = self._ends[index - 1] if index else 0
         name = os.fsdecode(self._text[start : self._ends[index]].tobytes())
         return os.path.join(self.classes[self.targets[index]], name)

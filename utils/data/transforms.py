@@ -169,11 +169,8 @@ class BatchMixing(nn.Module):
         super().__init__()
         if num_classes < 2 and (mixup_alpha > 0 or cutmix_alpha > 0):
             raise UserError("--mixup-alpha and --cutmix-alpha need at least two classes.")
-        choices: list[nn.Module] = []
-        if mixup_alpha > 0:
-            choices.append(v2.MixUp(alpha=mixup_alpha, num_classes=num_classes))
-        if cutmix_alpha > 0:
-            choices.append(v2.CutMix(alpha=cutmix_alpha, num_classes=num_classes))
+        alphas = {v2.MixUp: mixup_alpha, v2.CutMix: cutmix_alpha}
+        choices = [mix(alpha=alpha, num_classes=num_classes) for mix, alpha in alphas.items() if alpha > 0]
         self.mix = v2.RandomChoice(choices) if choices else None
         self.seed, self.rank = seed, rank
 
