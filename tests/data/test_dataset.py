@@ -18,14 +18,10 @@ TO_TENSOR = v2.PILToTensor()
 CPU = torch.device("cpu")
 
 
-def noise_image(seed: int, size: tuple[int, ...] = (20, 24)) -> np.ndarray:
-    return np.random.default_rng(seed).integers(0, 256, size, dtype=np.uint8)
-
-
 def write_files(root: Path, *names: str) -> Path:
     """Images of noise at root/<name>, each with another seed."""
     for seed, name in enumerate(names):
-        write_image(root / name, noise_image(seed))
+        write_image(root / name, np.random.default_rng(seed).integers(0, 256, (20, 24)))
     return root
 
 

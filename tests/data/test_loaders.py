@@ -119,22 +119,20 @@ def test_errors_of_torch_become_advice(text, expected, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("free", "batches", "workers", "processes", "fitting"),
+    ("free", "workers", "processes", "fitting"),
     [
-        (64, 100, 16, 1, 5),  # 33 batches of 5 MB; 11 fit
-        (64, 100, 2, 4, 1),  # 4 x 5 batches
-        (9, 100, 1, 1, 0),
+        (64, 16, 1, 5),  # 33 batches of 5 MB; 11 fit
+        (64, 2, 4, 1),  # 4 x 5 batches
+        (9, 1, 1, 0),
     ],
 )
-def test_workers_that_exceed_shared_memory_get_a_number_that_fits(
-    free, batches, workers, processes, fitting, monkeypatch
-):
+def test_workers_that_exceed_shared_memory_get_a_number_that_fits(free, workers, processes, fitting, monkeypatch):
     monkeypatch.setattr(node_limits, "free_shared_memory", lambda: free * 1_000_000)
-    problem = shared_memory_problem(5_000_000, batches, workers, processes)
+    problem = shared_memory_problem(5_000_000, 100, workers, processes)
     assert f"has {free} MB free" in problem
     assert f"{processes * (2 * workers + 1) * 5} MB of batches" in problem
     assert f"give --workers {fitting}, or" in problem
-    assert shared_memory_problem(5_000_000, batches, fitting, processes) is None
+    assert shared_memory_problem(5_000_000, 100, fitting, processes) is None
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,6 @@
 import hashlib
 import io
 import tarfile
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -98,10 +97,9 @@ def masks(source: Path, tmp_path: Path) -> Path:
     return folder
 
 
-def pack_masks(masks: Path, archive: Path, name: Callable[[str], str] = lambda name: name) -> Path:
+def pack_masks(masks: Path, archive: Path) -> Path:
     with tarfile.open(archive, "w:gz", compresslevel=1) as tar:
-        for path in sorted(masks.iterdir(), reverse=True):
-            tar.add(path, name(path.name))
+        tar.add(masks, "correction_masks")
     return archive
 
 
@@ -116,7 +114,7 @@ def test_corrected_images_are_the_same_from_folder_and_archive(source, masks, ou
             assert np.array_equal(np.asarray(Image.open(io.BytesIO(data))), pixels.clip(0, 255))
         else:
             assert data == plain[name]
-    packed = pack_masks(masks, tmp_path / "masks.tar.gz", lambda name: f"correction_masks/{name}")
+    packed = pack_masks(masks, tmp_path / "masks.tar.gz")
     archive = pack(source, tmp_path / "images.tar.gz")
     ways = [{"source": source, "correction_masks": packed}, {"archive": archive, "correction_masks": masks}]
     for number, arguments in enumerate(ways):
@@ -168,7 +166,9 @@ def test_bad_masks_and_images_are_named(source, masks, output, tmp_path):
     (masks / "val0.npy").write_bytes(b"no mask" * 300_000)
     assert "val0.npy: not a readable array" in fails_with(masks, output=tmp_path / "new")
     packed = pack_masks(masks, tmp_path / "masks.tar.gz")
-    assert "masks.tar.gz: val0.npy: not a readable array" in fails_with(packed, output=tmp_path / "new")
+    assert "masks.tar.gz: correction_masks/val0.npy: not a readable" in fails_with(
+        packed, output=tmp_path / "new"
+    )
     np.save(masks / "val0.npy", np.zeros((224, 224)))
     (source / "radiology_ai/US/liver/val0.png").write_text("no image")
     archive = pack(source, tmp_path / "images.tar")
