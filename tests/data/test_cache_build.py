@@ -122,25 +122,6 @@ def test_kills_never_leave_a_half_cache_that_passes_for_complete(complete, folde
 # Two builders
 
 
-def test_another_process_that_builds_is_waited_for(folder, tmp_path, in_small_steps):
-    first, second = new_build(folder, tmp_path).build(), new_build(folder, tmp_path)
-    next(first)
-    waiting = second.build()
-    assert next(waiting).endswith("another process builds this cache; waiting for it.")
-    assert next(waiting) == ""
-    list(first)
-    assert list(waiting) == []
-    assert second.is_complete()
-    assert list(new_build(folder, tmp_path).wait()) == []
-
-
-def test_a_lock_that_ends_with_its_process_is_taken_over(folder, tmp_path, in_small_steps):
-    first, second = new_build(folder, tmp_path).build(), new_build(folder, tmp_path).build()
-    next(first), next(second)
-    first.close()
-    assert list(second)[-1].endswith(COMPLETE)
-
-
 class Clock:
     """A clock that `sleep` advances; each look at it takes 0.001 seconds."""
 
@@ -180,6 +161,7 @@ def test_a_builder_with_progress_is_waited_for(folder, tmp_path, monkeypatch):
     assert first_message.endswith("another process builds this cache; waiting for it.")
     assert clock.now >= 500
     assert second.is_complete()
+    assert list(second.wait()) == []
 
 
 # Unreadable images

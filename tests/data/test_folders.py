@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.images import png_files
 from experiments.plan import Subset
 from experiments.subsets import link_subset
 from tests.conftest import write_image_folder
@@ -82,14 +81,6 @@ def test_subsets_hold_no_hidden_images_and_may_lack_a_test_class(tmp_path):
     link_subset(tmp_path / "data", Subset(), tmp_path / "subset")
     paths = sorted(str(path.relative_to(tmp_path / "subset")) for path in (tmp_path / "subset").rglob("*.png"))
     assert paths == ["test/a/1.png", "train/a/1.png", "train/b/1.png", "val/a/1.png", "val/b/1.png"]
-
-
-def test_benchmarks_take_no_hidden_images(tmp_path):
-    class Setting:
-        work, data, size = tmp_path, None, 32
-
-    touch(tmp_path / "png", "0.png", "._0.png", ".DS_Store")
-    assert png_files(Setting, 5) == [tmp_path / "png" / "0.png"]
 
 
 def test_a_run_prints_the_content_of_each_split_once(tmp_path, capsys):

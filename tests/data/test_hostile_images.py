@@ -65,11 +65,6 @@ def test_pixels_are_read_as_written(content, expected, tmp_path):
     assert read(tmp_path / "a.png", content) == [expected]
 
 
-def test_a_cmyk_jpeg_is_read(tmp_path):
-    [[pixel, *_], *_] = read(tmp_path / "a.jpg", saved(Image.new("CMYK", (8, 8), (0, 255, 255, 0)), "JPEG", quality=95))
-    assert np.abs(np.array(pixel) - [255, 0, 0]).max() <= 3
-
-
 # Files that are refused
 
 

@@ -116,11 +116,7 @@ def test_replacements_from_a_cache_are_those_of_the_files(kind, two_classes, tmp
 
 
 @pytest.mark.parametrize(
-    ("limit", "problem"),
-    [
-        (6, "all 7 images are unreadable"),
-        (0, "1 unreadable images, more than --max-bad-images 0"),
-    ],
+    ("limit", "problem"), [(6, "all 7 images are unreadable"), (0, "1 unreadable images, more than --max-bad-images 0")]
 )
 def test_a_class_without_a_readable_image_is_an_error(limit, problem, tmp_path):
     folder = write_image_folder(tmp_path) / "val" / "dark"

@@ -51,7 +51,10 @@ ERASE = v2.RandomErasing(p=0.5, value=FILL)
 COMPOSED = {
     "plain": ({}, [*crop_and_flip(), v2.PILToTensor()]),
     "tensor": ({"backend": "tensor"}, [v2.PILToTensor(), *crop_and_flip()]),
-    "bicubic": ({"interpolation": "bicubic"}, [*crop_and_flip(BICUBIC), v2.PILToTensor()]),
+    "bicubic, ra": (
+        {"interpolation": "bicubic", "auto_augment": "ra"},
+        [*crop_and_flip(BICUBIC), v2.RandAugment(interpolation=BICUBIC), v2.PILToTensor()],
+    ),
     "nearest": ({"interpolation": "nearest"}, [*crop_and_flip(NEAREST), v2.PILToTensor()]),
     "ra, magnitude 25": (
         {"auto_augment": "ra", "ra_magnitude": 25},

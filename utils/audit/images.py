@@ -43,7 +43,7 @@ class Measured(NamedTuple):
 
 
 def measure(path: Path, upper_8_bits: bool = False) -> np.void:
-    """The RECORD of one image, from the pixels that `read_image` returns; raises its UserError."""
+    """The RECORD of one image, from the pixels that `read_image` returns. Raises UserError as it does."""
     record = np.zeros((), RECORD)
     with open_image(path, upper_8_bits) as image:
         record["format"], record["mode"] = image.format, image.mode

@@ -36,7 +36,7 @@ def _is_number(value: Any) -> bool:
 
 
 def sections(census: Census, search: str) -> list[Section]:
-    """All sections of the report; search: a sentence on how copies were searched for."""
+    """All sections of the report; search: a sentence about the search for copies."""
     return [
         _splits(census),
         _classes(census),
@@ -166,7 +166,7 @@ def _duplicates(census: Census, search: str) -> Section:
 
 
 def _leaks(census: Census) -> list[str]:
-    """For each pair of splits, how many images of the later share a group with an image of the earlier."""
+    """For each pair of splits, the number of images of the later one that share a group with the earlier one."""
     sentences = []
     for later, name in enumerate(census.splits):
         in_later = census.split == later
@@ -191,7 +191,7 @@ def _left_out(census: Census) -> Section:
 
 
 def kept_sentences(census: Census) -> list[str]:
-    """Sentences on the classes that would have no image in a split, and on the images kept for them."""
+    """Sentences about classes that would have no image in a split, and about the images kept for them."""
     sentences = []
     if kept := census.kept_classes(readable=True):
         sentences.append(

@@ -43,8 +43,8 @@ def find_classes(split: Path, passed_over: PassedOver | None = None) -> list[str
         elif not entries[name]:
             passed_over.add_file(name)
     if not classes:
-        content = passed_over.describe()
-        raise UserError(f"{split}: holds no class folders{f' ({content})' if content else ''}; expected {LAYOUT}.")
+        content = f" ({passed_over.describe()})" if passed_over.describe() else ""
+        raise UserError(f"{split}: holds no class folders{content}; expected {LAYOUT}.")
     if explained := explain_forms(classes, classes):
         raise UserError(f"{split}: holds two folders of one class.{explained}")
     return classes
@@ -88,7 +88,7 @@ def _refuse_nested(split: Path, names: dict[str, list[str]]) -> None:
 
 
 def check_same_classes(root: Path, splits: dict[str, list[str]]) -> None:
-    """Raise UserError if a class is in one split but not in another; splits: class names by split."""
+    """Raise UserError for a class that is not in every split; splits: class names by split."""
     for name, other in itertools.permutations(splits, 2):
         if unknown := sorted(set(splits[name]) - set(splits[other])):
             rule = f"every split must hold the same classes: {LAYOUT}"
@@ -236,7 +236,7 @@ class ImageFiles:
         return self.root / self.path_as_text(index)
 
     def path_as_text(self, index: int) -> str:
-        """Relative to the split's folder."""
+        """The path relative to the split's folder."""
         start = self._ends[index - 1] if index else 0
         name = os.fsdecode(self._text[start : self._ends[index]].tobytes())
         return os.path.join(self.classes[self.targets[index]], name)

@@ -13,14 +13,7 @@ from torch.utils.data import DataLoader
 from utils.data.cache_build import BATCH, CacheBuild, build_together
 from utils.data.dataset import ImageFolder, build_loader
 from utils.data.device_crops import FILTERS, DeviceImages
-from utils.data.folders import (
-    LAYOUT,
-    SPLITS,
-    ImageFiles,
-    check_same_classes,
-    find_classes,
-    read_excluded,
-)
+from utils.data.folders import LAYOUT, SPLITS, ImageFiles, check_same_classes, find_classes, read_excluded
 from utils.data.samplers import EvaluationSampler, TrainingSampler
 from utils.data.transforms import DrawCrop, evaluation_transform, training_transform
 from utils.phantoms import dataset as phantoms
@@ -192,7 +185,7 @@ def _training_transform(args: argparse.Namespace) -> nn.Module:
 
 
 def training_loader(args: argparse.Namespace, dataset: ImageFolder, device: torch.device) -> DataLoader:
-    """Raises UserError for fewer images than one global batch, and for too little shared memory for the workers."""
+    """The loader of training batches. Raises UserError for less than one global batch, or too little shared memory."""
     sampler = TrainingSampler(
         len(dataset),
         args.batch_size,
@@ -208,7 +201,7 @@ def training_loader(args: argparse.Namespace, dataset: ImageFolder, device: torc
 
 
 def evaluation_loader(args: argparse.Namespace, dataset: ImageFolder, device: torch.device) -> DataLoader:
-    """Raises UserError, on all ranks, for too little shared memory for the workers."""
+    """The loader of evaluation batches. Raises UserError, on all ranks, for too little shared memory."""
     sampler = EvaluationSampler(len(dataset), args.batch_size, distributed.rank(), distributed.world_size())
     with agreed():
         _check_shared_memory(args, args.val_crop_size, len(sampler))

@@ -52,7 +52,7 @@ def training_transform(
     if backend == "pil":
         steps.append(ToTensor())
     if gray and auto_augment is not None and not fills_in_colour:
-        steps.append(FirstChannel())
+        steps.append(v2.Lambda(first_channel))
     if random_erase > 0:
         steps.append(v2.RandomErasing(p=random_erase, value=fill[:1] if gray and not fills_in_colour else fill))
     return v2.Compose(steps)
@@ -79,11 +79,8 @@ class ToTensor(nn.Module):
         return pixels[None] if pixels.ndim == 2 else pixels.permute(2, 0, 1)
 
 
-class FirstChannel(nn.Module):
-    """A tensor (C, H, W) to (1, H, W)."""
-
-    def forward(self, image: Tensor) -> Tensor:
-        return image[:1]
+def first_channel(image: Tensor) -> Tensor:
+    return image[:1]
 
 
 def evaluation_transform(
@@ -172,11 +169,8 @@ class BatchMixing(nn.Module):
         super().__init__()
         if num_classes < 2 and (mixup_alpha > 0 or cutmix_alpha > 0):
             raise UserError("--mixup-alpha and --cutmix-alpha need at least two classes.")
-        choices: list[nn.Module] = []
-        if mixup_alpha > 0:
-            choices.append(v2.MixUp(alpha=mixup_alpha, num_classes=num_classes))
-        if cutmix_alpha > 0:
-            choices.append(v2.CutMix(alpha=cutmix_alpha, num_classes=num_classes))
+        alphas = {v2.MixUp: mixup_alpha, v2.CutMix: cutmix_alpha}
+        choices = [mix(alpha=alpha, num_classes=num_classes) for mix, alpha in alphas.items() if alpha > 0]
         self.mix = v2.RandomChoice(choices) if choices else None
         self.seed, self.rank = seed, rank
 

@@ -30,7 +30,6 @@ TABLES = {  # columns by file name in OUTPUT
     "missing.csv": ("split", "filename"),
     "repeated.csv": ("filename", "lists"),
 }
-NAMES_SHOWN = 3  # in a warning
 
 
 def prepare(
@@ -43,7 +42,7 @@ def prepare(
     correction_masks: Path | None = None,
     allow_missing: bool = False,
 ) -> None:
-    """Make the tree from the folder `source` or the tar file `archive`, and print its counts.
+    """Make the tree and print its counts; source: the folder with radiology_ai, or radiology_ai; archive: a tar file.
 
     Raises UserError for bad input and, after everything else is done, for missing images.
     """
@@ -52,7 +51,10 @@ def prepare(
         members = read_archive(archive, (".csv", *IMG_EXTENSIONS), "unpack")
         lists = _lists_for_archive(archive, members, csv_dir)
     else:
-        source = _find_root(source)
+        if source.name == ROOT and not (source / ROOT).is_dir():
+            source = source.absolute().parent
+        if not (source / ROOT).is_dir():
+            raise UserError(f"{source}: holds no folder {ROOT}; give the folder with RadImageNet's unpacked archive.")
         if Path(os.path.realpath(output)).is_relative_to(os.path.realpath(source)):
             raise UserError(f"{output}: is inside the source, {source}; give an OUTPUT outside of it.")
         if csv_dir is None:
@@ -96,14 +98,6 @@ def _check_output(output: Path) -> None:
             ours = False
         if not ours:
             raise UserError(f"{path}: exists and was not made by this command; move it, or give another OUTPUT.")
-
-
-def _find_root(source: Path) -> Path:
-    """The folder that holds radiology_ai; source may also be radiology_ai itself."""
-    for folder in (source, source.absolute().parent):
-        if (folder / ROOT).is_dir() and (folder == source or source.name == ROOT):
-            return folder
-    raise UserError(f"{source}: holds no folder {ROOT}; give the folder in which RadImageNet's archive was unpacked.")
 
 
 def _read_lists(folder: Path) -> ImageLists:
@@ -163,7 +157,7 @@ def _summarise(output: Path, lists: ImageLists, available: dict[str, set[str]]) 
         ("test; its metrics are over the others", [name for name, _, _, test, _ in table if not test]),
     ):
         if lacking:
-            print_line(f"warning: {len(lacking)} classes lack images in {place}: {list_names(lacking, NAMES_SHOWN)}.")
+            print_line(f"warning: {len(lacking)} classes lack images in {place}: {list_names(lacking, shown=3)}.")
 
 
 def _report_missing(

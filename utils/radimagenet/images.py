@@ -1,4 +1,4 @@
-"""Puts single images in place: linked, copied or written; each complete or absent, and never over another file."""
+"""Links, copies or writes single images; each appears completely or not at all, and never replaces another file."""
 
 import io
 import os
@@ -136,7 +136,7 @@ def put_one(source: str, target: str, exists: bool, put: Put) -> None:
 
 
 def find_files(folder: str, passed_over: PassedOver) -> set[str]:
-    """Names of the regular files in a folder, and of links to some; hidden ones are counted. No folder: no names."""
+    """Names of the regular files in a folder, and of links to such; none without a folder. Hidden ones are counted."""
     try:
         files = {entry.name: entry.is_file() for entry in os.scandir(folder)}
         return {name for name in passed_over.keep_visible(list(files)) if files[name]}

@@ -77,7 +77,7 @@ def resize(pixels: np.ndarray) -> np.ndarray:
 
 
 def _neighbours(length: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The two old pixels around each of the 224 new ones, and the distance from the first, (224,) each."""
+    """The two source pixels around each of the 224 target pixels, and the distance from the first; (224,) each."""
     centres = ((np.arange(SIZE) + 0.5) * (1 / (SIZE / length)) - 0.5).astype(np.float32)
     low = np.floor(centres).astype(np.int64)
     return low, low + 1, centres - low.astype(np.float32)
