@@ -80,12 +80,10 @@ def measured(tmp_path):
         {"weights": 5},
         {"split": "|"},
         {"images": "9"},
-        {"metrics": {}},
         {"metrics": {"clean": dict.fromkeys(METRIC_NAMES, "1")}},
         {"metrics": {"clean": dict.fromkeys(METRIC_NAMES, float("nan"))}},
         {"metrics": [[]]},
         {"averaged": True},
-        {"averaged": "no"},
     ],
     ids=str,
 )
