@@ -46,15 +46,7 @@ def points(line):
 
 def test_learning_curves_hold_the_values_of_the_log():
     figure = learning_curves({"_normal/run": NORMAL})
-    assert titles(figure) == [
-        "Training objective",
-        "Validation cross-entropy",
-        "Training top-1 accuracy",
-        "Validation top-1 accuracy",
-        "Validation macro F1",
-        "Validation balanced accuracy",
-        "Learning rate of the classifier",
-    ]
+    assert titles(figure) == [panel.title for panel in CURVES if panel.key in NORMAL[0]]
     for title, key in (("Training objective", "train_loss"), ("Validation macro F1", "val_f1")):
         (line,) = panel(figure, title).lines
         assert points(line) == [(0, NORMAL[0][key]), (1, NORMAL[1][key])]
@@ -76,8 +68,6 @@ def test_several_runs_share_panels_with_distinct_lines():
     assert only.get_color() == second.get_color()
     (legend,) = figure.legends
     assert [text.get_text() for text in legend.get_texts()] == [" _normal", r"\$a\$"]
-    many = learning_curves({str(number): [{"epoch": 0, "val_f1": 0.5}] for number in range(140)}).axes[0].lines
-    assert len({(line.get_color(), line.get_linestyle(), line.get_marker()) for line in many}) == 140
 
 
 def test_a_single_epoch_has_a_marker_and_missing_values_are_skipped():
@@ -94,13 +84,12 @@ def test_a_single_epoch_has_a_marker_and_missing_values_are_skipped():
         ("mask_mean", "Mean of the masks", (0.5, 0.45), (0, 1)),
         ("mask_mean", "Mean of the masks", (1.0, 0.9), (0, 1.1)),  # with another --mask-range
         ("advantage_std", "Spread of the advantage", (0.0, 0.0), (0, 1)),
-        ("mask_std", "Spread of the masks", (0.2, 0.2), (0, None)),
     ],
 )
 def test_quantities_that_cannot_be_negative_are_drawn_from_0(key, title, values, limits):
     lines = [{"epoch": epoch, key: value} for epoch, value in enumerate(values)]
     bottom, top = panel(policy_health({"run": lines}), title).get_ylim()
-    assert bottom == limits[0] and top == pytest.approx(limits[1] or top)
+    assert (bottom, top) == pytest.approx(limits)
 
 
 def test_policy_health_shows_the_quantities_of_the_log():
@@ -188,10 +177,9 @@ def run(tmp_path):
 def test_every_command_writes_its_picture(run, capsys, monkeypatch):
     monkeypatch.setattr(figures, "DOTS_PER_INCH", 40)
     monkeypatch.setattr(curves, "CURVES", CURVES[:1])
-    commands = (["curves"], ["health"], ["confusion"], ["recall"], ["confusion", "--masked"])
-    names = ["curves", "health", "confusion", "recall", "confusion_masked"]
-    for (picture, *flags), name in zip(commands, names, strict=True):
-        plots.main([picture, str(run), *flags])
+    for name in ("curves", "health", "confusion", "recall", "confusion_masked"):
+        picture, *masked = name.split("_")
+        plots.main([picture, str(run), *(f"--{flag}" for flag in masked)])
         path = run / "plots" / f"{name}.png"
         assert capsys.readouterr().out == f"{path}\n"
         assert Image.open(path).width > 80
