@@ -151,6 +151,7 @@ def test_a_run_resumed_into_another_folder_takes_its_log_and_best_model_along(im
         normal.main([*resume, str(second)])
 
 
+@pytest.mark.slow
 def test_another_world_size_goes_on_from_the_same_image(image_folder, tmp_path, stop_at):
     """One process did 2 of 4 steps, 16 of 36 images; two processes have one global batch of 16 in the 20 left."""
     stop_at[(0, 1)] = signal.SIGTERM
