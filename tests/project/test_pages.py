@@ -9,7 +9,7 @@ import pytest
 
 from tests.conftest import ROOT
 from tests.helpers.markdown import anchors, command_lines, faults
-from tests.helpers.parsing import PARSERS, declared
+from tests.helpers.parsing import PARSERS, declared, is_test
 from utils import arguments
 
 README = (ROOT / "README.md").read_text()
@@ -150,9 +150,7 @@ def test_each_promise_names_a_test_that_exists():
     named = re.findall(r"`(test_\w+\.py)(?:::(test_\w+))?`", section(README, "What it promises"))
     assert len(named) >= 12
     for file, function in named:
-        (path,) = (ROOT / "tests").rglob(file)
-        content = path.read_text()
-        assert f"\ndef {function}(" in content if function else content, (file, function)
+        assert is_test(file, function), (file, function)
 
 
 def test_the_messages_of_the_troubleshooting_are_those_of_the_code():

@@ -206,6 +206,7 @@ def test_fine_tuning_onto_names_of_another_unicode_form_says_so(tmp_path, capsys
     assert apart in str(caught.value)
 
 
+@pytest.mark.slow
 def test_two_processes_give_the_same_as_one(lacking, trained, tmp_path):
     one = evaluate(trained / "model_0.pth", lacking, tmp_path / "one")
     flags = ("--data-path", lacking, "--output-dir", tmp_path / "two", "--test-only", "--split", "test")

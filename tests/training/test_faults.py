@@ -184,6 +184,7 @@ def test_a_disk_that_is_full_at_the_start_is_told_of_before_the_first_step(image
     assert (status(folder)["epoch"], status(folder)["step"]) == (0, 0)
 
 
+@pytest.mark.slow
 def test_a_disk_that_fills_up_harms_no_checkpoint(image_folder, tmp_path, capsys, monkeypatch):
     """The writes of 2 epochs of 4 steps: checkpoint, checkpoint, weights, best weights, checkpoint, checkpoint, ..."""
 

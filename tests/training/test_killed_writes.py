@@ -96,6 +96,7 @@ def without_hard_links(write: Callable[[], None]) -> None:
     write()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("saved", "hard_links"), [(0, True), (1, True), (2, True), (2, False)])
 def test_a_kill_at_any_system_call_of_a_save_leaves_the_old_or_the_new_checkpoint(tmp_path, saved, hard_links):
     before, folder = tmp_path / "before", tmp_path / "run"
@@ -121,6 +122,7 @@ def test_a_kill_at_any_system_call_of_a_save_leaves_the_old_or_the_new_checkpoin
     assert newest == saved
 
 
+@pytest.mark.slow
 def test_a_kill_at_any_system_call_after_a_damage_leaves_the_valid_checkpoint_or_the_new_one(tmp_path):
     before, folder = tmp_path / "before", tmp_path / "run"
     before.mkdir()

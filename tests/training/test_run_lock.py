@@ -120,6 +120,7 @@ def test_a_second_start_ends_with_the_holders_name(name, start, finished, monkey
     (folder / LOCK).unlink()
 
 
+@pytest.mark.slow
 def test_all_ranks_of_a_second_start_end_with_one_sentence(image_folder, tmp_path):
     with holder(tmp_path / "run") as process:
         flags = ("--data-path", image_folder, "--output-dir", tmp_path / "run")

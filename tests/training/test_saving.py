@@ -130,6 +130,7 @@ def test_weights_that_are_not_finite_are_not_saved(image_folder, tmp_path, monke
     assert (status["status"], status["epoch"], status["step"]) == ("failed", 1, 0)
 
 
+@pytest.mark.slow
 def test_the_status_keeps_the_reason_of_the_rank_that_failed(image_folder, tmp_path):
     """Rank 0 fails alone, and takes the store of the failures with it; rank 1 only loses contact."""
     data = tmp_path / "data"

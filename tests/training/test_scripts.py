@@ -66,6 +66,7 @@ CONTROLS = [
 ]
 
 
+@pytest.mark.slow
 def test_every_mask_policy_and_objective(train):
     """Each setting trains, and to other weights than every other setting: none of the flags is without effect."""
     policies, classifiers = {}, {}
@@ -101,6 +102,7 @@ def test_without_masks_the_joint_loop_is_the_plain_loop(train):
     assert all(torch.equal(one[key], other[key]) for key in other)
 
 
+@pytest.mark.slow
 def test_policy_flags_reach_the_policy(train):
     base = train(policy_gradient, "--epochs", 1, name="base")
     reference = torch.load(base / "checkpoint.pth", weights_only=True)
@@ -261,6 +263,7 @@ def test_print_freq_sets_the_number_of_lines(train, capsys):
     assert lines("--print-freq", 1, name="one") == [f"epoch 0 [{step}/4]" for step in (1, 2, 3, 4)]
 
 
+@pytest.mark.slow
 def test_mixed_precision_runs(train):
     """bf16 and fp16 see the float32 run's losses (at a rate too small to matter): the masks are float32 throughout."""
     flags = ("--epochs", 1, "--lr", 1e-6)
@@ -285,6 +288,7 @@ def test_compiled_run_has_clean_keys_and_the_same_losses(train):
     assert not any("_orig_mod" in key for key in state["model"])
 
 
+@pytest.mark.slow
 def test_traced_policy_and_classifier_have_clean_keys_and_the_same_losses(train, monkeypatch):
     """As `--compile`, but for the code generation, which takes a minute a network."""
     compile_module = torch.nn.Module.compile
