@@ -55,17 +55,13 @@ class Node:
     __slots__ = ("depth", "items", "kind")
 
     def __init__(self, kind: str, items: Sequence[Any] = ()) -> None:
-        self.kind, self.items, self.depth = kind, list(items), 0
-        if items:
-            self._measure(items)
+        self.kind, self.items, self.depth = kind, [], 0
+        self.add(items)
 
     def add(self, items: Sequence[Any], values: Sequence[Any] = ()) -> None:
         """values: of a dictionary; its items are the keys."""
         self.items += items
-        self._measure([*items, *values])
-
-    def _measure(self, values: Sequence[Any]) -> None:
-        self.depth = max([self.depth, *(value.depth + 1 for value in values if isinstance(value, Node))])
+        self.depth = max([self.depth, *(value.depth + 1 for value in (*items, *values) if isinstance(value, Node))])
         if self.depth > MOST_DEEP:
             raise Refused(f"its values are nested more than {MOST_DEEP} deep; refused.")
 
@@ -223,11 +219,12 @@ class Scan:
     def _check_tensor(self, count: int, element_bytes: int, offset: int, sizes: list[int], strides: list[int]) -> None:
         """Raise Refused unless all elements lie in the storage, and the file is large enough for them."""
         elements = math.prod(sizes)
-        if elements * element_bytes > self.file_bytes:
-            raise Refused(f"its {self._name()} claims the shape {tuple(sizes)}, more than the file holds; refused.")
         self._tensor_bytes += elements * element_bytes
-        if self._tensor_bytes > MOST_SHARED * self.file_bytes:
-            raise Refused(f"its tensors claim more than {MOST_SHARED} times the bytes of the file; refused.")
+        if elements * element_bytes > self.file_bytes or self._tensor_bytes > MOST_SHARED * self.file_bytes:
+            raise Refused(
+                f"its {self._name()} claims the shape {tuple(sizes)}: alone or with the other tensors, more than the "
+                "file holds; refused."
+            )
         last = offset + sum((size - 1) * stride for size, stride in zip(sizes, strides, strict=True))
         if offset > count or (elements > 0 and last >= count):
             raise Refused(f"its {self._name()} claims the shape {tuple(sizes)}, more than its storage holds; refused.")

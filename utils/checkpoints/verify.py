@@ -31,10 +31,6 @@ POLICY_METERS = {
     "mask_mean", "mask_std", "mask_std_between_images", "policy_entropy", "policy_log_density", "advantage_std",
     "prior_drift", "concentrations_at_bounds",
 }  # fmt: skip
-OPTIONS = {  # of torch's SGD, AdamW and RMSprop
-    "params", "lr", "initial_lr", "momentum", "dampening", "weight_decay", "nesterov", "maximize", "foreach",
-    "differentiable", "fused", "betas", "eps", "amsgrad", "capturable", "decoupled_weight_decay", "alpha", "centered",
-}  # fmt: skip
 BUFFERS = {SGD: set(), AdamW: {"step", "exp_avg", "exp_avg_sq"}, RMSprop: {"step", "square_avg"}}
 LARGEST_SCALE = 2.0**127  # of the fp16 gradient scaler, a float32
 
@@ -183,7 +179,6 @@ def _check_optimizers(path: str | Path, optimizers: dict[str, Any]) -> None:
             and isinstance(optimizer["param_groups"], list)
             and all(
                 isinstance(group, dict)
-                and group.keys() <= OPTIONS
                 and isinstance(group.get("params"), list)
                 and all(map(is_count, group["params"]))
                 for group in optimizer["param_groups"]

@@ -221,7 +221,7 @@ def one_batch_loaders(args: argparse.Namespace, splits: Splits) -> tuple[DataLoa
 
 def _check_shared_memory(args: argparse.Namespace, size: int, batches: int) -> None:
     batch_bytes = args.batch_size * _channels(args) * size**2
-    problem = shared_memory_problem(batch_bytes, batches, args.workers, distributed.local_world_size())
+    problem = shared_memory_problem(batch_bytes, batches, args.workers, distributed.current_launch().local_world_size)
     if problem is not None:
         raise UserError(problem)
 
@@ -299,7 +299,7 @@ def _cache_build(args: argparse.Namespace, dataset: ImageFolder) -> CacheBuild:
         gray=args.gray,
         parameters={name: getattr(args, name) for name in CACHE_PARAMETERS},
         max_bad_images=args.max_bad_images if args.bad_images == "skip" else None,
-        workers=min(args.workers * distributed.local_world_size(), os.cpu_count() or 1),
+        workers=min(args.workers * distributed.current_launch().local_world_size, os.cpu_count() or 1),
         upper_8_bits=args.upper_8_bits,
         timeout=args.timeout,
     )

@@ -23,10 +23,7 @@ FORMULA = tuple("=+-@\t\r\n'\uff1d\uff0b\uff0d\uff20")
 
 def printable(text: str) -> str:
     """The text with escapes for control characters and for bytes that are not text."""
-    if text.isprintable():
-        return text
-    escaped = (letter if letter.isprintable() else letter.encode("unicode_escape").decode() for letter in text)
-    return "".join(escaped)
+    return "".join(letter if letter.isprintable() else letter.encode("unicode_escape").decode() for letter in text)
 
 
 def as_line(text: str) -> str:
