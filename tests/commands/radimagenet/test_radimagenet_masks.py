@@ -166,9 +166,7 @@ def test_bad_masks_and_images_are_named(source, masks, output, tmp_path):
     (masks / "val0.npy").write_bytes(b"no mask" * 300_000)
     assert "val0.npy: not a readable array" in fails_with(masks, output=tmp_path / "new")
     packed = pack_masks(masks, tmp_path / "masks.tar.gz")
-    assert "masks.tar.gz: correction_masks/val0.npy: not a readable" in fails_with(
-        packed, output=tmp_path / "new"
-    )
+    assert "masks.tar.gz: correction_masks/val0.npy: not a readable" in fails_with(packed, output=tmp_path / "new")
     np.save(masks / "val0.npy", np.zeros((224, 224)))
     (source / "radiology_ai/US/liver/val0.png").write_text("no image")
     archive = pack(source, tmp_path / "images.tar")
