@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from tests.helpers.runs import assert_same
-from tests.helpers.states import CLASSES, as_bytes, assert_equal_states, network, training_state
+from tests.helpers.states import CLASSES, as_bytes, network, training_state
 from utils.checkpoints.checkpoint import (
     CHECKPOINT,
     PREVIOUS,
@@ -40,21 +40,6 @@ def test_saved_values_are_read_back(tmp_path):
     assert_same(read(tmp_path / "state.pth"), state)
     assert_same(torch.load(tmp_path / "state.pth", weights_only=True), state)
     assert os.listdir(tmp_path) == ["state.pth"]
-
-
-@pytest.mark.parametrize("hard_links", [True, False])
-def test_the_previous_checkpoint_is_kept(tmp_path, monkeypatch, hard_links):
-    def refuse(*_):
-        raise OSError(errno.EPERM, os.strerror(errno.EPERM))
-
-    if not hard_links:
-        monkeypatch.setattr(os, "link", refuse)
-    for epoch in range(4):
-        save_checkpoint(tmp_path, {"epoch": epoch})
-        assert read(tmp_path / CHECKPOINT) == {"epoch": epoch}
-        if epoch > 0:
-            assert read(tmp_path / PREVIOUS) == {"epoch": epoch - 1}
-    assert sorted(os.listdir(tmp_path)) == [CHECKPOINT, PREVIOUS]
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -201,19 +186,6 @@ def test_namespaces_are_allowed_only_while_reading(tmp_path):
 
 
 # Full states
-
-
-def test_a_full_state_is_read_back(tmp_path):
-    state = training_state(policy_net=network(1))
-    save_checkpoint(tmp_path, state)
-    found = read_checkpoint(tmp_path / CHECKPOINT, "_normal")
-    plain = ("format_version", "script", "epoch", "step", "images", "seconds", "best_f1", "classes", "args")
-    args = {"model": "small", "mean": (0.3,)}
-    assert [found[key] for key in plain] == [1, "_normal", 3, 5, 40, 1.5, 0.5, CLASSES, args]
-    assert_equal_states(found["model"], network().state_dict())
-    assert_equal_states(found["policy_net"], network(1).state_dict())
-    assert found.keys() == state.keys()
-    assert found["optimizers"]["classifier"]["param_groups"][0]["weight_decay"] == 1e-4
 
 
 @pytest.mark.parametrize(
