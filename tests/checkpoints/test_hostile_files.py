@@ -3,7 +3,6 @@
 Pickles are in test_hostile_pickles.py, images in test_hostile_images.py.
 """
 
-import argparse
 import json
 import os
 import pickle
@@ -80,20 +79,11 @@ def test_the_unchanged_files_are_accepted(use, run):
         use(way, run / name)
 
 
-@pytest.mark.parametrize("name", ["weights.pth", "weights.safetensors"])
-def test_text_is_refused(use, tmp_path, name):
-    (tmp_path / name).write_bytes(b"This is text.\n")
-    refused(use, tmp_path / name, f"{name}: not a checkpoint")
-
-
-def test_folders_pipes_and_missing_files_are_refused(use, tmp_path):
-    refused(use, tmp_path / "absent.pth", "absent.pth: no such file")
+def test_folders_and_pipes_are_refused(use, tmp_path):
     (tmp_path / "folder.pth").mkdir()
     os.mkfifo(tmp_path / "pipe.pth")  # which would wait for its writer
-    for name in ("folder.pth", "pipe.pth"):
-        refused(use, tmp_path / name, f"{name}: not a regular file; expected a checkpoint or weights")
-    with pytest.raises(UserError, match="File name too long"):
-        checkpoint.read("n" * 300)
+    refused(use, tmp_path / "folder.pth", "folder.pth: Is a directory; expected a checkpoint or weights")
+    refused(use, tmp_path / "pipe.pth", "pipe.pth: not a regular file; expected a checkpoint or weights")
 
 
 def test_a_file_without_read_permission_is_refused(use, run, tmp_path):
@@ -110,13 +100,10 @@ def test_a_file_without_read_permission_is_refused(use, run, tmp_path):
     [
         ("zip.pth", as_bytes, "could run code when read; refused"),
         ("old.pth", lambda state: as_bytes(state, old_format=True), "could run code when read"),
-        ("plain.pth", lambda state: pickle.dumps(state, protocol=2), "could run code when read; refused"),
-        ("newer.pth", lambda state: pickle.dumps(state, protocol=4), "not a checkpoint"),
+        ("plain.pth", lambda state: pickle.dumps(state, protocol=2), "it is not a file of torch.save"),
         ("disguised.safetensors", as_bytes, r"not a checkpoint, or damaged \("),
-        ("plain.safetensors", lambda state: pickle.dumps(state, protocol=2), r"not a checkpoint, or damaged \("),
     ],
 )
-@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 def test_no_file_runs_code(use, state, tmp_path, name, write, match):
     marker = tmp_path / "marker"
     pickle.loads(pickle.dumps(MakesAFolder(marker)))
@@ -129,23 +116,14 @@ def test_no_file_runs_code(use, state, tmp_path, name, write, match):
 # Tensors
 
 
-def quantised() -> torch.Tensor:
-    return torch.quantize_per_tensor(torch.zeros(3), 0.1, 0, torch.qint8)
-
-
-HUGE = r"'fc.bias' claims the shape \(1000000, 1000000\), more than the file holds; refused"
+HUGE = r"'fc.bias' claims the shape \(1000000, 1000000\): alone or with others, more than the file holds; refused"
 NOT_FINITE = "'fc.bias' holds NaN or infinite values: the training had diverged; use an earlier file"
 NOT_DENSE = "'fc.bias' is not a dense tensor"
 TENSORS = {
     "expanded": (lambda: torch.zeros(1).expand(10**6, 10**6), HUGE),
     "sparse": (lambda: torch.zeros(3).to_sparse(), NOT_DENSE),
-    "sparse and huge": (lambda: torch.sparse_coo_tensor([[0], [0]], [1.0], (10**6, 10**6)), NOT_DENSE),
-    "quantised": (quantised, NOT_DENSE),
-    "without values": (lambda: torch.empty(10**6, 10**6, device="meta"), NOT_DENSE),
-    "nested": (lambda: torch.nested.nested_tensor([torch.zeros(1), torch.zeros(2)]), NOT_DENSE),
+    "quantised": (lambda: torch.quantize_per_tensor(torch.zeros(3), 0.1, 0, torch.qint8), NOT_DENSE),
     "complex": (lambda: torch.zeros(3, dtype=torch.complex64), "'fc.bias' has the type torch.complex64, expected"),
-    "text": (lambda: "text", "holds no state dict: "),
-    "NaN": (lambda: torch.tensor([0.0, float("nan"), 0.0]), NOT_FINITE),
     "infinite": (lambda: torch.tensor([0.0, float("-inf"), 0.0]), NOT_FINITE),
     "infinite as float32": (lambda: torch.full((3,), 1e300, dtype=torch.float64), NOT_FINITE),
 }
@@ -165,11 +143,6 @@ def test_unusable_tensors_are_refused(use, state, tmp_path, kind):
     [
         ("fc.weight", torch.zeros(()), r"fc.weight is \(\), expected \(3, "),
         ("fc.bias", torch.zeros(3, dtype=torch.int64), "fc.bias is of torch.int64, expected torch.float32"),
-        (
-            "bn1.num_batches_tracked",
-            torch.tensor(True),
-            "bn1.num_batches_tracked is of torch.bool, expected torch.int64",
-        ),
     ],
 )
 def test_weights_of_another_shape_or_type_are_refused(use, state, tmp_path, key, value, match):
@@ -180,14 +153,9 @@ def test_weights_of_another_shape_or_type_are_refused(use, state, tmp_path, key,
 
 
 def test_tensors_deep_in_a_file_are_checked(tmp_path, state):
-    huge, sparse = torch.zeros(1).expand(10**12), torch.zeros(3).to_sparse()
-    for place, match in (
-        ({"optimizers": {"a": [(huge,)]}}, r"its 'a' claims the shape \(1000000000000,\)"),
-        ({"args": argparse.Namespace(mean=sparse)}, "its 'mean' is not a dense tensor"),
-    ):
-        torch.save({**state, **place}, tmp_path / "deep.pth")
-        with pytest.raises(UserError, match=f"deep.pth: {match}"):
-            checkpoint.read_weights(tmp_path / "deep.pth")
+    torch.save({**state, "optimizers": {"a": [(torch.zeros(1).expand(10**12),)]}}, tmp_path / "deep.pth")
+    with pytest.raises(UserError, match=r"deep.pth: its 'a' claims the shape \(1000000000000,\)"):
+        checkpoint.read_weights(tmp_path / "deep.pth")
 
 
 # Metadata of safetensors
@@ -199,15 +167,10 @@ def metadata_of(state: dict) -> dict:
 
 DAMAGED = r"not a checkpoint, or damaged \("
 METADATA = {
-    "invalid": (lambda entries: "{", DAMAGED),
-    "empty text": (lambda entries: "", DAMAGED),
     "a list": (lambda entries: "[]", "is not a JSON object"),
     "deep": (lambda entries: "[" * 100_000, DAMAGED),
     "a very long number": (lambda entries: '{"args": %s}' % ("9" * 100_000), DAMAGED),
-    "long": (lambda entries: " " * 4_000_001, "has 4000001 characters, more than 4000000"),
     "no entries": (lambda entries: "{}", "its 'classes' is not a list of names"),
-    "no classes": (lambda entries: json.dumps({**entries, "classes": None}), "its 'classes' is not a list of names"),
-    "numbers": (lambda entries: json.dumps({**entries, "classes": [1, 2, 3]}), "its 'classes' is not a list of names"),
     "twice": (lambda entries: json.dumps({**entries, "classes": ["a", "b", "a"]}), "is not a list of different names"),
     "text": (lambda entries: json.dumps({**entries, "args": "--model"}), "its 'args' is not a dict"),
 }
@@ -221,31 +184,8 @@ def test_hostile_metadata_is_refused(use, state, tmp_path, kind):
     refused(use, tmp_path / "bad.safetensors", f"bad.safetensors: .*{match}", WAYS[1:])
 
 
-@pytest.mark.parametrize(
-    ("entry", "match"),
-    [
-        ({"classes": ["bright"]}, "was trained on classes of other names"),
-        ({"args": {"model": "x/../y"}}, "^--model x/../y: timm has no such model"),
-    ],
-)
-def test_metadata_that_does_not_fit_is_refused(use, state, tmp_path, entry, match):
-    metadata = {checkpoint.METADATA: json.dumps(metadata_of(state) | entry)}
-    safetensors.torch.save_file(state["model"], tmp_path / "bad.safetensors", metadata)
-    with pytest.raises(UserError, match=match) as caught:
-        use("--test-only", tmp_path / "bad.safetensors")
-    assert "\n" not in str(caught.value)
-
-
 def test_impossible_arguments_in_metadata_are_ignored(use, state, tmp_path):
-    strange = {
-        "mean": ["0.3"],
-        "gray": "yes",
-        "val_crop_size": -5,
-        "std": [[[]]],
-        "val_resize_size": 1e30,
-        "test_only": False,
-        "resume": "/etc",
-    }
+    strange = {"mean": ["0.3"], "gray": "yes", "val_crop_size": -5, "val_resize_size": 1e30, "std": [[[]]]}
     entries = {**metadata_of(state), "args": {**state["args"], **strange}, "model": {"fc.bias": 1}, "policy_net": 5}
     path = tmp_path / "odd.safetensors"
     safetensors.torch.save_file(state["model"], path, {checkpoint.METADATA: json.dumps(entries)})
@@ -253,8 +193,7 @@ def test_impossible_arguments_in_metadata_are_ignored(use, state, tmp_path):
     assert found.model.keys() == state["model"].keys()
     assert (found.policy_net, "std" in found.args) == (None, False)
     args = arguments.for_weights(PARSERS["_normal"], {"resume": "f"}, found.args, "f", test_only=True)
-    assert (args.mean, args.gray, args.std) == ([0.3162], False, [0.3213])
-    assert (args.val_crop_size, args.val_resize_size) == (224, 256)
+    assert (args.mean, args.gray, args.std, args.val_crop_size) == ([0.3162], False, [0.3213], 224)
 
 
 def test_unusable_policies_are_refused(image_folder, tmp_path):
@@ -265,7 +204,6 @@ def test_unusable_policies_are_refused(image_folder, tmp_path):
     resume = ["--device", "cpu", "--data-path", str(image_folder), "--epochs", "2", "--resume"]
     for value, match in (
         ({**whole, "prior": torch.full_like(whole["prior"], float("nan"))}, "its 'prior' holds NaN or infinite values"),
-        ({**whole, "prior": "text"}, "its 'prior' is a str, expected a tensor"),
         ([1], "its 'policy_net' is not a dict"),
     ):
         torch.save({**state, "policy_net": value}, tmp_path / "bad.pth")
@@ -285,12 +223,11 @@ def test_unusable_policies_are_refused(image_folder, tmp_path):
     "spoil",
     [
         lambda state: state[0].update(momentum_buffer=torch.zeros(1)),  # the fused kernel would write beyond it
-        lambda state: state[0].update(momentum_buffer=torch.zeros(())),
         lambda state: state[0].update(momentum_buffer=torch.zeros_like(state[0]["momentum_buffer"], dtype=torch.int64)),
         lambda state: state[0].update(momentum_buffer="text"),
         lambda state: state.update({10**6: {}}),
     ],
-    ids=["one element", "no dimension", "integers", "text", "a parameter more"],
+    ids=["one element", "integers", "text", "one more parameter"],
 )
 def test_an_optimiser_state_of_other_shapes_is_refused(use, state, tmp_path, spoil):
     spoil(state["optimizers"]["classifier"]["state"])
@@ -309,14 +246,6 @@ def test_options_of_an_optimiser_come_from_the_arguments(use, state, tmp_path):
 
 
 def test_an_average_of_another_model_is_refused(use, state, tmp_path):
-    for average in ({"fc.bias": torch.zeros(3)}, {**state["model"], "fc.bias": torch.zeros(4)}):
-        args = {**state["args"], "model_ema": True}
-        torch.save({**state, "args": args, "model_ema": average, "model_ema_updates": 1}, tmp_path / "bad.pth")
-        refused(use, tmp_path / "bad.pth", "bad.pth, 'model_ema': these weights do not fit the model: ", WAYS[:1])
-
-
-def test_an_argument_that_no_flag_accepts_is_refused_for_resuming(use, state, tmp_path):
-    torch.save({**state, "args": {**state["args"], "batch_size": -8}}, tmp_path / "bad.pth")
-    with pytest.raises(UserError, match=r"^--batch-size: .*bad.pth says -8, which this flag does not accept"):
-        use("--resume", tmp_path / "bad.pth")
-    use("--test-only", tmp_path / "bad.pth")  # which does not use it
+    args, average = {**state["args"], "model_ema": True}, {**state["model"], "fc.bias": torch.zeros(4)}
+    torch.save({**state, "args": args, "model_ema": average, "model_ema_updates": 1}, tmp_path / "bad.pth")
+    refused(use, tmp_path / "bad.pth", "bad.pth, 'model_ema': these weights do not fit the model: ", WAYS[:1])

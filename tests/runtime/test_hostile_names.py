@@ -24,10 +24,10 @@ from utils.radimagenet import images
 from utils.results.metrics import table_as_csv
 from utils.results.run_folder import read_table
 from utils.runtime.errors import UserError
-from utils.runtime.files import not_followed, opened_atomically, prove_writable, temporary_path, write_atomically
+from utils.runtime.files import opened_atomically, prove_writable, temporary_path, write_atomically
 from utils.runtime.processes import run_script
 from utils.runtime.progress import Progress, say
-from utils.runtime.text import FORMULA, as_cell, from_cell, print_line
+from utils.runtime.text import print_line
 
 ESCAPE = "\x1b]0;title\x07\x1b[2Jred\nerror: forged\r\x9b5n\u202e"
 
@@ -54,21 +54,15 @@ WRITERS = {
 }
 
 
-@pytest.mark.parametrize("kind", ["link", "dangling link", "pipe", "file"])
+@pytest.mark.parametrize("make", [os.symlink, os.link, lambda _, path: os.mkfifo(path)], ids=["link", "file", "pipe"])
 @pytest.mark.parametrize("name", WRITERS)
-def test_a_file_with_the_temporary_name_is_not_written_to(tmp_path, name, kind):
+def test_a_file_with_the_temporary_name_is_not_written_to(tmp_path, name, make):
     write, temporary = WRITERS[name]
     path, victim = tmp_path / "new.txt", tmp_path / "victim"
     victim.write_bytes(b"precious")
-    if kind == "pipe":
-        os.mkfifo(temporary(path))
-    elif kind == "file":
-        os.link(victim, temporary(path))
-    else:
-        temporary(path).symlink_to(victim if kind == "link" else tmp_path / "absent")
+    make(victim, temporary(path))
     write(path)
     assert victim.read_bytes() == b"precious"
-    assert not (tmp_path / "absent").exists()
     assert sorted(os.listdir(tmp_path)) == (["victim"] if name == "probe" else ["new.txt", "victim"])
     assert name == "probe" or path.read_bytes() == b"new"
 
@@ -111,20 +105,6 @@ def test_a_cache_is_not_built_through_a_link(tmp_path, name, kind):
     assert victim.read_bytes() == b"precious"
 
 
-def test_no_link_is_followed_and_no_pipe_waited_for(tmp_path):
-    os.mkfifo(tmp_path / "pipe")
-    (tmp_path / "link").symlink_to(tmp_path / "file")
-    for name in ("pipe", "link"):
-        for mode in ("w", "ab"):
-            with pytest.raises(OSError), open(tmp_path / name, mode, opener=not_followed):
-                pass
-    assert not (tmp_path / "file").exists()
-    for _ in range(2):
-        with open(tmp_path / "file", "ab", opener=not_followed) as file:
-            file.write(b"x")
-    assert (tmp_path / "file").read_bytes() == b"xx"
-
-
 # Terminals
 
 
@@ -158,7 +138,7 @@ def test_a_key_of_a_weight_file_is_shown_in_a_printable_form(capfd, tmp_path):
 # Tables
 
 
-@pytest.mark.parametrize("start", [*FORMULA, "''", "'="])
+@pytest.mark.parametrize("start", ["=", "+", "@", "\t", "\r", "\uff1d", "'", "'="])
 def test_formulas_in_tables_become_text_and_are_read_back(tmp_path, start):
     name = f"{start}cmd|' /C calc'!A0"
     (tmp_path / "table.csv").write_bytes(table_as_csv([{"image": name, "loss": -0.5, "class": "plain", "n": -1}]))
@@ -167,13 +147,6 @@ def test_formulas_in_tables_become_text_and_are_read_back(tmp_path, start):
     assert cell == f"'{name}"
     assert (loss, plain, number) == ("-0.500000", "plain", "-1")
     assert read_table(tmp_path / "table.csv", ("image",))[0]["image"] == name
-
-
-def test_cells_of_any_text_are_read_back():
-    for text in ("", "a", "'", "''", "'=", "=", "a'", "-", "@x", "\ttab", "\rreturn", "\nline"):
-        assert from_cell(as_cell(text)) == text
-        assert not as_cell(text).startswith(("=", "+", "-", "@", "\t", "\r"))
-    assert [as_cell(value) for value in (-1, -0.5, None)] == [-1, -0.5, None]
 
 
 def test_tables_of_predictions_and_audits_hold_no_formula(tmp_path, monkeypatch):
@@ -188,20 +161,12 @@ def test_tables_of_predictions_and_audits_hold_no_formula(tmp_path, monkeypatch)
 # Numbers and names on the command line
 
 
-SIZES = [
-    ("--train-crop-size", 10**9), ("--val-resize-size", 10**9), ("--batch-size", 10**12), ("--epochs", 10**18),
-    ("--workers", 10**6), ("--ra-reps", 10**9),
-]  # fmt: skip
-POLICY_SIZES = [("--grid", 10**6), ("--kernel", 10**9 + 1), ("--masks-per-image", 10**9)]
-
-
-@pytest.mark.parametrize(("flag", "value"), SIZES + POLICY_SIZES)
-def test_sizes_beyond_any_machine_are_refused(flag, value):
-    scripts = (policy_gradient,) if (flag, value) in POLICY_SIZES else (policy_gradient, normal)
-    for script in scripts:
-        with pytest.raises(UserError, match=f"^{flag} {value}: expected at most") as caught:
-            script.main([flag, str(value)])
-        assert caught.value.agreed
+@pytest.mark.parametrize("flag", ["--train-crop-size", "--val-resize-size", "--batch-size", "--epochs", "--workers",
+                                  "--ra-reps", "--grid", "--kernel", "--masks-per-image"])  # fmt: skip
+def test_sizes_beyond_any_machine_are_refused(flag):
+    with pytest.raises(UserError, match=f"^{flag} {10**18 + 1}: expected at most") as caught:
+        policy_gradient.main([flag, str(10**18 + 1)])
+    assert caught.value.agreed
 
 
 def test_sizes_beyond_any_machine_in_a_file_are_refused():
@@ -218,17 +183,14 @@ READERS = [  # commands, and the words before the name of a file that they read
     (weight_averaging.main, ["-o", "x.pth"]),
 ]  # fmt: skip
 TYPED = [(main, [*words, name]) for main, words in READERS for name in (LONG, NUL, ESCAPE)] + [
-    (normal.main, ["--output-dir", LONG]), (normal.main, ["--output-dir", NUL]),
-    (normal.main, ["--resume", "auto", "--output-dir", LONG]), (normal.main, ["--model", LONG]),
-    (normal.main, ["--cache-dataset", "host", "--cache-dir", LONG]), (normal.main, ["--seed", DIGITS]),
-    (normal.main, ["--epochs", DIGITS]), (normal.main, ["--lr", DIGITS]), (normal.main, ["--print-freq", f"-{DIGITS}"]),
-    (normal.main, ["--opt", ESCAPE]), (policy_gradient.main, [f"--{ESCAPE}"]), (report.main, [f"--{ESCAPE}"]),
-    (report.main, [".", "-o", LONG]), (plots.main, [ESCAPE]), (plots.main, ["curves", ".", "-o", f"{LONG}.png"]),
-    (weight_averaging.main, ["a.pth", "-o", LONG]), (predict.main, ["weights.pth", "image", "-b", DIGITS]),
-    (audit.main, [".", "-o", LONG]), (audit.main, [".", "-j", "1000000"]), (audit.main, [".", "--workers", ESCAPE]),
-    (phantoms_command.main, [LONG]), (phantoms_command.main, [NUL]),
-    (phantoms_command.main, ["p", "--size", "1000000000"]), (phantoms_command.main, ["p", "--scale", "1e300"]),
-    (inference.read_class_names, Path(LONG)), (inference.read_class_names, Path(NUL)),
+    (normal.main, ["--output-dir", LONG]), (normal.main, ["--output-dir", NUL]), (normal.main, ["--model", LONG]),
+    (normal.main, ["--resume", "auto", "--output-dir", LONG]), (normal.main, ["--seed", DIGITS]),
+    (normal.main, ["--cache-dataset", "host", "--cache-dir", LONG]), (normal.main, ["--lr", DIGITS]),
+    (normal.main, ["--opt", ESCAPE]), (policy_gradient.main, [f"--{ESCAPE}"]), (plots.main, [ESCAPE]),
+    (report.main, [".", "-o", LONG]), (plots.main, ["curves", ".", "-o", f"{LONG}.png"]),
+    (audit.main, [".", "-o", LONG]), (audit.main, [".", "-j", "1000000"]),
+    (weight_averaging.main, ["a.pth", "-o", LONG]), (inference.read_class_names, Path(LONG)),
+    (phantoms_command.main, [LONG]), (phantoms_command.main, [NUL]), (phantoms_command.main, ["p", "--scale", "1e300"]),
 ]  # fmt: skip
 
 
@@ -262,7 +224,7 @@ def test_too_little_memory_is_a_user_error(capfd):
         run_script(lambda: int("another"))
 
 
-def test_a_report_of_a_run_with_a_hostile_name(tmp_path, capfd):
+def test_the_name_of_a_run_is_printed_without_control_characters(tmp_path, capfd):
     folder = write_run(tmp_path / "a\x1b[2J\nb")
     report.main([str(folder)])
     assert harmless(capfd.readouterr().out, 1)

@@ -30,7 +30,7 @@ def test_a_pretraining_leaves_the_files_it_promises(train):
     assert state["classes"] == ["bright", "dark", "striped"]
     assert state["args"]["lr"] == 0.1
     assert set(state["optimizers"]) == {"classifier", "policy"}
-    assert not any(key.startswith(checkpoint.KEY_PREFIXES) for key in state["model"])
+    assert not any(checkpoint.WRAPPERS.match(key) for key in state["model"])
     assert "prior" in state["policy_net"]
     lines = read_log(folder)
     assert [line["epoch"] for line in lines] == [0, 1]

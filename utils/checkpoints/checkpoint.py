@@ -8,6 +8,7 @@ import argparse
 import io
 import json
 import os
+import re
 from collections import OrderedDict
 from pathlib import Path
 from types import NoneType
@@ -36,7 +37,7 @@ METADATA = "policy_gradient_noise_mask"  # our entry in a safetensors header: cl
 MOST_BRACKETS = 100_000  # of the metadata
 MOST_HEADER = 10_000_000  # bytes of a safetensors header
 MOST_TENSORS = 20_000  # of a safetensors file
-KEY_PREFIXES = ("module.", "_orig_mod.")  # left in keys by DistributedDataParallel and torch.compile
+WRAPPERS = re.compile(r"((module|_orig_mod)\.)+")  # DistributedDataParallel's and torch.compile's prefixes of keys
 
 
 class NotDamaged(UserError):
@@ -102,15 +103,13 @@ def read(path: str | Path) -> dict[str, Any]:
         else:
             with torch.serialization.safe_globals([argparse.Namespace]):
                 state = torch.load(checked_copy(path), map_location="cpu", weights_only=True)
-    except UserError:
-        raise
     except ForeignObject as foreign_object:
         raise UserError(
             f"{path}: holds pickled objects beyond tensors and plain values ({foreign_object}), which could run code "
             "when read; refused. Save a state dict, or convert the file to safetensors if you trust it."
         ) from None
     except Refused as refusal:
-        raise UserError(f"{path}: {refusal}") from None
+        raise UserError(f"{path}: {refusal}; refused.") from None
     except FileNotFoundError:
         raise UserError(f"{path}: no such file.") from None
     except PermissionError:
@@ -231,13 +230,7 @@ def _is_plain(value: Any) -> bool:
 
 def clean_keys(state_dict: StateDict) -> StateDict:
     """The state dict with keys stripped of wrapper prefixes, in any order and number."""
-
-    def clean(key: str) -> str:
-        while key.startswith(KEY_PREFIXES):
-            key = key.split(".", 1)[1]
-        return key
-
-    return {clean(key): value for key, value in state_dict.items()}
+    return {key[match.end() if (match := WRAPPERS.match(key)) else 0 :]: value for key, value in state_dict.items()}
 
 
 def weights_state(

@@ -78,9 +78,7 @@ class Parser(argparse.ArgumentParser):
             return super()._get_value(action, arg_string)
         except argparse.ArgumentError as error:
             if not isinstance(error.__context__, argparse.ArgumentTypeError):  # argparse would name the Python function
-                kind = (
-                    action.type if isinstance(action.type, type) else typing.get_type_hints(action.type).get("return")
-                )
+                kind = typing.get_type_hints(action.type).get("return", action.type)
                 expected = {int: "a whole number", float: "a number"}.get(kind, "another value")
                 error.message = f"{reprlib.repr(arg_string)}: expected {expected}"
             raise

@@ -171,10 +171,7 @@ def _leave_at_once() -> None:
     os._exit(EXIT_CODE)
 
 
-# From glibc's malloc.h.
-M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
-DEFAULTS = {M_TRIM_THRESHOLD: 128 * 1024, M_MMAP_MAX: 65536}
-KEEP = {M_TRIM_THRESHOLD: -1, M_MMAP_MAX: 0}
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # from glibc's malloc.h
 
 
 def keep_freed_memory(keep: bool = True) -> None:
@@ -186,5 +183,5 @@ def keep_freed_memory(keep: bool = True) -> None:
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
-        for parameter, value in (KEEP if keep else DEFAULTS).items():
-            mallopt(parameter, value)
+        mallopt(M_TRIM_THRESHOLD, -1 if keep else 128 * 1024)
+        mallopt(M_MMAP_MAX, 0 if keep else 65536)
