@@ -244,6 +244,7 @@ def test_freeze_backbone_trains_the_head_only(train):
     assert changed == {"fc.weight", "fc.bias"}
 
 
+@pytest.mark.slow
 def test_flags_of_the_loss_change_the_first_loss(train):
     plain = read_log(train(normal, "--epochs", 1, name="plain"))[0]["train_loss"]
     for flags in (("--label-smoothing", 0.3), ("--mixup-alpha", 0.4), ("--cutmix-alpha", 1.0)):
@@ -302,6 +303,7 @@ def test_traced_policy_and_classifier_have_clean_keys_and_the_same_losses(train,
         assert not any("_orig_mod" in key for key in state[part])
 
 
+@pytest.mark.slow
 def test_compile_reaches_each_network(train, monkeypatch):
     compiled = []
     monkeypatch.setattr(torch.nn.Module, "compile", lambda module, mode: compiled.append((type(module).__name__, mode)))

@@ -26,6 +26,7 @@ def test_tags():
     ]
 
 
+@pytest.mark.slow
 def test_a_run_that_goes_to_a_new_folder_takes_its_events_along(image_folder, tmp_path):
     first, moved = tmp_path / "first", tmp_path / "moved"
     run_script("_normal", image_folder, first, "--epochs", "1", "--tensorboard")
