@@ -236,12 +236,12 @@ def read_run(path: Path, data_path: str | None, split: str) -> tuple[argparse.Na
     if "policy_net" not in state:
         raise UserError(f"{path}: is of a run with --mask-policy none, which has no masks to show.")
     given = {"resume": str(path)} | ({} if data_path is None else {"data_path": data_path})
-    args = arguments.for_resume(build_parser(), given, state["args"], str(path))
-    report_paths(vars(args), given, str(path), partial(print, file=sys.stderr))  # stdout is for results
+    values = vars(arguments.for_resume(build_parser(), given, state["args"], str(path)))
     # As --test-only reads the split. Pretrained weights would draw no random numbers, so they are left out.
-    changes = {"split": split, "test_only": True, "weights": None, "sync_bn": False, "channels_last": None}
-    args = argparse.Namespace(**vars(args) | changes | {"cache_dataset": "off", "cache_dir": None})
-    return args, state
+    values |= {"split": split, "test_only": True, "weights": None, "sync_bn": False, "channels_last": None}
+    values |= {"cache_dataset": "off", "cache_dir": None}
+    report_paths(values, given, str(path), partial(print, file=sys.stderr))  # stdout is for results
+    return argparse.Namespace(**values), state
 
 
 def add_run_arguments(parser: Parser) -> None:

@@ -55,8 +55,9 @@ def test_control_characters_in_a_path_of_the_file_are_escaped(folder, tmp_path, 
     assert printed_on_resume(path, capsys) == f"{path}: paths taken from this file: {line}\n"
 
 
-def test_the_gallery_prints_them_beside_its_results(image_folder, tmp_path, capsys):
+def test_the_gallery_prints_on_stderr_the_paths_that_it_reads(image_folder, tmp_path, capsys):
     flags = [*SMALL_POLICY, "--data-path", str(image_folder), "--epochs", "1", "--output-dir", str(tmp_path)]
+    flags += ["--cache-dataset", "host", "--cache-dir", str(tmp_path / "cache")]  # which the gallery does not read
     policy_gradient.main(flags)
     capsys.readouterr()
     gallery.read_run(tmp_path / "checkpoint.pth", None, "val")
