@@ -187,7 +187,7 @@ def test_a_model_card_counts_the_absent_classes(lacking, trained, tmp_path):
     weights = shutil.copy(trained / "model_0.pth", tmp_path)
     evaluate(Path(weights), lacking, tmp_path)
     card = (run_export(Path(weights), tmp_path / "out") / "README.md").read_text()
-    assert "AUROC is one-vs-one. Classes without images there, which count in no average: 1.\n\n| loss" in card
+    assert "AUROC is one-vs-one. Classes without images in this split, which count in no average: 1.\n\n| loss" in card
 
 
 def test_fine_tuning_onto_names_of_another_unicode_form_says_so(tmp_path, capsys):

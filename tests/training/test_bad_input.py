@@ -140,7 +140,7 @@ def test_a_log_that_is_damaged_is_named(image_folder, tmp_path):
 
 def test_an_output_folder_that_cannot_be_made(image_folder, tmp_path):
     (tmp_path / "file").write_text("in the way")
-    refuse(normal, "--data-path", image_folder, "--output-dir", tmp_path / "file" / "run", match="cannot be made")
+    refuse(normal, "--data-path", image_folder, "--output-dir", tmp_path / "file" / "run", match="cannot be created")
 
 
 def test_weights_of_another_architecture_name_the_keys(image_folder, tmp_path):

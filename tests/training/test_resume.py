@@ -304,7 +304,7 @@ def test_what_cannot_be_resumed_is_refused_and_unharmed(image_folder, tmp_path):
         shutil.copytree(image_folder / split, other / split)
         (other / split / "dark").rename(other / split / "other")
     again = ["--resume", checkpoint, "--epochs", "2", "--data-path", str(other), "--device", "cpu"]
-    with pytest.raises(UserError, match="began with other classes"):
+    with pytest.raises(UserError, match="started with other classes"):
         policy_gradient.main(again)
     (other / "val" / "other").rename(other / "val" / "dark")
     (other / "train" / "other").rename(other / "train" / "dark")

@@ -287,7 +287,7 @@ def test_a_holder_whose_name_cannot_be_read_is_still_a_holder(content, tmp_path,
     with holder(tmp_path):
         (tmp_path / LOCK).write_bytes(content)
         assert run_lock.look_at(tmp_path) == Lock(True, None)
-        with pytest.raises(UserError, match=r"no name|is not the lock of a run"):
+        with pytest.raises(UserError, match=r"unknown process|is not the lock file of a run"):
             run_lock.acquire(tmp_path)
 
 

@@ -122,7 +122,7 @@ def test_weights_that_are_not_finite_are_not_saved(image_folder, tmp_path, monke
 
     monkeypatch.setattr(Saver, "after_step", overflow)
     with pytest.raises(
-        UserError, match=r"model\.fc\.weight is not finite after 2 steps of epoch 1, so this was not saved"
+        UserError, match=r"model\.fc\.weight is not finite after 2 steps of epoch 1, so nothing was saved"
     ):
         normal.main([*command, "2", "--resume", "auto", "--checkpoint-steps", "2"])
     assert (tmp_path / "checkpoint.pth").read_bytes() == before
@@ -168,7 +168,7 @@ def test_a_failure_of_the_code_itself_is_in_the_status_too(image_folder, tmp_pat
 
 
 def test_an_output_folder_on_a_read_only_file_system(image_folder):
-    with pytest.raises(UserError, match="--output-dir /proc/run: cannot be made"):
+    with pytest.raises(UserError, match="--output-dir /proc/run: cannot be created"):
         normal.main([*SMALL, "--data-path", str(image_folder), "--output-dir", "/proc/run", "--epochs", "1"])
 
 
