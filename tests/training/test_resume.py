@@ -309,7 +309,7 @@ def test_what_cannot_be_resumed_is_refused_and_unharmed(image_folder, tmp_path):
     (other / "val" / "other").rename(other / "val" / "dark")
     (other / "train" / "other").rename(other / "train" / "dark")
     (other / "train" / "dark" / "0.png").unlink()
-    with pytest.raises(UserError, match=r"began with 36 images in .*other_classes/train, which has 35 now"):
+    with pytest.raises(UserError, match=r"started with 36 images in .*other_classes/train, which has 35 now"):
         policy_gradient.main(again)
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
 
