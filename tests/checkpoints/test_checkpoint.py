@@ -163,7 +163,7 @@ def test_a_file_cut_short_anywhere_is_refused(tmp_path, old_format):
         b"PK\x03\x04",
     ],
 )
-def test_other_files_are_refused(tmp_path, content):
+def test_files_of_other_kinds_are_refused(tmp_path, content):
     path = tmp_path / "notes.pth"
     path.write_bytes(content)
     with pytest.raises(UserError) as caught:

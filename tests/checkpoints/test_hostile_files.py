@@ -152,7 +152,7 @@ def test_weights_of_another_shape_or_type_are_refused(use, state, tmp_path, key,
     refused(use, tmp_path / "bad.pth", f"bad.pth: does not fit .*: {key} differs", WAYS[3:])
 
 
-def test_tensors_deep_in_a_file_are_checked(tmp_path, state):
+def test_tensors_in_nested_containers_are_checked(tmp_path, state):
     torch.save({**state, "optimizers": {"a": [(torch.zeros(1).expand(10**12),)]}}, tmp_path / "deep.pth")
     with pytest.raises(UserError, match=r"deep.pth: its 'a' claims the shape \(1000000000000,\)"):
         checkpoint.read_weights(tmp_path / "deep.pth")
@@ -189,10 +189,10 @@ def test_impossible_arguments_in_metadata_are_ignored(use, state, tmp_path):
     entries = {**metadata_of(state), "args": {**state["args"], **strange}, "model": {"fc.bias": 1}, "policy_net": 5}
     path = tmp_path / "odd.safetensors"
     safetensors.torch.save_file(state["model"], path, {checkpoint.METADATA: json.dumps(entries)})
-    found = checkpoint.read_weights(path)
-    assert found.model.keys() == state["model"].keys()
-    assert (found.policy_net, "std" in found.args) == (None, False)
-    args = arguments.for_weights(PARSERS["_normal"], {"resume": "f"}, found.args, "f", test_only=True)
+    weights = checkpoint.read_weights(path)
+    assert weights.model.keys() == state["model"].keys()
+    assert (weights.policy_net, "std" in weights.args) == (None, False)
+    args = arguments.for_weights(PARSERS["_normal"], {"resume": "f"}, weights.args, "f", test_only=True)
     assert (args.mean, args.gray, args.std, args.val_crop_size) == ([0.3162], False, [0.3213], 224)
 
 

@@ -185,7 +185,7 @@ def test_hostile_files_are_refused_within_a_few_megabytes(tmp_path):
         assert len(message) < 500
 
 
-def test_the_parts_of_the_hostile_pickles_make_a_good_file(tmp_path):
+def test_the_parts_of_the_hostile_pickles_make_a_valid_file(tmp_path):
     """Without this the refusals would prove nothing."""
     path = tmp_path / "good.pth"
     content = struct.pack("<4f", 0, 1, 2, 3)
@@ -254,7 +254,7 @@ SAVED = {
 
 @pytest.mark.parametrize("old_format", [False, True])
 @pytest.mark.parametrize("kind", SAVED)
-def test_everything_that_torch_saves_of_plain_states_is_read(tmp_path, kind, old_format):
+def test_every_plain_state_that_torch_saves_is_read(tmp_path, kind, old_format):
     (tmp_path / "file.pth").write_bytes(as_bytes(SAVED[kind], old_format))
     assert_same(read(tmp_path / "file.pth"), SAVED[kind])
 
@@ -263,8 +263,8 @@ def test_large_states_stay_far_below_the_limits(tmp_path):
     many = {f"blocks.{number}.mlp.fc1.weight": torch.zeros(1) for number in range(3000)}
     state = {"model": many, "classes": [f"class {number}" for number in range(20_000)]}
     torch.save(state, tmp_path / "large.pth")
-    found = read(tmp_path / "large.pth")
-    assert (len(found["model"]), len(found["classes"])) == (3000, 20_000)
+    loaded = read(tmp_path / "large.pth")
+    assert (len(loaded["model"]), len(loaded["classes"])) == (3000, 20_000)
 
 
 def test_version_metadata_of_a_state_dict_is_ignored(tmp_path):
@@ -272,6 +272,6 @@ def test_version_metadata_of_a_state_dict_is_ignored(tmp_path):
     weights = model.state_dict()
     weights._metadata = 5
     torch.save({"model": weights}, tmp_path / "odd.pth")
-    found = read_weights(tmp_path / "odd.pth").model
+    loaded = read_weights(tmp_path / "odd.pth").model
     assert read(tmp_path / "odd.pth")["model"].__dict__ == {}
-    model.load_state_dict(found)
+    model.load_state_dict(loaded)

@@ -31,20 +31,23 @@ FILES = {
 
 @pytest.mark.parametrize("kind", FILES)
 @pytest.mark.parametrize("old_format", [False, True])
-def test_weights_are_read_from_every_file(tmp_path, kind, old_format):
+def test_weights_are_read_from_every_format(tmp_path, kind, old_format):
     path = tmp_path / "weights.pth"
     path.write_bytes(as_bytes(FILES[kind](), old_format))
-    found = read_weights(path)
-    assert_equal_states(found.model, network().state_dict())
-    assert (found.classes is None, found.args == {}) == ("state dict" in kind or "torchvision" in kind, "dict" in kind)
-    assert (found.policy_net, found.path) == (None, str(path))
+    weights = read_weights(path)
+    assert_equal_states(weights.model, network().state_dict())
+    assert (weights.classes is None, weights.args == {}) == (
+        "state dict" in kind or "torchvision" in kind,
+        "dict" in kind,
+    )
+    assert (weights.policy_net, weights.path) == (None, str(path))
 
 
-def test_weights_of_a_full_state_with_a_policy(tmp_path):
+def test_weights_and_policy_are_read_from_a_full_state(tmp_path):
     save(tmp_path / CHECKPOINT, training_state("_policy_gradient", policy_net=network(1)))
-    found = read_weights(tmp_path / CHECKPOINT)
-    assert_equal_states(found.model, network().state_dict())
-    assert_equal_states(found.policy_net, network(1).state_dict())
+    weights = read_weights(tmp_path / CHECKPOINT)
+    assert_equal_states(weights.model, network().state_dict())
+    assert_equal_states(weights.policy_net, network(1).state_dict())
 
 
 def authors_state(prefix: str = "_orig_mod.", **more) -> dict:
@@ -58,20 +61,20 @@ def authors_state(prefix: str = "_orig_mod.", **more) -> dict:
 
 
 @pytest.mark.parametrize("prefix", ["", "module._orig_mod."])
-def test_weights_of_the_authors_files(tmp_path, prefix):
+def test_weights_are_read_from_the_authors_files(tmp_path, prefix):
     torch.save(authors_state(prefix), tmp_path / "RIN.pth")
-    found = read_weights(tmp_path / "RIN.pth")
-    assert found.args == {"model": "resnet50", "num_classes": 2, "lr": 0.1, "device": "cuda", "weights": None}
-    assert (found.classes, found.policy_net) == (None, None)
-    assert list(found.model) == list(network().state_dict())
+    weights = read_weights(tmp_path / "RIN.pth")
+    assert weights.args == {"model": "resnet50", "num_classes": 2, "lr": 0.1, "device": "cuda", "weights": None}
+    assert (weights.classes, weights.policy_net) == (None, None)
+    assert list(weights.model) == list(network().state_dict())
 
 
-def test_weights_of_safetensors(tmp_path):
+def test_weights_are_read_from_safetensors(tmp_path):
     path = tmp_path / "model.safetensors"
     safetensors.torch.save_file(network().state_dict(), path)
-    found = read_weights(path)
-    assert_equal_states({key: found.model[key] for key in network().state_dict()}, network().state_dict())
-    assert (found.classes, found.args) == (None, {})
+    weights = read_weights(path)
+    assert_equal_states({key: weights.model[key] for key in network().state_dict()}, network().state_dict())
+    assert (weights.classes, weights.args) == (None, {})
     os.truncate(path, path.stat().st_size - 3)
     with pytest.raises(UserError, match=r"model\.safetensors: not a checkpoint, or damaged \("):
         read_weights(path)
@@ -85,17 +88,17 @@ def test_our_safetensors_hold_the_same_as_a_pth(tmp_path):
     args = {"model": "small", "mean": [0.3], "lr": 0.1, "gray": True, "weights": None}
     classes = ["\udce9", "dark"]
     (tmp_path / "a.safetensors").write_bytes(safetensors_bytes(model, classes, args))
-    found = read_weights(tmp_path / "a.safetensors")
-    assert_equal_states({key: found.model[key] for key in model.state_dict()}, model.state_dict())
-    assert (found.classes, found.args, found.policy_net) == (classes, args, None)
+    weights = read_weights(tmp_path / "a.safetensors")
+    assert_equal_states({key: weights.model[key] for key in model.state_dict()}, model.state_dict())
+    assert (weights.classes, weights.args, weights.policy_net) == (classes, args, None)
     assert safetensors.torch.load_file(tmp_path / "a.safetensors").keys() == model.state_dict().keys()
 
 
 def test_metadata_of_other_safetensors_is_ignored(tmp_path):
     for metadata in ({"format": "pt"}, {"classes": "[1]", "args": "{"}):
         safetensors.torch.save_file(network().state_dict(), tmp_path / "b.safetensors", metadata)
-        found = read_weights(tmp_path / "b.safetensors")
-        assert (found.classes, found.args) == (None, {})
+        weights = read_weights(tmp_path / "b.safetensors")
+        assert (weights.classes, weights.args) == (None, {})
 
 
 @pytest.mark.parametrize(

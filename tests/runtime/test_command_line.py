@@ -113,7 +113,7 @@ def test_the_flags_of_a_subcommand_are_not_taken_for_misspelt_ones():
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_no_message_holds_the_name_of_a_function(command, parsers_of):
+def test_no_message_contains_the_name_of_a_function(command, parsers_of):
     for parser in parsers_of(command):
         for action in parser._actions:
             if makes_a_number(action.type):

@@ -67,7 +67,7 @@ def test_predictions_and_metrics_do_not_depend_on_the_number_of_processes(image_
         assert result["metrics"] == pytest.approx(one["metrics"], abs=1e-6)
 
 
-def test_a_bad_loss_or_a_signal_on_one_rank_acts_on_all(tmp_path):
+def test_a_loss_that_is_not_finite_or_a_signal_on_one_rank_affects_all(tmp_path):
     result = work("guard", tmp_path / "guard", processes=2)
     first, second, third = result["weights"]
     assert torch.equal(first, second)
@@ -130,7 +130,7 @@ def test_ranks_are_read_from_the_variables_of_torchrun_and_slurm():
     assert read_launch({**step, **torchrun}) == Launch(3, 8, 1, 2)  # RANK wins
 
 
-def test_slurm_rendezvous():
+def test_ranks_of_slurm_meet_on_the_first_node():
     assert slurm_rendezvous({"SLURM_JOB_ID": "12345"}) == {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "22345"}
     two_nodes = {"SLURM_JOB_ID": "1", "SLURM_STEP_NUM_NODES": "2", "SLURM_LAUNCH_NODE_IPADDR": "10.0.0.7"}
     assert slurm_rendezvous(two_nodes) == {"MASTER_ADDR": "10.0.0.7", "MASTER_PORT": "20001"}

@@ -142,9 +142,9 @@ def test_nothing_outlives_a_torchrun_that_is_killed(moment, tmp_path):
         assert remaining(everything, PATIENCE) == set()
     finally:
         life.kill()
-    found, damaged = positions(folder)
+    checkpoints, damaged = positions(folder)
     assert damaged == 0
-    assert bool(found) == (moment not in ("import", "joining"))
+    assert bool(checkpoints) == (moment not in ("import", "joining"))
 
 
 def main():
