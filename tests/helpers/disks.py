@@ -1,15 +1,13 @@
-"""A disk without room."""
+"""A full disk."""
 
 import resource
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-# A full disk
-
 
 @contextmanager
 def full_disk(room: int) -> Iterator[None]:
-    """No file may grow beyond so many bytes."""
+    """No file can grow beyond `room` bytes."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (room, hard))
     try:

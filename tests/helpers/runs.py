@@ -1,5 +1,7 @@
 """Whole runs, and comparisons of what they leave."""
 
+import json
+
 import torch
 
 from _normal import train as normal
@@ -36,6 +38,10 @@ def state_of(folder, name="checkpoint.pth"):
     for free in ("checkpoint_steps", "output_dir", "plot_every", "resume", "tensorboard", "workers"):
         state["args"].pop(free)
     return state
+
+
+def status_of(folder):
+    return json.loads((folder / "status.json").read_text())
 
 
 def log_of(folder):

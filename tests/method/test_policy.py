@@ -20,20 +20,14 @@ def policy_with(prior_alpha, prior_beta, *head_weight):
     return Policy(SharedConcentrations(2), prior, *head_weight)
 
 
-def test_log_concentrations_by_hand():
-    policy = policy_with([1.0, 0.0, 7.0, -9.0], [0.5, 0.5, 0.5, 0.5])
-    head = torch.tensor([[2.0, -1.0, 7.0, -9.0]])
-    log_alpha, log_beta = policy.log_concentrations(head, torch.zeros(1, 4))
-    torch.testing.assert_close(log_alpha, torch.tensor([[1.1, -0.1, 6.0, -6.0]]))  # 0.9 r + 0.1 h, inside [-6, 6]
-    torch.testing.assert_close(log_beta, torch.full((1, 4), 0.45))
-
-
-@pytest.mark.parametrize("weight", [0.25, 0.5, 1.0])
-def test_log_concentrations_with_a_head_weight_by_hand(weight):
-    policy = policy_with([1.0, 0.0, 20.0, -3.0], [0.5, 0.5, 0.5, 0.5], weight)
+@pytest.mark.parametrize("head_weight", [(), (0.25,), (0.5,), (1.0,)])
+def test_log_concentrations_by_hand(head_weight):
+    weight = head_weight[0] if head_weight else 0.1  # as published
+    prior = [1.0, 0.0, 20.0, -3.0]
+    policy = policy_with(prior, [0.5] * 4, *head_weight)
     head = torch.tensor([[2.0, -1.0, 20.0, -3.0], [4.0, 1.0, -20.0, 3.0]])
     log_alpha, log_beta = policy.log_concentrations(head, torch.zeros(2, 4))
-    expected = (1 - weight) * torch.tensor([1.0, 0.0, 20.0, -3.0]) + weight * head
+    expected = (1 - weight) * torch.tensor(prior) + weight * head
     torch.testing.assert_close(log_alpha, expected.clamp(-6, 6))
     torch.testing.assert_close(log_beta, torch.full((2, 4), 0.5 * (1 - weight)))
 

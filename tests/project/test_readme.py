@@ -61,7 +61,7 @@ def test_the_whole_route_as_the_readme_types_it(small_phantoms, tmp_path, monkey
             script = words.index("train.py")
             path, output = f"{folder.name}/train.py", tmp_path / "output.txt"
             launcher = start_torchrun(words[1:script], path, words[script + 1 :], output, output, folder)
-            launcher.join()
+            launcher.join(PATIENCE)
             assert launcher.exitcode == 0, output.read_text()
         elif words[:2] == ["python", "-m"]:
             monkeypatch.chdir(folder)

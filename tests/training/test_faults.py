@@ -5,7 +5,6 @@ benchmarks/soak.py is the long form of the first of them.
 
 import fcntl
 import itertools
-import json
 import os
 import random
 import signal
@@ -23,16 +22,13 @@ from tests.conftest import SMALL_POLICY, write_image_folder
 from tests.helpers.disks import full_disk
 from tests.helpers.lives import TorchrunLife, WarmLife
 from tests.helpers.ranks import PATIENCE
+from tests.helpers.runs import status_of
 from utils.checkpoints import checkpoint
 from utils.runtime.processes import EXIT_CODE, run_script
 
 STEPS, EPOCHS, CHECKPOINT_STEPS = 9, 2, 3  # steps of an epoch: 36 images, 2 in each of two processes
 FLAGS = ("--batch-size", 2, "--epochs", EPOCHS)
 AGAIN = (*FLAGS, "--resume", "auto", "--checkpoint-steps", CHECKPOINT_STEPS)
-
-
-def status(folder: Path) -> dict:
-    return json.loads((folder / "status.json").read_text())
 
 
 class Whole(NamedTuple):
@@ -64,7 +60,7 @@ def assert_equals(whole: Whole, folder: Path) -> None:
     tally.compare(whole.folder, folder)
     assert tally.differences == []
     assert tally.files == EPOCHS + 3  # weights of each epoch and of the best, checkpoint, log
-    assert status(folder)["status"] == "finished"
+    assert status_of(folder)["status"] == "finished"
 
 
 @pytest.mark.slow
@@ -125,7 +121,7 @@ def test_a_signal_to_torchrun_saves_a_checkpoint_within_the_epoch(whole, tmp_pat
     finally:
         life.kill()
     done = life.steps()[-1] + 1
-    found = status(folder)
+    found = status_of(folder)
     assert found["status"] == "interrupted", (found, life.output.read_text())
     assert number.name in found["message"]
     assert (found["epoch"], found["step"]) == divmod(done, STEPS)  # no step was lost
@@ -153,7 +149,7 @@ def test_no_rank_waits_for_ever_for_another(whole, tmp_path, fault):
     said = life.output.read_text()
     assert "error: rank 0: another rank ended, or did not answer within --timeout" in said
     assert "Traceback" not in said
-    assert status(folder)["status"] == "failed"
+    assert status_of(folder)["status"] == "failed"
     found, damaged = positions(folder)
     assert max(found) >= (0, CHECKPOINT_STEPS)
     assert damaged == 0
@@ -179,9 +175,9 @@ def test_a_disk_that_is_full_at_the_start_is_told_of_before_the_first_step(image
     assert "(File too large)" in said
     assert not list(folder.glob("*.pth"))
     assert not temporary_files(folder)
-    assert status(folder)["status"] == "failed"
-    assert status(folder)["message"] in said
-    assert (status(folder)["epoch"], status(folder)["step"]) == (0, 0)
+    assert status_of(folder)["status"] == "failed"
+    assert status_of(folder)["message"] in said
+    assert (status_of(folder)["epoch"], status_of(folder)["step"]) == (0, 0)
 
 
 @pytest.mark.slow
@@ -214,8 +210,8 @@ def test_a_disk_that_fills_up_harms_no_checkpoint(image_folder, tmp_path, capsys
         assert max(found) == position
         assert damaged == 0
         assert not temporary_files(part)
-        assert status(part)["status"] == "failed"
-        assert status(part)["message"] in said
+        assert status_of(part)["status"] == "failed"
+        assert status_of(part)["message"] in said
         policy_gradient.main(arguments(part, "--resume", "auto"))  # there is room again
         tally = Tally()
         tally.compare(whole, part)

@@ -12,7 +12,7 @@ from _normal import train as normal
 from _policy_gradient import train as policy_gradient
 from tests.conftest import SMALL, SMALL_POLICY
 from tests.helpers.ranks import run_ranks
-from tests.helpers.runs import RICH, SCRIPTS, assert_same, assert_same_run, state_of
+from tests.helpers.runs import RICH, SCRIPTS, assert_same, assert_same_run, state_of, status_of
 from utils.checkpoints import checkpoint
 from utils.results.log import read_log
 from utils.runtime.errors import UserError
@@ -45,8 +45,8 @@ def stop_at(monkeypatch):
     return signals
 
 
-def status_of(folder):
-    status = json.loads((folder / "status.json").read_text())
+def reached(folder):
+    status = status_of(folder)
     return status["status"], status["epoch"], status["step"]
 
 
@@ -84,10 +84,10 @@ def test_resumed_from_anywhere_equals_uninterrupted(name, flags, image_folder, t
         with pytest.raises(Interrupted, match=rf"{number.name}: stopped after {steps} steps of epoch {place[0]}"):
             script.main([*command, str(part), "--resume", "auto", "--workers", str(place[0])])
         state = torch.load(part / "checkpoint.pth", weights_only=True)
-        assert status_of(part) == ("interrupted", place[0], state["step"])
+        assert reached(part) == ("interrupted", place[0], state["step"])
         assert (state["epoch"], state["images"]) == (place[0], 8 * state["step"])
     script.main([*command, str(part), "--resume", "auto"])
-    assert status_of(part) == ("finished", 2, 0)
+    assert reached(part) == ("finished", 2, 0)
     assert_same_run(whole, part)
 
 

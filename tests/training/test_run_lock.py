@@ -14,18 +14,16 @@ from types import SimpleNamespace
 import pytest
 
 from _normal import train as normal
-from _policy_gradient import train as policy_gradient
-from tests.conftest import SMALL, SMALL_POLICY
+from tests.conftest import SMALL
 from tests.helpers.finished_runs import write_run
 from tests.helpers.ranks import run_ranks
+from tests.helpers.runs import SCRIPTS
 from utils import report
 from utils.results.run_folder import read_run_folder
 from utils.runtime.errors import UserError
 from utils.training import run_lock
 from utils.training.run_lock import LOCK, Lock
 from utils.training.saver import Saver
-
-SCRIPTS = {"_normal": (normal, SMALL), "_policy_gradient": (policy_gradient, SMALL_POLICY)}
 
 
 def in_child(work: Callable[[], object]) -> int:

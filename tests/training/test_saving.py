@@ -9,10 +9,9 @@ import pytest
 import torch
 
 from _normal import train as normal
-from _policy_gradient import train as policy_gradient
-from tests.conftest import SMALL, SMALL_POLICY
+from tests.conftest import SMALL
 from tests.helpers.ranks import run_ranks
-from tests.helpers.runs import RICH, assert_same_run
+from tests.helpers.runs import RICH, SCRIPTS, assert_same_run, status_of
 from utils.data.dataset import ImageFolder
 from utils.data.samplers import TrainingSampler
 from utils.runtime import progress
@@ -20,12 +19,7 @@ from utils.runtime.errors import UserError
 from utils.training import rehearsal, run
 from utils.training.saver import Saver
 
-SCRIPTS = {"_normal": (normal, SMALL), "_policy_gradient": (policy_gradient, SMALL_POLICY)}
 DiskUsage = namedtuple("DiskUsage", "total used free")
-
-
-def status_of(folder):
-    return json.loads((folder / "status.json").read_text())
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,6 @@ import timm
 
 from _normal import train as normal
 from _policy_gradient import train as policy_gradient
-from tests.conftest import SMALL
 from utils.data.samplers import TrainingSampler
 from utils.runtime.errors import UserError
 from utils.runtime.progress import Position
@@ -32,11 +31,11 @@ def test_a_fresh_run_prints_model_weights_batch_rates_and_objective(train, capsy
 
 
 @pytest.mark.parametrize("objective", ["published-unscaled", "reinforce"])
-def test_objectives_that_keep_the_learning_rate_say_no_more_than_their_name(objective, train, capsys):
+def test_other_objectives_and_uniform_masks_print_their_names_only(objective, train, capsys):
     train(policy_gradient, "--epochs", 1, "--objective", objective, "--mask-policy", "uniform")
     out = capsys.readouterr().out
     assert f"objective: {objective}\n" in out
-    assert "policy: the same for all images (uniform), 0 parameters" in out
+    assert "policy: the same for all images (uniform), 0 parameters; weights: none to learn" in out
 
 
 def test_a_resumed_run_prints_where_it_goes_on(train, capsys):
@@ -49,7 +48,7 @@ def test_a_resumed_run_prints_where_it_goes_on(train, capsys):
     assert f"weights: those of {folder / 'checkpoint.pth'}\n" in out
 
 
-def test_a_fine_tuning_prints_the_file_and_what_is_frozen(train, capsys):
+def test_fine_tuning_and_evaluation_print_the_file_of_the_weights(train, capsys):
     folder = train(normal, "--epochs", 1)
     capsys.readouterr()
     train(normal, "--epochs", 1, "--finetune", folder / "model_0.pth", "--freeze-backbone", name="tuned")
@@ -57,12 +56,7 @@ def test_a_fine_tuning_prints_the_file_and_what_is_frozen(train, capsys):
     head = timm.create_model("test_resnet", num_classes=3).get_classifier()
     trained = sum(tensor.numel() for tensor in head.parameters())
     assert f"parameters, of which {trained:,} are trained; weights: those of {folder / 'model_0.pth'}\n" in out
-
-
-def test_an_evaluation_prints_the_model_and_its_file(train, image_folder, capsys):
-    folder = train(normal, "--epochs", 1)
-    capsys.readouterr()
-    normal.main([*SMALL, "--test-only", "--resume", str(folder / "model_0.pth"), "--data-path", str(image_folder)])
+    train(normal, "--test-only", "--resume", folder / "model_0.pth", name="tested")
     out = capsys.readouterr().out
     assert f"classifier: test_resnet, {parameters('test_resnet', 3)} parameters; weights: those of {folder}" in out
 
@@ -71,11 +65,6 @@ def test_what_cannot_start_prints_no_facts(train, capsys):
     with pytest.raises(UserError):
         train(normal, "--batch-size", 4096)
     assert "global batch" not in capsys.readouterr().out
-
-
-def test_uniform_masks_have_no_weights_to_name(train, capsys):
-    train(policy_gradient, "--grid", 4, "--epochs", 1, "--mask-policy", "uniform")
-    assert "policy: the same for all images (uniform), 0 parameters; weights: none to learn" in capsys.readouterr().out
 
 
 def test_the_steps_are_those_of_a_whole_epoch_after_a_change_of_processes(capsys):
