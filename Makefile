@@ -1,4 +1,5 @@
-# make test: the environment if needed, then the whole suite. make demo: the whole route on generated images.
+# make check: lint and the fast tests, for the edit loop. make test: the whole suite. make demo: the whole route on
+# generated images. Each installs the environment first if needed.
 
 PYTHON ?= python3
 VENV := .venv
@@ -7,7 +8,7 @@ DEMO := demo
 # torchrun's own; one thread a process, since the demo and the suite start several.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: test demo lint clean
+.PHONY: check test demo lint clean
 
 $(VENV)/runtime: requirements.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -18,8 +19,11 @@ $(VENV)/development: $(VENV)/runtime requirements-dev.txt
 	$(BIN)/pip install --quiet -r requirements-dev.txt
 	touch $@
 
+check: lint
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow"
+
 test: $(VENV)/development
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 lint: $(VENV)/development
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .

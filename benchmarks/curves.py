@@ -1,7 +1,7 @@
-"""Proof of value: training losses over several seeds, the fast settings beside the plain one.
+"""Training losses of the fast settings against plain float32 NCHW, over several seeds.
 
-`python -m benchmarks.curves --data DATA` trains both scripts on real images, for each setting and seed anew, and says
-whether the range of the losses over the seeds overlaps with that of float32 NCHW, window by window of steps.
+`python -m benchmarks.curves --data DATA` trains with both scripts for each setting and seed, and compares the ranges of
+the losses over the seeds in each window of steps.
 """
 
 import sys
@@ -12,6 +12,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -37,7 +38,7 @@ SCRIPTS: dict[str, ModuleType] = {"_normal": normal, "_policy_gradient": policy_
 
 
 class Overlap(NamedTuple):
-    """One window of steps: mean and range of the losses over the seeds, and does the range meet that of PLAIN?"""
+    """One window of steps: mean and range of the losses over the seeds; whether the range overlaps that of PLAIN."""
 
     mean: float
     low: float
@@ -46,7 +47,7 @@ class Overlap(NamedTuple):
 
 
 class Recorder:
-    """The script's update, which also keeps the loss of each step on the device, and ends the loop after `steps`."""
+    """Wraps the script's update: keeps the loss of each step on the device, and ends the loop after `steps`."""
 
     def __init__(self, update: GuardedUpdate, steps: int) -> None:
         self.update, self.steps = update, steps
@@ -77,23 +78,22 @@ class _Enough(Exception):
 
 
 def window_means(losses: Sequence[float], windows: int) -> list[float]:
-    """Mean loss of each of so many equal windows of steps; a remainder at the front is left out."""
+    """Mean loss in each of `windows` equal windows of steps; a remainder at the front is left out."""
     length = len(losses) // windows
-    tail = losses[len(losses) - length * windows :]
-    return [sum(tail[start : start + length]) / length for start in range(0, length * windows, length)]
+    return np.mean(np.reshape(losses[len(losses) - length * windows :], (windows, length)), axis=1).tolist()
 
 
 def overlaps(curves: Curves, plain: Curves) -> list[Overlap]:
-    """Window by window: (seeds x windows) beside those of the plain setting."""
+    """Compare each window of a setting with the same window of the plain one."""
     result = []
-    for values, reference in zip(zip(*curves, strict=True), zip(*plain, strict=True), strict=True):
-        meets = min(values) <= max(reference) and min(reference) <= max(values)
-        result.append(Overlap(sum(values) / len(values), min(values), max(values), meets))
+    for values, reference in zip(np.transpose(curves), np.transpose(plain), strict=True):  # (seeds,) each
+        meets = values.min() <= reference.max() and reference.min() <= values.max()
+        result.append(Overlap(values.mean(), values.min(), values.max(), meets))
     return result
 
 
 def table(script: str, all_curves: dict[str, Curves]) -> list[str]:
-    """Lines for each setting: mean (min .. max) of each window, `!` where the range does not meet the plain one."""
+    """A line for each setting: mean (min .. max) of each window, `!` where the range does not overlap the plain one."""
     lines = [f"{script}: mean loss over the seeds (min .. max) for each window of steps"]
     for name, curves in all_curves.items():
         windows = overlaps(curves, all_curves[PLAIN])
@@ -104,7 +104,7 @@ def table(script: str, all_curves: dict[str, Curves]) -> list[str]:
 
 
 def flags_of(script: str, setting: Setting, workers: int) -> list[object]:
-    """The models are small ones, so that many steps are trained: the curves compare arithmetic, not models."""
+    """Flags with small models, which allow many steps: the curves compare arithmetic, not models."""
     model = "resnet18" if script == "_normal" else "resnet10t"
     flags = [*setting.flags(model, workers=workers), "--lr", 0.02]
     return flags if script == "_normal" else [*flags, *setting.policy_flags()]
@@ -112,16 +112,17 @@ def flags_of(script: str, setting: Setting, workers: int) -> list[object]:
 
 def build_parser() -> Parser:
     parser = Parser(__doc__.split("\n")[0], prog="python -m benchmarks.curves")
-    parser.add_argument("--device", choices=("cpu", "cuda"), help="None: cuda where there is one")
-    parser.add_argument("--quick", action="store_true", help="the smallest network on images of 32 pixels")
-    parser.add_argument("--data", type=expanded_path, help="DATA/{train,val}/<class>/<image>; None: generated images")
-    parser.add_argument("--steps", type=int, default=200, help="of each training")
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--windows", type=int, default=5, help="equal parts of the steps, each with its mean loss")
-    parser.add_argument("--workers", type=int, help="None: 1 on the CPU, 16 on a GPU")
-    parser.add_argument("--settings", nargs="+", choices=list(VARIANTS), default=list(VARIANTS))
-    parser.add_argument("--scripts", nargs="+", choices=list(SCRIPTS), default=list(SCRIPTS))
-    parser.add_argument("--output", type=expanded_path, default=Path("benchmarks/results"), help="folder of the text")
+    add = parser.add_argument
+    add("--device", choices=("cpu", "cuda"), help="default: cuda if available")
+    add("--quick", action="store_true", help="the smallest network on images of 32 pixels")
+    add("--data", type=expanded_path, help="DATA/{train,val}/<class>/<image>; default: generated images")
+    add("--steps", type=int, default=200, help="steps of each training")
+    add("--seeds", type=int, default=3, help="number of trainings per setting")
+    add("--windows", type=int, default=5, help="number of equal parts of the steps, each with its mean loss")
+    add("--workers", type=int, help="default: 1 on the CPU, 16 on a GPU")
+    add("--settings", nargs="+", choices=list(VARIANTS), default=list(VARIANTS))
+    add("--scripts", nargs="+", choices=list(SCRIPTS), default=list(SCRIPTS))
+    add("--output", type=expanded_path, default=Path("benchmarks/results"), help="folder for the text")
     return parser
 
 

@@ -7,8 +7,8 @@ from pathlib import Path
 from PIL import Image
 
 from benchmarks.setting import Setting
-from utils.data.folders import find_classes, list_images
-from utils.data.listing import is_hidden
+from utils.data.folders import find_classes
+from utils.data.listing import PassedOver, find_images, is_hidden
 from utils.phantoms import dataset as phantoms
 
 CLASSES = 4
@@ -31,7 +31,7 @@ def png_files(setting: Setting, count: int) -> list[Path]:
 def _real_images(setting: Setting, count: int) -> list[Path]:
     """Images of the training split that are large enough, taken from its classes in turn."""
     root = setting.data / "train"
-    by_class = [map(Path, list_images(root / name)) for name in find_classes(root)]
+    by_class = [map(Path, find_images(root / name, PassedOver())) for name in find_classes(root)]
     in_turns = (path for paths in itertools.zip_longest(*by_class) for path in paths if path)
     large_enough = (path for path in in_turns if _shorter_side(path) >= setting.size)
     images = list(itertools.islice(large_enough, count))

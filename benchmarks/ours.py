@@ -1,11 +1,11 @@
-"""The scripts' real loops, built by their own `prepare`, over data on the device or over that of real files."""
+"""The scripts' real loops, built by their own `prepare`, over one batch on the device or over image files."""
 
-import contextlib
 import io
+import itertools
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from functools import partial
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 from _policy_gradient import train as policy_gradient
 from _policy_gradient.masking import Masking, build_policy
@@ -26,7 +26,7 @@ from utils.training.update import GuardedUpdate
 
 
 class Loop(NamedTuple):
-    """A script's loop and evaluation, with everything that they take."""
+    """A script's training loop and evaluation with all their inputs."""
 
     run: Run
     training: Training
@@ -38,9 +38,9 @@ class Loop(NamedTuple):
     def train_epoch(
         self, loader: "DataLoader | FixedLoader", epoch: int = 0, update: GuardedUpdate | None = None
     ) -> dict[str, float]:
-        """One pass of the real loop over a loader; nothing is saved, and the host waits at the last step only.
+        """One pass of the real loop over a loader; nothing is saved, and the host waits only at the last step.
 
-        update: in place of the script's own.
+        update: replaces the script's own.
         """
         saver = build_saver(self.run, self.training).idle()
         saver.position = Position(epoch)
@@ -63,9 +63,8 @@ class Loop(NamedTuple):
 
 
 def build(script: ModuleType, data: Path, output: Path, *flags: object) -> Loop:
-    """What the script's `main` would train with these flags: networks, optimisers, loaders, cache and compilation."""
-    torch.compiler.reset()  # torch compiles a function only so often, and counts the networks of earlier loops
-    torch._dynamo.reset()  # a model compiled before counts against the limit of recompilations
+    """Build what the script's `main` trains with these flags: networks, optimisers, loaders, cache, compilation."""
+    torch.compiler.reset()  # networks of earlier loops count against torch's limit of recompilations
     command = [str(part) for part in ("--data-path", data, "--output-dir", output, *flags)]
     with silence():
         run = begin(script.build_parser(), command, script.SCRIPT)
@@ -84,7 +83,7 @@ def build(script: ModuleType, data: Path, output: Path, *flags: object) -> Loop:
 class Watched:
     """A loader that measures the seconds from its `skip`-th batch to the end of the pass.
 
-    A pass starts with the workers' first batches, which an epoch of some thousand steps never notices.
+    The workers' first batches take longer, which does not matter in an epoch of some thousand steps.
     """
 
     def __init__(self, loader: DataLoader, skip: int, synchronize: Callable[[], None]) -> None:
@@ -111,19 +110,18 @@ class Watched:
 
 
 class FixedLoader:
-    """One batch of the script's own loader, already on the device, given `steps` times."""
+    """Yields one batch of the script's own loader, already on the device, `steps` times."""
 
     num_workers = 0
 
     def __init__(self, loop: Loop, steps: int) -> None:
-        self.batch = first_batch(loop.loader, loop.device)
-        self.batches = [self.batch] * steps
+        self.batch, self.steps = first_batch(loop.loader, loop.device), steps
         self.dataset = SimpleNamespace(path=loop.loader.dataset.path, on_device=None)
         batch_size = len(self.batch.images)
         self.batch_sampler = TrainingSampler(steps * batch_size, batch_size)
 
     def __iter__(self) -> Iterator[Batch]:
-        return iter(self.batches)
+        return itertools.repeat(self.batch, self.steps)
 
     @property
     def images(self) -> int:
@@ -131,35 +129,20 @@ class FixedLoader:
         return self.batch_sampler.num_images
 
 
-@dataclass
-class _OneBatch:
-    """What `batches` needs of a loader."""
-
-    dataset: Dataset
-    batch: Batch
-    num_workers: int = 0
-
-    def __iter__(self) -> Iterator[Batch]:
-        yield self.batch
-
-
 def first_batch(loader: DataLoader, device: torch.device) -> Batch:
     """The first batch of a script's loader, on the device; read in this process."""
     keys = next(iter(loader.batch_sampler))
-    return next(batches(_OneBatch(loader.dataset, loader.dataset.__getitems__(keys)), device))
+    return next(batches(DataLoader(loader.dataset, batch_sampler=[keys], collate_fn=loader.collate_fn), device))
 
 
 def network_input(loop: Loop, loader: FixedLoader) -> tuple[Tensor, Tensor]:
-    """The loader's batch as the networks see it: normalised images (B, 3, S, S), and targets (B,)."""
+    """The loader's batch as input of the networks: normalised images (B, 3, S, S), and targets (B,)."""
     return loop.run.normalize(loader.batch.images), loader.batch.targets
 
 
-@contextlib.contextmanager
+@contextmanager
 def silence() -> Iterator[None]:
-    """No lines, no bars, and no warning of a schedule that is stepped before its optimiser."""
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
-        stack.enter_context(contextlib.redirect_stderr(io.StringIO()))
-        stack.enter_context(warnings.catch_warnings())
-        warnings.simplefilter("ignore")
+    """Suppress lines, bars, and the warning about a schedule that is stepped before its optimiser."""
+    text = io.StringIO()
+    with redirect_stdout(text), redirect_stderr(text), warnings.catch_warnings(action="ignore"):
         yield

@@ -6,8 +6,8 @@ as a temporary file shows that a write is in progress. The result must equal the
 """
 
 import argparse
+import itertools
 import os
-import platform
 import random
 import re
 import shlex
@@ -17,11 +17,9 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
-from datetime import date
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,6 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 
+from benchmarks.report import describe, environment
 from utils.checkpoints import checkpoint
 from utils.phantoms import dataset as phantoms
 from utils.results.log import LOG, read_log
@@ -38,22 +37,15 @@ from utils.runtime.errors import UserError
 from utils.runtime.processes import run_script
 
 SCRIPT = "_policy_gradient"
-# --print-freq 1: a line for each step, from which the steps are counted.
-FLAGS = shlex.split(
+FLAGS = shlex.split(  # --print-freq 1: a line for each step, from which the steps are counted
     "--device cpu --model test_resnet --policy-model test_resnet --batch-size 8 --train-crop-size 32 "
     "--val-resize-size 36 --val-crop-size 32 --grid 8 --kernel 5 --sigma 2 --objective reinforce --model-ema "
     "--model-ema-steps 2 --mixup-alpha 0.2 --auto-augment ta_wide --opt adamw --lr 0.01 "
     "--lr-scheduler cosineannealinglr --print-freq 1"
 )
 # Arguments and log entries that may differ between equal runs.
-FREE_ARGUMENTS = ("output_dir", "resume", "workers", "checkpoint_steps", "plot_every", "tensorboard")
-TIMINGS = ("images_per_second",)
+FREE = {"output_dir", "resume", "workers", "checkpoint_steps", "plot_every", "tensorboard", "images_per_second"}
 STEP_LINE = re.compile(r"^epoch (\d+) \[(\d+)/(\d+)\]", re.MULTILINE)
-PHASES = ("start-up", "training", "evaluation", "a write")
-
-
-class Lost(Exception):
-    """A broken promise: something is gone after a kill, or the run cannot be resumed."""
 
 
 class Life:
@@ -84,9 +76,8 @@ class Life:
 
 def command(data: Path, output_dir: Path, processes: int, *flags: object) -> list[str]:
     """The command line of a run; with torchrun for several processes."""
-    launcher = []
-    if processes > 1:
-        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    launcher = torchrun if processes > 1 else []
     script = Path(__file__).resolve().parents[1] / SCRIPT / "train.py"
     words = [sys.executable, *launcher, script, *FLAGS, "--data-path", data, "--output-dir", output_dir, *flags]
     return [str(word) for word in words]
@@ -137,12 +128,10 @@ class Aim(NamedTuple):
 def random_aim(rng: random.Random, checkpoint_steps: int, start_up: float) -> Aim:
     """A random moment to kill at; start_up: seconds from a start to its first step."""
     steps = rng.randint(1, 3 * checkpoint_steps)
-    kinds = (
-        Aim(seconds=rng.uniform(0, start_up)),
-        Aim(steps=steps, delay=rng.uniform(0, 0.1)),
-        Aim(steps=steps - 1, at_write=True, delay=rng.uniform(0, 0.005)),
-    )
-    return rng.choices(kinds, (1, 4, 3))[0]
+    in_start_up = Aim(seconds=rng.uniform(0, start_up))
+    after_steps = Aim(steps=steps, delay=rng.uniform(0, 0.1))
+    in_write = Aim(steps=steps - 1, at_write=True, delay=rng.uniform(0, 0.005))
+    return rng.choices((in_start_up, after_steps, in_write), (1, 4, 3))[0]
 
 
 def watch(life: Life, folder: Path, aim: Aim | None) -> bool:
@@ -166,7 +155,7 @@ def temporary_files(folder: Path) -> set[str]:
 
 
 def phase(life: Life, left_temporary: bool) -> str:
-    """What a life was doing when it was killed, one of PHASES."""
+    """What a life was doing when it was killed."""
     if left_temporary:
         return "a write"
     if not life.steps():
@@ -176,45 +165,38 @@ def phase(life: Life, left_temporary: bool) -> str:
 
 def positions(folder: Path) -> tuple[list[tuple[int, int]], int]:
     """(epoch, step) of each valid checkpoint, and the number of damaged ones."""
-    valid, damaged = [], 0
-    for path in (folder / checkpoint.CHECKPOINT, folder / checkpoint.PREVIOUS):
-        if path.exists():
-            try:
-                state = checkpoint.read_checkpoint(path, SCRIPT)
-                valid.append((state["epoch"], state["step"]))
-            except UserError:
-                damaged += 1
-    return valid, damaged
+    paths = [path for path in (folder / checkpoint.CHECKPOINT, folder / checkpoint.PREVIOUS) if path.exists()]
+    valid = []
+    for path in paths:
+        with suppress(UserError):
+            state = checkpoint.read_checkpoint(path, SCRIPT)
+            valid.append((state["epoch"], state["step"]))
+    return valid, len(paths) - len(valid)
 
 
-def first_difference(expected: Any, actual: Any, where: str = "") -> str | None:
-    """The first place at which two values are not equal bit for bit; None if they are equal."""
-    if type(expected) is not type(actual):
-        return where
-    if isinstance(expected, torch.Tensor):
-        same_kind = (expected.dtype, expected.shape) == (actual.dtype, actual.shape)
-        return None if same_kind and expected.numpy().tobytes() == actual.numpy().tobytes() else where
-    if isinstance(expected, (list, tuple)):
-        expected, actual = dict(enumerate(expected)), dict(enumerate(actual))
-    if isinstance(expected, dict):
-        if expected.keys() != actual.keys():
-            return f"{where} (the keys)"
-        for key in expected:
-            if difference := first_difference(expected[key], actual[key], f"{where}.{key}"):
-                return difference
-        return None
-    return None if expected == actual else where
+def leaves(value: Any, place: str) -> Iterator[tuple[str, Hashable]]:
+    """Place and bits of every tensor and number in nested lists and dictionaries."""
+    if isinstance(value, (list, tuple)):
+        value = dict(enumerate(value))
+    if isinstance(value, dict):
+        for key, entry in value.items():
+            yield from leaves(entry, f"{place}.{key}")
+    elif isinstance(value, torch.Tensor):
+        yield place, (value.dtype, value.shape, value.numpy().tobytes())
+    else:
+        yield place, repr(value)
 
 
-def contents(folder: Path) -> dict[str, Any]:
-    """Everything that interruptions must not change: checkpoint, weights and log."""
+def contents(folder: Path) -> dict[str, dict[str, Hashable]]:
+    """Everything that interruptions must not change, by file: the leaves of checkpoint, weights and log."""
     files = {path.name: checkpoint.read(path) for path in folder.glob("model_*.pth")}
     files[checkpoint.CHECKPOINT] = checkpoint.read(folder / checkpoint.CHECKPOINT)
-    for state in files.values():
-        state["args"] = {name: value for name, value in state["args"].items() if name not in FREE_ARGUMENTS}
-    lines = read_log(folder)
-    files[LOG] = [{name: value for name, value in line.items() if name not in TIMINGS} for line in lines]
-    return files
+    files[LOG] = read_log(folder)
+    by_file = {name: dict(leaves(content, name)) for name, content in files.items()}
+    return {
+        name: {place: bits for place, bits in found.items() if FREE.isdisjoint(place.split("."))}
+        for name, found in by_file.items()
+    }
 
 
 @dataclass
@@ -237,26 +219,25 @@ class Tally:
         self.runs += 1
         self.files += len(expected)
         for name in sorted(expected.keys() | actual.keys()):
-            if difference := first_difference(expected.get(name), actual.get(name), name):
-                self.differences.append(f"{folder}: {difference}")
+            unequal = expected.get(name, {}).items() ^ actual.get(name, {}).items()
+            if unequal:
+                self.differences.append(f"{folder}: {min(place for place, _ in unequal)}")
         self.differences += [f"{folder}: {name}" for name in sorted(temporary_files(folder))]
 
 
 def survive(start: Callable[[int], Life], folder: Path, aims: Iterator[Aim], tally: Tally) -> None:
-    """Start life 0 of the run, kill it, start life 1, ... until the run finishes. Raises Lost for a broken promise.
+    """Start life 0 of the run, kill it, start life 1, and so on; without more aims the run is left to finish.
 
-    When there are no more aims, the run is left to finish.
+    Raises RuntimeError if a life fails, or if no checkpoint is as new as before the kill.
     """
     reached, newest = 0, None  # steps completed, and the position of the newest checkpoint
-    killed, number = True, 0
-    while killed:
+    for number in itertools.count():
         before = temporary_files(folder)
         life = start(number)
         try:
             killed = watch(life, folder, next(aims, None))
         finally:
             life.kill()
-        number += 1
         tally.starts += 1
         if steps := life.steps():
             tally.steps_computed += len(steps)
@@ -267,18 +248,20 @@ def survive(start: Callable[[int], Life], folder: Path, aims: Iterator[Aim], tal
             tally.left_temporary += len(left)
             tally.kills[phase(life, bool(left))] += 1
         elif life.exit_code() != 0:
-            raise Lost(f"{life.output}: ended with exit code {life.exit_code()}:\n{life.output.read_text()[-5000:]}")
+            raise RuntimeError(f"{life.output}: ended with exit code {life.exit_code()}")
         valid, damaged = positions(folder)
         tally.damaged += damaged
         if newest is not None and max(valid, default=(-1, -1)) < newest:
-            raise Lost(f"{folder}: at {newest} before the last kill; the valid checkpoints are now at {valid}")
+            raise RuntimeError(f"{folder}: at {newest} before the last kill; the valid checkpoints are now at {valid}")
         newest = max(valid, default=None)
+        if not killed:
+            return
 
 
 def report(tally: Tally, steps: int, options: argparse.Namespace, seconds: float) -> str:
-    """The table in benchmarks/README.md."""
-    kills = ", ".join(f"{tally.kills[name]} in {name}" for name in PHASES)
-    packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "torchvision", "timm"))
+    """The table in benchmarks/README.md, and the environment."""
+    phases = ("start-up", "training", "evaluation", "a write")
+    kills = ", ".join(f"{tally.kills[name]} in {name}" for name in phases)
     rows = {
         "kills": f"{tally.kills.total()}: {kills}",
         "restarts": tally.starts - tally.runs,
@@ -290,47 +273,49 @@ def report(tally: Tally, steps: int, options: argparse.Namespace, seconds: float
         "damaged checkpoints": tally.damaged,
         "files compared": tally.files,
         "**differences**": f"**{len(tally.differences)}**",
-        "versions": f"Python {platform.python_version()}, {packages}; {os.cpu_count()} CPU cores",
-        "date, duration": f"{date.today()}, {progress.seconds_as_text(seconds)}",
+        "duration": progress.seconds_as_text(seconds),
     }
-    return "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items())])
+    table = "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items())])
+    return f"{table}\n\n{describe(environment(torch.device('cpu'), sys.argv[1:], 'benchmarks.soak'))}"
 
 
 def main() -> None:
     parser = Parser(__doc__.splitlines()[0], prog="python -m benchmarks.soak")
-    parser.add_argument("--kills", type=int, default=100)
-    parser.add_argument("--processes", type=int, default=2, help="per run")
-    parser.add_argument("--checkpoint-steps", type=int, default=4)
-    parser.add_argument("--epochs", type=int, default=6, help="per run; runs are repeated until all kills are done")
-    parser.add_argument("--seed", type=int, default=0, help="for the random moments")
-    parser.add_argument("--output", type=expanded_path, help="folder for data and runs; default: a new temporary one")
+    add = parser.add_argument
+    add("--kills", type=int, default=100)
+    add("--processes", type=int, default=2, help="per run")
+    add("--checkpoint-steps", type=int, default=4)
+    add("--epochs", type=int, default=6, help="per run; runs are repeated until all kills are done")
+    add("--seed", type=int, default=0, help="for the random moments")
+    add("--output", type=expanded_path, help="folder for data and runs; default: a new temporary one")
     options = parser.parse_args()
     output = (options.output or Path(tempfile.mkdtemp(prefix="soak-"))).absolute()
     output.mkdir(parents=True, exist_ok=True)
     data = phantoms.generate(output / "data", size=40, scale=0.2)
     began, tally, rng = time.monotonic(), Tally(), random.Random(options.seed)
 
-    flags = ("--epochs", options.epochs)
-    whole = Life(command(data, output / "whole", options.processes, *flags, "--workers", 0), output / "whole.txt")
+    def start(folder: Path, text: str, *flags: object) -> Life:
+        words = command(data, folder, options.processes, "--epochs", options.epochs, *flags)
+        return Life(words, output / f"{text}.txt")
+
+    whole = start(output / "whole", "whole", "--workers", 0)
     watch(whole, output / "whole", Aim(steps=1))
     start_up = time.monotonic() - began
     if whole.exit_code() != 0:
-        raise Lost(f"the undisturbed run failed:\n{whole.output.read_text()[-5000:]}")
+        raise RuntimeError(f"{whole.output}: the undisturbed run failed")
 
     def aims() -> Iterator[Aim]:
         while tally.kills.total() < options.kills:
             yield random_aim(rng, options.checkpoint_steps, start_up)
 
-    resume = ("--resume", "auto", "--checkpoint-steps", options.checkpoint_steps)
     while tally.kills.total() < options.kills:
         folder = output / f"run_{tally.runs}"
 
-        def start(number: int, folder: Path = folder) -> Life:
-            workers = rng.randint(0, 1)
-            resumed = command(data, folder, options.processes, *flags, *resume, "--workers", workers)
-            return Life(resumed, output / f"{folder.name}_{number}.txt")
+        def resume(number: int, folder: Path = folder) -> Life:
+            flags = ("--resume", "auto", "--checkpoint-steps", options.checkpoint_steps, "--workers", rng.randint(0, 1))
+            return start(folder, f"{folder.name}_{number}", *flags)
 
-        survive(start, folder, aims(), tally)
+        survive(resume, folder, aims(), tally)
         tally.compare(output / "whole", folder)
         print(f"{tally.kills.total()} kills, {tally.runs} runs", *tally.differences, sep="\n", flush=True)
 

@@ -1,6 +1,6 @@
 """Tables and figures of a plan's finished runs: `python experiments/analyse.py PLAN RESULTS`.
 
-Writes tables.md, differences.png, health.png and validation.png. Lists the runs that have not finished.
+Writes tables.md, differences.png and validation.png. Lists the runs that have not finished.
 """
 
 import sys
@@ -11,7 +11,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from experiments import tables
 from experiments.differences import Comparison, compare
-from experiments.finished import Runs, Task, read_runs, read_tasks, task_names
+from experiments.finished import Runs, Task, read_runs, read_tasks
 from experiments.plan import Plan, read_plan
 from utils.arguments import check_limits
 from utils.runtime.command_line import Parser, expanded_path
@@ -23,17 +23,27 @@ from utils.runtime.text import printable
 
 TABLES = "tables.md"
 MARK = "<!-- written by experiments/analyse.py -->"  # marks files that may be replaced
-FIGURES = ("differences.png", "health.png", "validation.png")
+INTERVALS = (
+    "The bootstrap ({resamples} resamples of seeds and test images, percentiles) is too narrow with few seeds: over "
+    "seeds alone it holds the true mean 76 % of the time with 3 and 89 % with 8; with one it is over images only. The "
+    "t-interval is the more careful of the two, but leaves out the choice of test images. d_z: mean / standard "
+    "deviation of the differences. Seeds for 1 point: with which a paired t-test (two-sided, 5 %) has a power of 80 %."
+)
+FIGURES = ("differences.png", "validation.png")
 
 
 def page(plan: Plan, runs: Runs, tasks: list[Task], comparisons: list[Comparison], resamples: int) -> str:
     """The content of tables.md."""
-    parts = [MARK, f"# {plan.name}", plan.question, finished_and_missing(plan, runs)]
+    missing = [f"{arm.name} seed {seed}" for arm, seed in plan.runs() if (arm.name, seed) not in runs]
+    finished = f"{len(runs)} of {len(runs) + len(missing)} planned runs have finished."
+    if missing:
+        finished += f" **Preliminary**: missing {', '.join(missing)}."
+    parts = [MARK, f"# {plan.name}", plan.question, finished]
     for task in tasks:
         parts += task_parts(plan, task, comparisons)
     if comparisons:
-        parts.append(interval_note(resamples))
-    parts.append(tables.p_value_note(plan, task_names(plan), comparisons))
+        parts.append(INTERVALS.format(resamples=resamples))
+    parts.append(tables.p_value_note(plan, comparisons))
     if health := tables.health_table(plan, runs):
         parts += [
             "## The policy",
@@ -42,14 +52,6 @@ def page(plan: Plan, runs: Runs, tasks: list[Task], comparisons: list[Comparison
         ]
     parts += ["## Provenance", provenance(runs)]
     return "\n\n".join(part for part in parts if part) + "\n"
-
-
-def finished_and_missing(plan: Plan, runs: Runs) -> str:
-    """How many of the planned runs have finished, and which are missing."""
-    missing = [f"{arm.name} seed {seed}" for arm, seed in plan.runs() if (arm.name, seed) not in runs]
-    planned = len(runs) + len(missing)
-    text = f"{len(runs)} of {planned} planned runs have finished."
-    return f"{text} **Preliminary**: missing {', '.join(missing)}." if missing else text
 
 
 def task_parts(plan: Plan, task: Task, comparisons: list[Comparison]) -> list[str]:
@@ -72,17 +74,6 @@ def task_parts(plan: Plan, task: Task, comparisons: list[Comparison]) -> list[st
     else:
         parts.append(f"No differences: {plan.baseline} and the other arms have no seed in common.")
     return parts
-
-
-def interval_note(resamples: int) -> str:
-    """What the intervals and columns mean."""
-    return (
-        f"The bootstrap ({resamples} resamples of seeds and test images, percentiles) is too narrow with few seeds: "
-        "over seeds alone it holds the true mean 76 % of the time with 3 and 89 % with 8; with one it is over images "
-        "only. The t-interval is the more careful of the two, but leaves out the choice of test images. d_z: mean / "
-        "standard deviation of the differences. Seeds for 1 point: with which a paired t-test (two-sided, 5 %) has a "
-        "power of 80 %."
-    )
 
 
 def provenance(runs: Runs) -> str:
@@ -162,11 +153,7 @@ def write_figures(output: Path, plan: Plan, runs: Runs, tasks: list[Task], compa
     from experiments import pictures
     from utils.results.figures import write_figure
 
-    figures = (
-        pictures.differences(plan, tasks, comparisons),
-        pictures.health(plan, runs),
-        pictures.validation(plan, tasks, runs),
-    )
+    figures = (pictures.differences(plan, tasks, comparisons), pictures.validation(plan, tasks, runs))
     for name, figure in zip(FIGURES, figures, strict=True):
         if figure is None:
             (output / name).unlink(missing_ok=True)

@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from utils.data.images import read_image
 from utils.data.listing import PassedOver, find_images
-from utils.radimagenet.images import find_there
+from utils.radimagenet.images import find_existing
 from utils.runtime.command_line import Parser, expanded_path
 from utils.runtime.errors import UserError
 from utils.runtime.files import write_atomically
@@ -47,7 +47,6 @@ EXPECTED = {
 }
 SHORTER_SIDE = 224
 QUALITY = 85
-NAMES_SHOWN = 5  # number of missing images that are named
 
 
 def build(downloads: dict[str, Path], output: Path, manifest: Path = MANIFEST) -> None:
@@ -62,14 +61,14 @@ def build(downloads: dict[str, Path], output: Path, manifest: Path = MANIFEST) -
         sources |= find_sources(download, folder, places.keys())
     prepare_folders(output, places.values())
     absent = {image: place for image, place in places.items() if not (output / place).exists()}
-    wanted = {image: place for image, place in absent.items() if image in sources}
-    for image, place in tqdm(wanted.items(), desc="mini-RIN", unit=" images", disable=None):
-        write_atomically(output / place, as_jpeg(read_image(Path(sources[image]), gray=True)))
     missing = [place for image, place in absent.items() if image not in sources]
-    complete = len(places) - len(missing)
-    print_line(f"{output}: {complete} of {len(places)} images, {len(wanted)} of them written now")
+    for image, place in tqdm(absent.items(), desc="mini-RIN", unit=" images", disable=None):
+        if image in sources:
+            write_atomically(output / place, as_jpeg(read_image(Path(sources[image]), gray=True)))
+    complete, written = len(places) - len(missing), len(absent) - len(missing)
+    print_line(f"{output}: {complete} of {len(places)} images, {written} of them written now")
     if missing:
-        names = ", ".join(f"{place.parent.name} {place.stem}" for place in missing[:NAMES_SHOWN])
+        names = ", ".join(f"{place.parent.name} {place.stem}" for place in missing[:5])
         raise UserError(
             f"{output}: {len(missing)} of {len(places)} images are missing, such as {names}. Check that the downloads "
             "are complete and their files named as in --help, then start again to add the missing images."
@@ -126,15 +125,10 @@ def prepare_folders(output: Path, places: Collection[Path]) -> None:
         contents[place.parent.parent].add(place.parent.name)
         contents[place.parent].add(place.name)
     for folder, names in contents.items():
-        others = find_there(str(output / folder), PassedOver()) - names
-        if others:
-            raise UserError(
-                f"{output / folder / min(others)}: does not belong to mini-RIN. Remove it, or give another OUTPUT."
-            )
-        try:
-            (output / folder).mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"{error.filename}: cannot be created ({error.strerror}). Give another OUTPUT.") from None
+        if others := find_existing(str(output / folder), PassedOver()) - names:
+            path = output / folder / min(others)
+            raise UserError(f"{path}: does not belong to mini-RIN. Remove it, or give another OUTPUT.")
+        (output / folder).mkdir(parents=True, exist_ok=True)
 
 
 def as_jpeg(image: Image.Image) -> bytes:
@@ -156,18 +150,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         "folders around these do not matter. Started again after a kill or with missing images, the command adds what "
         "is missing and leaves existing images unchanged."
     )
-    for download, title in (
-        ("brain", "Brain Tumor Classification (MRI)"),
-        ("busi", "BUSI, breast ultrasound images"),
-        ("mednist", "MedNIST, 64 px"),
-    ):
-        parser.add_argument(
-            f"--{download}",
-            required=True,
-            type=expanded_path,
-            metavar="FOLDER",
-            help=f"{title}: contains {EXPECTED[download]}",
-        )
+    titles = ("Brain Tumor Classification (MRI)", "BUSI, breast ultrasound images", "MedNIST, 64 px")
+    for (download, expected), title in zip(EXPECTED.items(), titles, strict=True):
+        text = f"{title}: contains {expected}"
+        parser.add_argument(f"--{download}", required=True, type=expanded_path, metavar="FOLDER", help=text)
     parser.add_argument("output", type=expanded_path, metavar="OUTPUT", help="folder to create or to complete")
     options = parser.parse_args(argv)
     build({download: getattr(options, download) for download in LAYOUTS}, options.output)

@@ -21,7 +21,6 @@ from utils.runtime.errors import UserError
 COMPARED = ("hard_f1", "f1", "balanced_accuracy", "top1")
 SEEDS_FOR_P = 8
 POINT = 0.01
-Resamples = dict[RunKey, np.ndarray]  # (resamples, 6) each
 
 
 class Comparison(NamedTuple):
@@ -36,14 +35,13 @@ class Comparison(NamedTuple):
     task: str
     metric: str
     arm: str
-    seeds: list[int]
     differences: np.ndarray
     interval: tuple[float, float]
     t: tuple[float, float] | None
     effect: float | None
     needed: int | None
-    p: float | None = None
-    primary: bool = False
+    p: float | None
+    primary: bool
 
 
 def tested_metric(task: Task) -> str:
@@ -58,55 +56,45 @@ def compare(plan: Plan, tasks: list[Task], resamples: int) -> list[Comparison]:
     """
     if not any(arm == plan.baseline for task in tasks for arm, _ in task.runs):
         raise UserError(f"no run of the baseline {plan.baseline!r} has finished and was tested. Run it first.")
-    comparisons = [comparison for task in tasks for comparison in _compare_in(plan, task, resamples)]
-    tested = {task.name: tested_metric(task) for task in tasks}
-    p_values: dict[int, float] = {}  # by index in comparisons
-    secondary = []
-    for index, comparison in enumerate(comparisons):
-        if comparison.metric == tested[comparison.task] and len(comparison.seeds) >= SEEDS_FOR_P:
-            p_values[index] = sign_flip_p(comparison.differences)
-            primary = (comparison.task, comparison.arm) == (task_names(plan)[0], plan.primary)
-            comparisons[index] = comparison._replace(primary=primary)
-            if not primary:
-                secondary.append(index)
-    p_values |= dict(zip(secondary, holm([p_values[index] for index in secondary]), strict=True))
-    return [comparison._replace(p=p_values.get(index)) for index, comparison in enumerate(comparisons)]
-
-
-def _compare_in(plan: Plan, task: Task, resamples: int) -> list[Comparison]:
-    resampled = _resample(task, resamples)
     comparisons = []
-    for metric in COMPARED:
-        for arm in plan.arms:
-            pairs = [((arm.name, seed), (plan.baseline, seed)) for seed in range(arm.seeds)]
-            pairs = [pair for pair in pairs if task.runs.keys() >= set(pair)]
-            if pairs and arm.name != plan.baseline and (task.has_easy or not metric.startswith("hard_")):
-                comparisons.append(_comparison(task, metric, arm.name, pairs, resampled))
+    for task in tasks:
+        resampled = _resample(task, resamples)
+        for metric in COMPARED:
+            for arm in plan.arms:
+                pairs = [((arm.name, seed), (plan.baseline, seed)) for seed in range(arm.seeds)]
+                pairs = [pair for pair in pairs if task.runs.keys() >= set(pair)]
+                if pairs and arm.name != plan.baseline and (task.has_easy or not metric.startswith("hard_")):
+                    comparisons.append(_comparison(plan, task, metric, pairs, resampled))
+    secondary = [index for index, row in enumerate(comparisons) if row.p is not None and not row.primary]
+    for index, p in zip(secondary, holm([comparisons[index].p for index in secondary]), strict=True):
+        comparisons[index] = comparisons[index]._replace(p=p)
     return comparisons
 
 
 def _comparison(
-    task: Task, metric: str, arm: str, pairs: list[tuple[RunKey, RunKey]], resampled: Resamples
+    plan: Plan, task: Task, metric: str, pairs: list[tuple[RunKey, RunKey]], resampled: dict[RunKey, np.ndarray]
 ) -> Comparison:
-    """pairs: a run of the arm and one of the baseline for each seed."""
-    column = SCORES.index(metric)
+    """pairs: a run of the arm and one of the baseline for each seed; p is not adjusted yet."""
+    arm, column = pairs[0][0][0], SCORES.index(metric)
     differences = np.array([task.runs[run].metrics[metric] - task.runs[base].metrics[metric] for run, base in pairs])
     resampled_differences = [resampled[run][:, column] - resampled[base][:, column] for run, base in pairs]
+    has_p = metric == tested_metric(task) and len(pairs) >= SEEDS_FOR_P
     return Comparison(
         task.name,
         metric,
         arm,
-        [seed for (_, seed), _ in pairs],
         differences,
         hierarchical_interval(np.stack(resampled_differences, axis=1)),
         t_interval(differences),
         effect_size(differences),
         seeds_needed(differences, POINT),
+        sign_flip_p(differences) if has_p else None,
+        primary=has_p and (task.name, arm) == (task_names(plan)[0], plan.primary),
     )
 
 
-def _resample(task: Task, resamples: int) -> Resamples:
-    """The scores of each run, means over its draws, on the same resamples of the test images for all runs."""
+def _resample(task: Task, resamples: int) -> dict[RunKey, np.ndarray]:
+    """The scores of each run, (resamples, 6), means over its draws, on the same resamples of the test images."""
     stacked = np.concatenate([tested.predictions for tested in task.runs.values()])
     values = bootstrap_scores(task.targets, stacked, task.hard, resamples)  # (resamples, rows, 6)
     ends = np.cumsum([len(tested.predictions) for tested in task.runs.values()])[:-1]

@@ -1,18 +1,16 @@
 """Reads the finished runs of a plan: logs, origins, and the predictions for the test images of each task."""
 
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 from experiments.comparisons import SCORES, scores
-from experiments.plan import FINISHED, Plan, Stage, folder_of_run, read_record
+from experiments.plan import FINISHED, Plan, Stage, folder_of_run, matches, read_record
 from utils.results.run_folder import Evaluation, RunFolder, read_run_folder, read_table
 from utils.runtime.errors import UserError
 
 CLEAN = "clean"
-POLICY = "_policy_gradient"
 METRICS = {  # by name, their titles
     "top1": "top-1",
     "balanced_accuracy": "balanced accuracy",
@@ -41,8 +39,8 @@ Runs = dict[RunKey, Run]  # in the plan's order
 class Tested(NamedTuple):
     """Results of a run in a task.
 
-    predictions: (draws, N) class numbers, one row for each stage that belongs to the task; metrics: METRICS, means over
-    the draws, in [0, 1], NaN where undefined.
+    predictions: (draws, N) class numbers, one row for each stage that belongs to the task; metrics: by the names in
+    METRICS, means over the draws, in [0, 1], NaN where undefined.
     """
 
     predictions: np.ndarray
@@ -95,13 +93,6 @@ def _read_stage(folder: Path, stage: Stage) -> RunFolder:
     return content
 
 
-def policy_log(plan: Plan, runs: Runs, key: RunKey) -> list[dict]:
-    """The log lines of a run's stages that train a policy or its control, one stage after the other."""
-    (arm,) = [arm for arm in plan.arms if arm.name == key[0]]
-    stages = [runs[key].stages[stage.name] for stage in arm.stages if stage.script == POLICY]
-    return [line for stage in stages for line in stage.log]
-
-
 def task_names(plan: Plan) -> list[str]:
     """The tasks, in the order in which the plan first names them."""
     return list(dict.fromkeys(stage.test for arm in plan.arms for stage in arm.stages if stage.test is not None))
@@ -113,41 +104,31 @@ def read_tasks(plan: Plan, runs: Runs) -> list[Task]:
     tasks = [task for name in names if (task := _read_task(plan, runs, name)) is not None]
     if not tasks:
         raise UserError(f"the plan {plan.name!r}: none of its finished runs was tested. Give stages a `test`.")
-    hard_classes_exist = any(_is_hard(plan, name) for task in tasks for name in task.classes)
+    hard_classes_exist = any(matches(name, plan.hard) for task in tasks for name in task.classes)
     if plan.hard and len(tasks) == len(names) and not hard_classes_exist:
         raise UserError(f"the plan {plan.name!r}: hard={plan.hard!r} matches no class of any task. Fix the patterns.")
     return tasks
 
 
-def _is_hard(plan: Plan, name: str) -> bool:
-    return any(fnmatchcase(name, pattern.strip()) for pattern in plan.hard.split(","))
-
-
 def _read_task(plan: Plan, runs: Runs, name: str) -> Task | None:
     """None if no finished run was tested in the task."""
-    draws_of: dict[RunKey, list[RunFolder]] = {}
-    for arm in plan.arms:
-        stages = [stage.name for stage in arm.stages if stage.test == name]
-        for key, run in runs.items():
-            if key[0] == arm.name and stages:
-                draws_of[key] = [run.stages[stage] for stage in stages]
-    if not draws_of:
+    stages = {arm.name: [stage.name for stage in arm.stages if stage.test == name] for arm in plan.arms}
+    draws = {key: [run.stages[stage] for stage in stages[key[0]]] for key, run in runs.items() if stages[key[0]]}
+    if not draws:
         return None
-    first = next(iter(draws_of.values()))[0]
+    first, *others = (folder for folders in draws.values() for folder in folders)
     images = _images(first)
-    for draws in draws_of.values():
-        for draw in draws:
-            if _images(draw) != images:
-                raise UserError(
-                    f"{first.folder} and {draw.folder}: were tested on different images or classes, and cannot be "
-                    f"compared. Test both on the same data for the task {name!r}."
-                )
-    evaluation = first.evaluations[CLEAN]
-    classes, targets = [row["class"] for row in evaluation.table], evaluation.outcome.targets
-    hard = np.array([_is_hard(plan, name) for name in classes])
+    for folder in others:
+        if _images(folder) != images:
+            raise UserError(
+                f"{first.folder} and {folder.folder}: were tested on different images or classes, and cannot be "
+                f"compared. Test both on the same data for the task {name!r}."
+            )
+    classes, targets = images[0], first.evaluations[CLEAN].outcome.targets
+    hard = np.array([matches(name, plan.hard) for name in classes])
     hard = hard if hard.any() else ~hard
     tested = {
-        key: _tested(targets, hard, [draw.evaluations[CLEAN] for draw in draws]) for key, draws in draws_of.items()
+        key: _tested(targets, hard, [folder.evaluations[CLEAN] for folder in folders]) for key, folders in draws.items()
     }
     return Task(name, classes, hard, targets, tested)
 
@@ -164,7 +145,7 @@ def _tested(targets: np.ndarray, hard: np.ndarray, draws: list[Evaluation]) -> T
     aurocs = [draw.metrics.get("auroc") for draw in draws]
     values["auroc"] = float(np.mean([np.nan if auroc is None else auroc for auroc in aurocs]))
     values["hard_auroc"] = float(np.mean([_hard_auroc(draw, hard) for draw in draws]))
-    return Tested(predictions, {name: values[name] for name in METRICS})
+    return Tested(predictions, values)
 
 
 def _hard_auroc(draw: Evaluation, hard: np.ndarray) -> float:

@@ -1,11 +1,10 @@
 """Can the policy learn? `python experiments/learning_signal.py RUN --data-path DATA`
 
-Of some images of a split, with many masks each from the policy of a checkpoint, and both networks as in evaluation: how
-much of the loss is the masks' doing, and how many masks would it take to tell the policy the way. With --grid, --kernel
-and --sigma the same of uniform masks of another form, for the same classifier.
+Draws many masks for each of some images, with the policy and the classifier of a checkpoint in evaluation mode. Prints
+how much of the loss's variance comes from the masks, and how many masks the policy gradient needs until it has as much
+signal as noise. With --grid, --kernel and --sigma: the same for uniform masks of another form and the same classifier.
 """
 
-import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -35,17 +34,18 @@ SHUFFLES = 20
 
 
 class Samples(NamedTuple):
-    """losses: (N, K), of N images with K masks each; scores: (N, K, 2*G*G), of each mask's log-density."""
+    """Losses (N, K) of N images with K masks each, and scores (N, K, 2*G*G): gradients of the masks' log-densities."""
 
     losses: Tensor
     scores: Tensor
 
 
 class Signal(NamedTuple):
-    """Of a policy gradient: the squared length of its expectation, and how far that is from what chance gives.
+    """How well a policy gradient is known from single masks.
 
-    masks_needed: of how many masks the mean has as much signal as noise; infinite if no signal was found. deviations:
-    of the squared length from that with advantages shuffled, in standard deviations of the latter.
+    squared_length: of the expected gradient, estimated; masks_needed: number of masks whose mean gradient has as much
+    signal as noise, infinite without signal; deviations: distance of the squared length from its mean for shuffled
+    losses, in standard deviations of the latter.
     """
 
     squared_length: float
@@ -57,7 +57,7 @@ class Signal(NamedTuple):
 def sample(
     classifier: nn.Module, policy: Policy, mask: SmoothMask, images: Tensor, targets: Tensor, masks_per_image: int
 ) -> Samples:
-    """Losses and scores of images (N, 3, S, S), targets (N,); one image at a time, to spare memory."""
+    """Losses and scores for images (N, 3, S, S) and targets (N,), one image at a time to save memory."""
     losses, scores = [], []
     for image, target in zip(images.split(1), targets.split(1), strict=True):
         drawn = draw_masks(policy, mask, *policy(image), image, masks_per_image=masks_per_image)
@@ -78,46 +78,44 @@ def score(log_concentrations: Tensor, log_cells: Tensor) -> Tensor:
 
 
 def measure_signal(samples: Samples, shared: bool) -> Signal:
-    """How well the textbook gradient, with leave-one-out baselines, is known from single masks.
+    """The signal of the textbook gradient with leave-one-out baselines.
 
-    shared: the mean gradient of all images, which is what masks that are the same for all could follow; otherwise each
-    image's own. The masks of an image are halved; the product of the halves' gradients estimates the squared length of
-    the expected one without bias.
+    shared: of the mean gradient of all images, which masks that do not depend on the image could follow; otherwise of
+    image-specific gradients. The masks of an image are split into halves; the product of the halves' gradients is an
+    unbiased estimate of the squared length of the expected gradient.
     """
-    found, power = _squared_length(samples.losses, samples.scores, shared)
-    by_chance = torch.stack(
-        [_squared_length(_shuffle(samples.losses), samples.scores, shared)[0] for _ in range(SHUFFLES)]
-    )
-    needed = (power - found) / found if found > 0 else torch.inf
-    return Signal(float(found), float(needed), float((found - by_chance.mean()) / by_chance.std()))
-
-
-def _shuffle(losses: Tensor) -> Tensor:
-    """Each image's losses (N, K) in an order of their own."""
-    return losses.gather(1, torch.rand_like(losses).argsort(1))
+    squared_length, power = _squared_length(samples.losses, samples.scores, shared)
+    by_chance = torch.empty(SHUFFLES)
+    for number in range(SHUFFLES):
+        shuffled = samples.losses.gather(1, torch.rand_like(samples.losses).argsort(1))  # (N, K), within each image
+        by_chance[number] = _squared_length(shuffled, samples.scores, shared)[0]
+    masks_needed = (power - squared_length) / squared_length if squared_length > 0 else torch.inf
+    deviations = (squared_length - by_chance.mean()) / by_chance.std()
+    return Signal(float(squared_length), float(masks_needed), float(deviations))
 
 
 def _squared_length(losses: Tensor, scores: Tensor, shared: bool) -> tuple[Tensor, Tensor]:
-    """Of the expected gradient, estimated; and the mean squared length of a single mask's."""
+    """Squared length of the expected gradient, estimated, and mean squared length of a single mask's gradient."""
     halves, power = [], []
-    for loss, of_half in zip(losses.chunk(2, 1), scores.chunk(2, 1), strict=True):
+    for loss, half_scores in zip(losses.chunk(2, 1), scores.chunk(2, 1), strict=True):
         advantage = loss - leave_one_out_baseline(loss)  # (N, K/2)
-        halves.append(torch.einsum("nk,nkc->nc", advantage, of_half) / loss.shape[1])  # (N, 2*G*G)
-        power.append((advantage.square() * of_half.square().sum(2)).mean())
+        halves.append(torch.einsum("nk,nkc->nc", advantage, half_scores) / loss.shape[1])  # (N, 2*G*G)
+        power.append((advantage.square() * half_scores.square().sum(2)).mean())
     if shared:
         halves = [half.mean(0, keepdim=True) for half in halves]
     return (halves[0] * halves[1]).sum(1).mean(), torch.stack(power).mean()
 
 
 def report(samples: Samples) -> str:
-    """The figures, a line each."""
+    """The results, one per line."""
     losses = samples.losses
     within, between = losses.var(dim=1).mean(), losses.mean(dim=1).var()
+    share = within / (within + between)
     lines = [
         f"{losses.shape[0]} images, {losses.shape[1]} masks each; mean cross-entropy {losses.mean():.4f}",
-        f"variance of the loss between an image's masks: {within:.3g}, {100 * within / (within + between):.2g} % of it",
+        f"variance of the loss between an image's masks: {within:.3g}, {100 * share:.2g} % of the total",
     ]
-    for name, shared in (("the mean gradient of all images", True), ("an image's own gradient", False)):
+    for name, shared in (("mean gradient of all images", True), ("image-specific gradient", False)):
         signal = measure_signal(samples, shared)
         lines.append(
             f"{name}: as much signal as noise after {signal.masks_needed:.3g} masks "
@@ -126,33 +124,32 @@ def report(samples: Samples) -> str:
     return "\n".join(lines)
 
 
-def uniform(args: argparse.Namespace, options: argparse.Namespace) -> Policy:
-    """A policy of uniform masks of another form, which `args` then say."""
-    args.grid, args.kernel, args.sigma = options.grid, options.kernel or args.kernel, options.sigma or args.sigma
-    return create_policy("uniform", "", args.grid, args.val_crop_size)
-
-
 def main(argv: Sequence[str] | None = None) -> None:
     parser = Parser(__doc__, prog="python experiments/learning_signal.py")
     add_run_arguments(parser)
-    parser.add_argument("--images-per-class", type=positive_int, default=8, help="the first ones; default: 8")
-    parser.add_argument("--masks-per-image", type=positive_int, default=256, help="default: 256")
-    parser.add_argument("--seed", type=int, default=0, help="of the masks; default: 0")
-    parser.add_argument("--grid", type=positive_int, help="uniform masks of so many cells a side, not the policy's")
-    parser.add_argument("--kernel", type=positive_int, help="with --grid: their blur, pixels; default: the run's")
-    parser.add_argument("--sigma", type=positive_float, help="with --grid: their blur, pixels; default: the run's")
+    add = parser.add_argument
+    add("--images-per-class", type=positive_int, default=8, help="the first images of each class; default: 8")
+    add("--masks-per-image", type=positive_int, default=256, help="default: 256")
+    add("--seed", type=int, default=0, help="seed of the masks; default: 0")
+    add("--grid", type=positive_int, help="draw uniform masks with this many cells per side")
+    add("--kernel", type=positive_int, help="with --grid: size of their blur, pixels; default: the run's")
+    add("--sigma", type=positive_float, help="with --grid: sigma of their blur, pixels; default: the run's")
     options = parser.parse_args(argv)
     arguments.check_limits(vars(options))
     if options.masks_per_image < 4 or options.masks_per_image % 2:
         raise UserError(f"--masks-per-image {options.masks_per_image}: expected an even number of at least 4.")
     if options.grid is None and (options.kernel or options.sigma):
-        raise UserError("--kernel and --sigma: are of the uniform masks of --grid; give that too.")
+        raise UserError("--kernel and --sigma: only for the uniform masks of --grid; give --grid too.")
     path = checkpoint_of(options.run)
     args, state = read_run(path, options.data_path, options.split)
     split = open_splits(args, state["classes"], str(path)).evaluation
     examples = choose_examples(split, None, options.images_per_class)
     classifier = build.classifier(args, split.classes, state, None, CPU).eval()
-    policy = build_policy(args, state, None, CPU) if options.grid is None else uniform(args, options)
+    if options.grid is None:
+        policy = build_policy(args, state, None, CPU)
+    else:
+        args.grid, args.kernel, args.sigma = options.grid, options.kernel or args.kernel, options.sigma or args.sigma
+        policy = create_policy("uniform", "", args.grid, args.val_crop_size)
     images = Normalize(args.mean, args.std)(examples.images)  # (N, 3, S, S)
     targets = torch.as_tensor(split.targets)[examples.indices].long()
     torch.manual_seed(options.seed)

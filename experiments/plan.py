@@ -5,6 +5,7 @@ import math
 import runpy
 import shlex
 from dataclasses import asdict, dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -108,6 +109,11 @@ class Plan:
         first = {self.baseline, self.primary} if self.primary else set()
         order = [(arm, seed) for seed in range(max(arm.seeds for arm in self.arms)) for arm in self.arms]
         return sorted((run for run in order if run[1] < run[0].seeds), key=lambda run: run[0].name not in first)
+
+
+def matches(name: str, patterns: str) -> bool:
+    """Whether a class matches one of the shell patterns, which are separated by commas."""
+    return any(fnmatchcase(name, pattern.strip()) for pattern in patterns.split(","))
 
 
 def folder_of_run(output: Path, arm: str, seed: int) -> Path:

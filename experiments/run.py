@@ -35,6 +35,7 @@ from utils.runtime.text import print_line
 
 PROGRESS = "progress.json"  # of a run that has begun
 OUTPUT = "output.txt"  # of all commands of a run
+SUBSETS = "data"  # folder of the links of all subsets
 KEPT = ("log.jsonl", "run.json", "metrics.json", "per_class.csv", "predictions.csv")  # of each finished stage
 
 
@@ -122,7 +123,7 @@ def run_stages(arm: Arm, seed: int, options: argparse.Namespace, processes: Proc
             flags = shlex.split(options.flags)
             data = options.data_path
             if stage.subset:
-                data = subset_folder(options.output, stage)
+                data = options.output / SUBSETS / stage.subset.name
             elif options.exclude:
                 flags += ["--exclude", str(options.exclude)]
             for command in commands(stage, seed, run, data, flags):
@@ -134,7 +135,9 @@ def run_stages(arm: Arm, seed: int, options: argparse.Namespace, processes: Proc
                 if code == INTERRUPTED:
                     raise Unfinished("interrupted")
                 if code != 0:
-                    raise UserError(f"{stage.name}: exit code {code}: {last_line(run / OUTPUT)} ({run / OUTPUT})")
+                    lines = (run / OUTPUT).read_text(errors="replace").split("\n")
+                    last = next((line for line in reversed(lines) if line.strip()), "no output")
+                    raise UserError(f"{stage.name}: exit code {code}: {last} ({run / OUTPUT})")
         write_json(run / FINISHED, {"stages": as_written(arm), "seconds": record["seconds"]})
         tidy(run, arm.stages)
     return record["seconds"]
@@ -154,17 +157,6 @@ def lock(file: BinaryIO) -> bool:
     return True
 
 
-def last_line(path: Path) -> str:
-    """The last line of a text file; for a failed script, its error."""
-    lines = path.read_text(errors="replace").strip().splitlines()
-    return lines[-1] if lines else "no output"
-
-
-def subset_folder(output: Path, stage: Stage) -> Path:
-    """The folder with the links of a stage's subset."""
-    return output / "data" / stage.subset.name
-
-
 def tidy(run: Path, done: Sequence[Stage], remaining: Sequence[Stage] = ()) -> None:
     """Keep only KEPT of the stages that are done, and the weights from which the remaining stages start.
 
@@ -182,22 +174,14 @@ def tidy(run: Path, done: Sequence[Stage], remaining: Sequence[Stage] = ()) -> N
 
 def build_parser() -> Parser:
     parser = Parser(__doc__, prog="python experiments/run.py")
-    parser.add_argument("plan", type=expanded_path, help="a Python file that defines PLAN, see experiments/plans")
-    parser.add_argument("--data-path", type=expanded_path, required=True, help="DATA/{train,val,test}/<class>/<image>")
-    parser.add_argument(
-        "--exclude", type=expanded_path, help="list of images to leave out, as for the training scripts"
-    )
-    parser.add_argument(
-        "-o",
-        "--output",
-        type=expanded_path,
-        help="folder for the runs; default: experiments/results/<name of the plan>",
-    )
-    parser.add_argument("--flags", default="", help='for every training, for example "--device cpu --workers 0"')
-    parser.add_argument("--jobs", type=int, default=1, help="number of runs at a time; default: %(default)s")
-    parser.add_argument(
-        "--minutes", type=float, default=float("inf"), help="stop all runs after this time; default: no limit"
-    )
+    add = parser.add_argument
+    add("plan", type=expanded_path, help="a Python file that defines PLAN, see experiments/plans")
+    add("--data-path", type=expanded_path, required=True, help="DATA/{train,val,test}/<class>/<image>")
+    add("--exclude", type=expanded_path, help="list of images to leave out, as for the training scripts")
+    add("-o", "--output", type=expanded_path, help="folder for the runs; default: experiments/results/<plan's name>")
+    add("--flags", default="", help='for every training, for example "--device cpu --workers 0"')
+    add("--jobs", type=int, default=1, help="number of runs at a time; default: %(default)s")
+    add("--minutes", type=float, default=float("inf"), help="stop all runs after this time; default: no limit")
     return parser
 
 
@@ -210,13 +194,13 @@ def run_plan(plan: Plan, options: argparse.Namespace) -> tuple[list[str], list[s
     for arm, seed in plan.runs():
         run = folder_of_run(options.output, arm.name, seed)
         if read_record(run / FINISHED, arm):
-            tidy(run, arm.stages)  # again, in case that an earlier call was killed
+            tidy(run, arm.stages)  # again, in case an earlier call was killed
         else:
-            read_record(run / PROGRESS, arm)  # so that an error comes before anything runs
+            read_record(run / PROGRESS, arm)  # raises its errors before anything runs
             pending.append((arm, seed))
     print_line(f"{plan.name}: {len(plan.runs())} runs, {len(plan.runs()) - len(pending)} finished before")
     for stage in (stage for arm in plan.arms for stage in arm.stages if stage.subset):
-        link_subset(options.data_path, stage.subset, subset_folder(options.output, stage), options.exclude)
+        link_subset(options.data_path, stage.subset, options.output / SUBSETS / stage.subset.name, options.exclude)
 
     processes = Processes(options.jobs)
     for number in stopping_signals():

@@ -1,20 +1,14 @@
 """Subsets of a data set as folders of links: some classes, a few training images of each."""
 
-import fnmatch
 import os
 import random
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
-from experiments.plan import Subset
+from experiments.plan import Subset, matches
 from utils.data.folders import SPLITS, ImageFiles, find_classes, read_excluded
 from utils.runtime.errors import UserError
-
-
-def matches(name: str, patterns: str) -> bool:
-    """Whether a class matches one of the shell patterns, which are separated by commas."""
-    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns.split(",") if pattern)
 
 
 def choose(names: Iterable[str], shots: int, draw: int) -> list[str]:
@@ -32,7 +26,7 @@ def link_subset(data: Path, subset: Subset, folder: Path, exclude: Path | None =
     """
     images = _choose_images(data, subset, exclude)
     # Relative, so that data and links can be moved together.
-    links = {image: os.path.relpath(data / image, _real_parent(folder / image)) for image in images}
+    links = {image: os.path.relpath(data / image, os.path.realpath((folder / image).parent)) for image in images}
     if _read_links(folder) == links:
         return
     unfinished = folder.with_name(f"{folder.name}.tmp")
@@ -71,8 +65,3 @@ def _read_links(folder: Path) -> dict[str, str]:
     """The targets of the links below a folder, by their path relative to it; empty if there is no such folder."""
     paths = (os.path.join(parent, name) for parent, _, names in os.walk(folder) for name in names)
     return {os.path.relpath(path, folder): os.readlink(path) for path in paths if os.path.islink(path)}
-
-
-def _real_parent(link: Path) -> Path:
-    """The folder where `..` in a relative link starts."""
-    return Path(os.path.realpath(link.parent))

@@ -5,8 +5,8 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from experiments.differences import COMPARED, POINT, SEEDS_FOR_P, Comparison
-from experiments.finished import METRICS, Runs, Task, policy_log
+from experiments.differences import POINT, SEEDS_FOR_P, Comparison
+from experiments.finished import METRICS, Runs, Task, task_names
 from experiments.plan import Plan
 from utils.results.metrics import LEVEL
 from utils.runtime.text import printable
@@ -28,11 +28,8 @@ HEATED_KEYS = ("val_top1", "val_f1")  # shown for the last epoch
 def markdown(header: Sequence[str], rows: Iterable[Sequence[str]], texts: int = 1) -> str:
     """A table; all columns except the first `texts` are right-aligned."""
     lines = [header, ["---"] * texts + ["---:"] * (len(header) - texts), *rows]
-    return "\n".join(f"| {' | '.join(_escape(cell) for cell in line)} |" for line in lines)
-
-
-def _escape(cell: str) -> str:
-    return printable(cell).replace("|", r"\|")
+    cells = ([printable(cell).replace("|", r"\|") for cell in line] for line in lines)
+    return "\n".join(f"| {' | '.join(line)} |" for line in cells)
 
 
 def results_table(plan: Plan, task: Task) -> str:
@@ -65,20 +62,17 @@ def differences_table(task: Task, comparisons: list[Comparison]) -> str:
     level = f"{100 * LEVEL:.0f} %"
     header = ["metric", "arm", "seeds", "difference", f"{level} over seeds (t)", f"{level} bootstrap", "d_z"]
     header += ["seeds for 1 point", "p"]
-    rows = []
-    for metric in COMPARED:
-        for comparison in comparisons:
-            if (comparison.task, comparison.metric) == (task.name, metric):
-                rows.append([METRICS[metric], *_difference_cells(comparison)])
+    rows = [_difference_cells(comparison) for comparison in comparisons if comparison.task == task.name]
     return markdown(header, rows, texts=2)
 
 
 def _difference_cells(comparison: Comparison) -> list[str]:
     effect, needed, p = comparison.effect, comparison.needed, comparison.p
     return [
+        METRICS[comparison.metric],
         comparison.arm,
-        str(len(comparison.seeds)),
-        _points(comparison.differences.mean()),
+        str(len(comparison.differences)),
+        _signed(comparison.differences.mean() / POINT),
         _interval(comparison.t),
         _interval(comparison.interval),
         NONE if effect is None else _signed(effect),
@@ -87,25 +81,23 @@ def _difference_cells(comparison: Comparison) -> list[str]:
     ]
 
 
-def _points(difference: float) -> str:
-    return _signed(difference / POINT)
-
-
 def _signed(value: float) -> str:
     """With two decimals, and 0.00 instead of -0.00."""
     return f"{round(value, 2) + 0.0:+.2f}"
 
 
 def _interval(interval: tuple[float, float] | None) -> str:
-    return NONE if interval is None else " to ".join(_points(end) for end in interval)
+    return NONE if interval is None else " to ".join(_signed(end / POINT) for end in interval)
 
 
 def health_table(plan: Plan, runs: Runs) -> str:
     """First and last epoch of the policy's quantities in the log, means over seeds, one column per arm; "" if none."""
-    logs: dict[str, list[list[dict]]] = {}  # by arm, the log of each seed
-    for key in runs:
-        if log := policy_log(plan, runs, key):
-            logs.setdefault(key[0], []).append(log)
+    scripts = {(arm.name, stage.name): stage.script for arm in plan.arms for stage in arm.stages}
+    logs: dict[str, list[list[dict]]] = {}  # by arm, the log lines of each seed's stages that train a policy
+    for (arm, _), run in runs.items():
+        stages = [stage for name, stage in run.stages.items() if scripts[arm, name] == "_policy_gradient"]
+        if log := [line for stage in stages for line in stage.log]:
+            logs.setdefault(arm, []).append(log)
     if not logs:
         return ""
     rows = []
@@ -123,15 +115,15 @@ def _over_seeds(logs: list[list[dict]], name: str, epoch: int) -> str:
     return NONE if None in values else f"{float(np.mean(values)):.4f}"
 
 
-def p_value_note(plan: Plan, tasks: list[str], comparisons: list[Comparison]) -> str:
+def p_value_note(plan: Plan, comparisons: list[Comparison]) -> str:
     """Sentences that explain the p-values, or why there are none."""
     notes = []
-    few = sorted({len(comparison.seeds) for comparison in comparisons if len(comparison.seeds) < SEEDS_FOR_P})
+    seeds = sorted({len(comparison.differences) for comparison in comparisons})
+    few = [f"{2.0 ** (1 - n):.2g} with {n}" for n in seeds if n < SEEDS_FOR_P]
     if few:
-        least = ", ".join(f"{2.0 ** (1 - n):.2g} with {n}" for n in few)
         notes.append(
             f"With fewer than {SEEDS_FOR_P} seeds no p is given: the exact test of n seeds cannot give one below "
-            f"2^(1-n), {least}."
+            f"2^(1-n), {', '.join(few)}."
         )
     tested = [comparison for comparison in comparisons if comparison.p is not None]
     if tested:
@@ -140,10 +132,11 @@ def p_value_note(plan: Plan, tasks: list[str], comparisons: list[Comparison]) ->
             "(macro F1 in a task of one kind of classes)."
         )
     if any(comparison.primary for comparison in tested):
-        notes.append(f"Primary: {plan.primary} in {tasks[0]}, named before the runs, not adjusted.")
+        notes.append(f"Primary: {plan.primary} in {task_names(plan)[0]}, named before the runs, not adjusted.")
     secondary = [comparison for comparison in tested if not comparison.primary]
     if secondary:
         tests = f"{len(secondary)} {'test' if len(secondary) == 1 else 'tests'}"
-        least = min(1.0, len(secondary) * 2.0 ** (1 - max(len(comparison.seeds) for comparison in secondary)))
+        most_seeds = max(len(comparison.differences) for comparison in secondary)
+        least = min(1.0, len(secondary) * 2.0 ** (1 - most_seeds))
         notes.append(f"Secondary: Holm-adjusted for {tests}; the least p that so many seeds can give is {least:.2g}.")
     return " ".join(notes)

@@ -39,14 +39,12 @@ def build_parser() -> Parser:
         command.add_argument("runs", nargs="+", type=expanded, metavar="RUN", help="the --output-dir of a run")
     for name, text in (("confusion", "confusion matrix"), ("recall", "recall of each class")):
         command = commands.add_parser(name, help=f"{text}, from the tables of --test-only")
-        command.add_argument(
-            "run", type=expanded, metavar="RUN", help="the folder of predictions.csv and per_class.csv"
-        )
+        text = "the folder of predictions.csv and per_class.csv"
+        command.add_argument("run", type=expanded, metavar="RUN", help=text)
         command.add_argument("--masked", action="store_true", help="show the evaluation with masks")
     for command in commands.choices.values():
-        command.add_argument(
-            "-o", "--output", type=expanded, help="a .png or .svg file; default: RUN/plots/PICTURE.png"
-        )
+        text = "a .png or .svg file; default: RUN/plots/PICTURE.png"
+        command.add_argument("-o", "--output", type=expanded, help=text)
         command.add_argument("--overwrite", action="store_true", help="replace an existing --output")
     return parser
 

@@ -114,7 +114,7 @@ def predict(
     """
     normalize = build.normalize(classifier.args, device)
     for batch, logits in logits_of_batches(classifier.model, batches(loader, device), normalize, device):
-        for message in batch.bad:
+        for message in batch.unreadable:
             report(message)
         is_readable = batch.indices >= 0
         yield batch.indices[is_readable], logits.cpu()[is_readable]
@@ -150,19 +150,13 @@ def as_table(rows: Iterator[Row], classes: list[str], top: int, width: int) -> I
 def as_csv(rows: Iterator[Row], classes: list[str], top: int, width: int) -> Iterator[str]:
     """image, prediction, probability; then one column per class, or with a smaller `top` two per further class."""
     all_classes = top == len(classes)
-    if all_classes:
-        more = classes
-    else:
-        more = [f"{column}_{rank}" for rank in range(2, top + 1) for column in ("prediction", "probability")]
-    yield csv_table([["image", "prediction", "probability", *more]])
+    further = [f"{column}_{rank}" for rank in range(2, top + 1) for column in ("prediction", "probability")]
+    yield csv_table([["image", "prediction", "probability", *(classes if all_classes else further)]])
     for path, names, probabilities in rows:
-        ranking = [(name, f"{value:.6g}") for name, value in zip(names, probabilities, strict=True)]
-        if all_classes:
-            by_name = dict(ranking)
-            more = [by_name[name] for name in classes]
-        else:
-            more = [cell for pair in ranking[1:] for cell in pair]
-        yield csv_table([[path, *ranking[0], *more]])
+        ranking = {name: f"{value:.6g}" for name, value in zip(names, probabilities, strict=True)}
+        first, *others = ranking.items()
+        cells = [ranking[name] for name in classes] if all_classes else [cell for pair in others for cell in pair]
+        yield csv_table([[path, *first, *cells]])
 
 
 def as_json(rows: Iterator[Row], classes: list[str], top: int, width: int) -> Iterator[str]:

@@ -108,33 +108,23 @@ def _is_heated(weights: Weights) -> bool:
     return weights.args.get("grid") is not None and weights.args.get("mask_policy", "learned") != "none"
 
 
-def _check_different(paths: list[str]) -> None:
-    """Raise UserError for a file that is given twice, also under another name: it would count twice."""
-    seen = set()
-    for path in paths:
-        target = os.path.realpath(path)
-        if target in seen:
-            raise UserError(f"{path}: is given twice; give each file once.")
-        seen.add(target)
-
-
 def main(argv: Sequence[str] | None = None) -> None:
     parser = Parser(__doc__, prog="python -m utils.weight_averaging")
-    parser.add_argument(
-        "files", nargs="+", type=expanded, metavar="FILE", help="weights of one model, usually of its last epochs"
-    )
-    parser.add_argument(
-        "-o", "--output", type=expanded, required=True, help="the file to write; --finetune and --test-only read it"
-    )
-    parser.add_argument("--overwrite", action="store_true", help="replace an existing file")
-    parser.add_argument("--use-ema", action=Switch, help="average the moving averages of files that have them "
-        "(the default), or the trained weights")  # fmt: skip
+    add = parser.add_argument
+    add("files", nargs="+", type=expanded, metavar="FILE", help="weights of one model, usually of its last epochs")
+    add("-o", "--output", type=expanded, required=True, help="the file to write; --finetune and --test-only read it")
+    add("--overwrite", action="store_true", help="replace an existing file")
+    add("--use-ema", action=Switch, help="average the moving averages of files that have them (the default), or the "
+        "trained weights")  # fmt: skip
     options = parser.parse_args(argv)
     output = Path(options.output)
     check_absent(output, options.overwrite)
     if not output.parent.is_dir():
         raise UserError(f"--output {output.parent}: no such folder; create it, or give another one.")
-    _check_different(options.files)
+    targets = [os.path.realpath(path) for path in options.files]
+    for number, path in enumerate(options.files):
+        if targets[number] in targets[:number]:  # also under another name
+            raise UserError(f"{path}: is given twice; give each file once.")
     files = [read_weights(path, options.use_ema) for path in options.files]
     for weights in files:
         check_state_dict(weights.path, weights.model)

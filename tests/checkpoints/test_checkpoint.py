@@ -9,19 +9,18 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.helpers.states import CLASSES, as_bytes, assert_equal_states, network, training_state
+from tests.helpers.runs import assert_same
+from tests.helpers.states import CLASSES, as_bytes, network, training_state
 from utils.checkpoints.checkpoint import (
     CHECKPOINT,
     PREVIOUS,
     read,
     read_checkpoint,
-    read_weights,
     save,
     save_checkpoint,
     weights_state,
 )
 from utils.runtime.errors import UserError
-from utils.training.state import restore_rng_state, rng_states
 
 
 def small_state() -> dict:
@@ -32,37 +31,15 @@ def small_state() -> dict:
 
 
 def test_saved_values_are_read_back(tmp_path):
-    plain = {
-        "numbers": {"int": 3, "float": 0.1, "bool": True, "none": None, "text": "ü"},
-        "list": [1, ["a", "b"], (2, 3)],
+    state = {
+        "plain": [3, 0.1, True, None, "ü", ["a"], (2, 3)],
+        "tensor": torch.randn(3, 4),
+        "rng": torch.get_rng_state(),
     }
-    tensors = {
-        "float32": torch.randn(3, 4),
-        "bfloat16": torch.randn(3).bfloat16(),
-        "int64": torch.tensor(7),
-        "uint8": torch.get_rng_state(),
-    }
-    save(tmp_path / "state.pth", plain | tensors)
-    found = read(tmp_path / "state.pth")
-    assert {key: found[key] for key in plain} == plain
-    assert_equal_states({key: found[key] for key in tensors}, tensors)
-    assert torch.load(tmp_path / "state.pth", weights_only=True)["list"] == plain["list"]
+    save(tmp_path / "state.pth", state)
+    assert_same(read(tmp_path / "state.pth"), state)
+    assert_same(torch.load(tmp_path / "state.pth", weights_only=True), state)
     assert os.listdir(tmp_path) == ["state.pth"]
-
-
-@pytest.mark.parametrize("hard_links", [True, False])
-def test_the_previous_checkpoint_is_kept(tmp_path, monkeypatch, hard_links):
-    def refuse(*_):
-        raise OSError(errno.EPERM, os.strerror(errno.EPERM))
-
-    if not hard_links:
-        monkeypatch.setattr(os, "link", refuse)
-    for epoch in range(4):
-        save_checkpoint(tmp_path, {"epoch": epoch})
-        assert read(tmp_path / CHECKPOINT) == {"epoch": epoch}
-        if epoch > 0:
-            assert read(tmp_path / PREVIOUS) == {"epoch": epoch - 1}
-    assert sorted(os.listdir(tmp_path)) == [CHECKPOINT, PREVIOUS]
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -73,27 +50,13 @@ def refuse_with_full_disk(*_, **__):
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
-def write_a_little_then_refuse():
-    """An os.write for a disk with room for 100 bytes more."""
-    real_write, room = os.write, [100]
-
-    def write(descriptor: int, data: memoryview) -> int:
-        if not room[0]:
-            refuse_with_full_disk()
-        written = real_write(descriptor, data[: room[0]])
-        room[0] -= written
-        return written
-
-    return write
-
-
 @pytest.mark.parametrize("function", ["open", "write", "fsync", "replace"])
 def test_a_full_disk_harms_nothing(tmp_path, monkeypatch, function):
     path = tmp_path / "state.pth"
     save(path, small_state())
     before = contents(tmp_path)
     with monkeypatch.context() as patch:
-        patch.setattr(os, function, write_a_little_then_refuse() if function == "write" else refuse_with_full_disk)
+        patch.setattr(os, function, refuse_with_full_disk)
         with pytest.raises(UserError) as caught:
             save(path, {"other": torch.zeros(100)})
     assert str(caught.value).startswith(f"{path}: cannot be written (No space left on device)")
@@ -145,13 +108,6 @@ def test_a_file_is_synced_before_its_rename_and_the_folder_after_it(tmp_path, mo
     assert events == [("fsync", temporary), ("replace", temporary, path), ("fsync", tmp_path)]
 
 
-def test_a_missing_folder_is_named(tmp_path):
-    path = tmp_path / "absent" / "state.pth"
-    with pytest.raises(UserError) as caught:
-        save(path, small_state())
-    assert str(caught.value).startswith(f"{path}: cannot be written (No such file or directory)")
-
-
 # Damaged files, and other files
 
 
@@ -198,22 +154,13 @@ def test_a_file_cut_short_anywhere_is_refused(tmp_path, old_format):
             read(path)
 
 
-@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 @pytest.mark.parametrize(
     "content",
     [
         b"",
-        bytes(1000),
-        b"This is text.\n",
-        b"epoch,loss\n0,1.5\n",
-        b'{"epoch": 0}\n',
-        b"<html><body>404 Not Found</body></html>\n",
         b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n",
-        b"\x80",
         b"\x80\x02",
         b"PK\x03\x04",
-        bytes(range(256)) * 4,
-        pickle.dumps({"a": 1}, protocol=4),
     ],
 )
 def test_other_files_are_refused(tmp_path, content):
@@ -231,12 +178,6 @@ def test_a_list_is_not_a_checkpoint(tmp_path):
         read(tmp_path / "list.pth")
 
 
-def test_a_pickled_module_is_refused(tmp_path):
-    torch.save(network(), tmp_path / "module.pth")
-    with pytest.raises(UserError, match="beyond tensors and plain values"):
-        read_weights(tmp_path / "module.pth")
-
-
 def test_namespaces_are_allowed_only_while_reading(tmp_path):
     torch.save({"args": argparse.Namespace(lr=0.1)}, tmp_path / "args.pth")
     assert read(tmp_path / "args.pth")["args"].lr == 0.1
@@ -245,29 +186,6 @@ def test_namespaces_are_allowed_only_while_reading(tmp_path):
 
 
 # Full states
-
-
-def test_a_full_state_is_read_back(tmp_path):
-    state = training_state(policy_net=network(1))
-    save_checkpoint(tmp_path, state)
-    found = read_checkpoint(tmp_path / CHECKPOINT, "_normal")
-    plain = ("format_version", "script", "epoch", "step", "images", "seconds", "best_f1", "classes", "args")
-    args = {"model": "small", "mean": (0.3,)}
-    assert [found[key] for key in plain] == [1, "_normal", 3, 5, 40, 1.5, 0.5, CLASSES, args]
-    assert_equal_states(found["model"], network().state_dict())
-    assert_equal_states(found["policy_net"], network(1).state_dict())
-    assert found.keys() == state.keys()
-    assert found["optimizers"]["classifier"]["param_groups"][0]["weight_decay"] == 1e-4
-
-
-def test_random_numbers_continue_from_the_checkpoint():
-    torch.manual_seed(3)
-    torch.rand(5)
-    states = rng_states()
-    expected = torch.rand(4)
-    torch.manual_seed(9)
-    restore_rng_state(states)
-    assert torch.equal(torch.rand(4), expected)
 
 
 @pytest.mark.parametrize(

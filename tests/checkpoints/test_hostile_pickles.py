@@ -1,34 +1,23 @@
-"""Weight files whose pickles allocate, loop or lie are refused at once; every file that torch.save writes is read."""
+"""Pickles that allocate, loop or lie are refused at once; every file that torch.save writes is read."""
 
 import argparse
 import io
-import os
 import pickle
+import resource
 import struct
-import subprocess
-import sys
 import zipfile
 from collections import Counter, OrderedDict
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
+from tests.helpers.ranks import call_warm
+from tests.helpers.runs import assert_same
+from tests.helpers.states import as_bytes
 from utils.checkpoints.checkpoint import METADATA, read, read_weights
-
-REFUSE = """
-import resource, sys
-from utils.checkpoints import checkpoint
 from utils.runtime.errors import UserError
-used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
-resource.setrlimit(resource.RLIMIT_AS, (used + 100_000_000, -1))
-for path in sys.argv[1:]:
-    try:
-        checkpoint.read(path)
-        print(path, "was read")
-    except UserError as error:
-        print(error)
-"""
 
 
 def text(value: str) -> bytes:
@@ -47,13 +36,13 @@ def function(name: str) -> bytes:
     return b"c" + name.replace(" ", "\n").encode() + b"\n"
 
 
-def state(value: bytes, key: str = "fc.weight") -> bytes:
+def state(value: bytes) -> bytes:
     """A dictionary of one entry."""
-    return b"\x80\x02}" + text(key) + value + b"s."
+    return b"\x80\x02}" + text("fc.weight") + value + b"s."
 
 
-def storage(count: int, key: str = "0", kind: str = "Float") -> bytes:
-    return b"(" + text("storage") + function(f"torch {kind}Storage") + text(key) + text("cpu") + number(count) + b"tQ"
+def storage(count: int) -> bytes:
+    return b"(" + text("storage") + function("torch FloatStorage") + text("0") + text("cpu") + number(count) + b"tQ"
 
 
 def tensor(
@@ -71,34 +60,24 @@ def zipped(pickled: bytes, **records: bytes) -> bytes:
     return buffer.getvalue()
 
 
-def as_old(content: object) -> bytes:
-    buffer = io.BytesIO()
-    torch.save(content, buffer, _use_new_zipfile_serialization=False)
-    return buffer.getvalue()
-
-
 FOUR = {"archive/data/0": bytes(16)}
 FOREIGN, NEVER = "holds pickled objects beyond tensors", "in a way that torch.save never does"
 MORE, STORAGE = "more than the file holds", "more than its storage holds"
 DENSE = "'fc.weight' is not a dense tensor"
-IS_NONE = "not a checkpoint, or damaged"
-OLD = as_old({"w": torch.arange(4.0)})
+DAMAGED = "not a checkpoint, or damaged"
+OLD = as_bytes({"w": torch.arange(4.0)}, old_format=True)
 NESTED = b"".join(b"ah" + bytes([i]) + b"h" + bytes([i]) + b"\x86q" + bytes([i + 1]) for i in range(60))
 GIANT = b"\x8a\x08" + struct.pack("<q", 10**10)
 ONE_CALL = function("collections OrderedDict") + b"q\0"
 HOSTILE = {
     # keys
     "nested tuple as a key": (zipped(b"\x80\x02])q\0" + NESTED + b"a}h\x3cNs."), "keys other than text and numbers"),
-    "tuple as a key": (zipped(b"\x80\x02}K\1K\2\x86Ns."), "keys other than text and numbers"),
     "colliding numbers as keys": (zipped(b"\x80\x02}" + number(2**61 - 1 << 9) + b"Ns."), "keys other than"),
-    "nested frozensets": (zipped(state(function("__builtin__ frozenset") + b"]\x85R")), FOREIGN),
     "set of lists": (zipped(state(function("__builtin__ set") + b"]]a\x85R")), "keys other than"),
     # allocation
     "bytearray": (zipped(state(function("__builtin__ bytearray") + GIANT + b"\x85R")), FOREIGN),
-    "tensor class": (zipped(state(function("torch Tensor") + GIANT + b"\x85R")), FOREIGN),
     "storage class": (zipped(state(function("torch ByteStorage") + GIANT + b"\x85R")), NEVER),
     "counter of a number": (zipped(state(function("collections Counter") + b"K\5\x85R")), NEVER),
-    "size of a text": (zipped(state(function("torch Size") + text("a") + b"\x85R")), NEVER),
     "encoding": (zipped(state(function("_codecs encode") + text("a") + text("idna") + b"\x86R")), NEVER),
     "encoded often": (
         zipped(state(b"(" + function("_codecs encode") + b"q\0" + text("a" * 9000) + text("latin1") + b"\x86q\1R"
@@ -106,52 +85,30 @@ HOSTILE = {
         "it copies more values than a file of its size needs",
     ),
     "called often": (zipped(state(ONE_CALL + b"(" + b"h\0)R" * 3000 + b"t")), "calls functions more often"),
-    "namespace with arguments": (zipped(state(function("argparse Namespace") + b"K\1\x85\x81")), NEVER),
-    "namespace called": (zipped(state(function("argparse Namespace") + b")R")), NEVER),
     "many values": (zipped(b"\x80\x02" + b"}" * 300_000 + b"."), "pending values"),
     "many instructions": (zipped(b"\x80\x02]q\0" + b"]a" * 260_000 + b"."), "more instructions"),
     "deep": (zipped(state(b"]" * 5000 + b"a" * 4999)), "nested more than 100 deep"),
     "deep marks": (zipped(state(b"(" * 5000 + b"t" * 5000)), "nested more than 100 deep"),
-    "deep tuples": (zipped(state(b")" + b"\x85" * 5000)), "nested more than 100 deep"),
     # instructions that torch.save never writes
-    "text of 2 GB": (zipped(b"\x80\x02\x8d" + struct.pack("<Q", 2 * 10**9) + b"a."), IS_NONE),
-    "text of 4 GB": (zipped(b"\x80\x02X\xff\xff\xff\xff" + b"a."), IS_NONE),
+    "text of 4 GB": (zipped(b"\x80\x02X\xff\xff\xff\xff" + b"a."), DAMAGED),
     "long number": (zipped(state(b"\x8b" + struct.pack("<i", 10**6) + b"\1" * 10**6)), "the instruction LONG4"),
-    "long number as text": (zipped(state(b"L" + b"9" * 10**6 + b"L\n")), IS_NONE),
-    "number as text": (zipped(state(b"I" + b"9" * 10**6 + b"\n")), IS_NONE),
+    "long number as text": (zipped(state(b"L" + b"9" * 10**6 + b"L\n")), DAMAGED),
     "copies": (zipped(b"\x80\x02]" + b"2" * 1000 + b"."), "the instruction DUP"),
-    "nothing left": (zipped(b"\x80\x02]00."), "the instruction POP"),
-    "extension": (zipped(b"\x80\x02\x82\1."), IS_NONE),
-    "instance": (zipped(b"\x80\x02(iargparse\nNamespace\n."), "the instruction INST"),
-    "object": (zipped(b"\x80\x02(" + function("argparse Namespace") + b"o."), "the instruction OBJ"),
-    "object with names": (zipped(b"\x80\x02" + function("argparse Namespace") + b")}\x92."), "instruction NEWOBJ_EX"),
     "newer pickle": (zipped(pickle.dumps({"a": 1}, 4)), "the instruction PROTO"),
-    "unknown memory": (zipped(b"\x80\x02h\7."), IS_NONE),
-    "cut": (zipped(b"\x80\x02}"), IS_NONE),
+    "cut": (zipped(b"\x80\x02}"), DAMAGED),
     # attributes
-    "attributes of a list": (zipped(state(b"]}" + text("append") + b"K\1sb")), "sets attributes of"),
     "attributes of a dictionary": (
         zipped(state(function("collections OrderedDict") + b")R}" + text("items") + b"K\1sb")),
-        "sets attributes of",
-    ),
-    "attributes without names": (
-        zipped(state(function("argparse Namespace") + b")\x81}K\1K\1sb")),
         "sets attributes of",
     ),
     "attributes of a class": (zipped(state(function("argparse Namespace") + b"}b")), "sets attributes of"),
     # tensors
     "beyond its storage": (zipped(state(tensor(4, 0, numbers(2, 4), numbers(1, 1))), **FOUR), STORAGE),
-    "offset beyond its storage": (zipped(state(tensor(4, 3, numbers(2), numbers(1))), **FOUR), STORAGE),
     "empty, far beyond": (zipped(state(tensor(4, 2**40, numbers(0), numbers(1))), **FOUR), STORAGE),
-    "stride beyond its storage": (zipped(state(tensor(4, 0, numbers(2), numbers(2**60))), **FOUR), STORAGE),
     "expanded": (zipped(state(tensor(4, 0, numbers(10**6, 10**6), numbers(0, 0))), **FOUR), MORE),
-    "overflow": (zipped(state(tensor(4, 0, numbers(2**32, 2**32, 2), numbers(0, 0, 0))), **FOUR), MORE),
     "negative stride": (zipped(state(tensor(4, 3, numbers(2), numbers(-1))), **FOUR), NEVER),
-    "negative offset": (zipped(state(tensor(4, -1, numbers(2), numbers(1))), **FOUR), NEVER),
     "strides missing": (zipped(state(tensor(4, 0, numbers(2), b")")), **FOUR), NEVER),
-    "shape of texts": (zipped(state(tensor(4, 0, text("a") + b"\x85", numbers(1))), **FOUR), NEVER),
     "hooks": (zipped(state(tensor(4, 0, numbers(2), numbers(1), b"}")), **FOUR), NEVER),
-    "storage that is not there": (zipped(state(tensor(4, 0, numbers(2), numbers(1)))), "of data/0, which it does not"),
     "storage that is too small": (
         zipped(state(tensor(10**9, 0, numbers(2), numbers(1))), **FOUR),
         "claim 4000000000 bytes of data/0, which it does not",
@@ -160,34 +117,25 @@ HOSTILE = {
         zipped(state(storage(4) + storage(400) + b"\x86"), **FOUR),
         "claims another size for a storage than an earlier tensor",
     ),
-    "storage of no kind": (zipped(state(b"(" + text("storage") * 5 + b"tQ")), IS_NONE),
-    "storage of another word": (zipped(state(storage(4).replace(b"storage", b"modules"))), IS_NONE),
+    "storage of another word": (zipped(state(storage(4).replace(b"storage", b"modules"))), DAMAGED),
     "sparse": (zipped(state(function("torch._utils _rebuild_sparse_tensor") + b")R")), DENSE),
-    "quantised": (zipped(state(function("torch._utils _rebuild_qtensor") + b")R")), DENSE),
-    "wrapped": (zipped(state(function("torch._utils _rebuild_wrapper_subclass") + b")R")), DENSE),
     "with attributes": (zipped(state(function("torch._tensor _rebuild_from_type_v2") + b")R")), DENSE),
     "views of one storage": (
         zipped(b"\x80\x02}(" + b"".join(text(str(n)) + tensor(4000, 0, numbers(4000), numbers(1)) for n in range(300))
                + b"u.", **{"archive/data/0": bytes(16_000)}),
-        "its tensors claim more than 20 times the bytes of the file",
+        "alone or with others, more than the file holds",
     ),
     # records
-    "record of a byte order that is none": (zipped(state(b"K\1"), byteorder=b"middle"), IS_NONE),
     "record outside": (zipped(state(b"K\1"), **{"archive/../../x": b"x"}), "torch.save writes no record"),
     "record of another folder": (zipped(state(b"K\1"), **{"other/data.pkl": b"x"}), "torch.save writes no record"),
-    "record of code": (zipped(state(b"K\1"), **{"archive/code/a.py": b"x"}), "torch.save writes no record"),
-    "thousands of records": (zipped(state(b"K\1"), **{f"archive/data/{n}x": b"" for n in range(3000)}), IS_NONE),
-    "no pickle": (zipped(b"").replace(b"data.pkl", b"data.pk_"), IS_NONE),
+    "no pickle": (zipped(b"").replace(b"data.pkl", b"data.pk_"), DAMAGED),
     # no file of torch.save
-    "text": (b"hello", "it does not begin like a file of torch.save"),
     "safetensors": (struct.pack("<Q", 2) + b"{}", "the name of a safetensors file ends in .safetensors"),
-    "plain pickle of code": (b"\x80\x02" + function("os system") + b".", "('os.system' near its first entry), which"),
+    "plain pickle of code": (b"\x80\x02" + function("os system") + b".", "it is not a file of torch.save"),
     # the old format
     "old, nothing filled": (OLD[: OLD.rindex(b"\x80\x02")] + pickle.dumps([], 2), "the storages it lists are not"),
     "old, cut": (OLD[:-1], "holds fewer or more values"),
-    "old, with a tail": (OLD + b"\0", "holds fewer or more values"),
     "old, another count": (OLD[:-24] + struct.pack("<q", 10**10) + OLD[-16:], "a storage has another size"),
-    "old, of 2017": (b"sys_info" + bytes(1000), IS_NONE),
 }  # fmt: skip
 
 
@@ -197,19 +145,11 @@ def header(entries: str, data: bytes = bytes(16)) -> bytes:
 
 
 ENTRY = '"a":{"dtype":"F32","shape":[4],"data_offsets":[0,16]}'
-SAFETENSORS = {  # all are damaged
+SAFETENSORS = {
     "long header": struct.pack("<Q", 2**62) + b"{}",
-    "header longer than the file": struct.pack("<Q", 10**7) + b"{}",
     "deep header": header('"a":' + "[" * 100_000),
-    "deep metadata": header('"__metadata__":' + '{"a":' * 10_000 + "1" + "}" * 10_000),
-    "metadata of numbers": header('"__metadata__":{"a":1},' + ENTRY),
-    "the same key twice": header(ENTRY + "," + ENTRY.replace("[0,16]", "[0,8]").replace("[4]", "[2]")),
     "overlapping": header(ENTRY + "," + ENTRY.replace('"a"', '"b"')),
-    "a shape of more": header(ENTRY.replace("[4]", "[4000000000]")),
     "a shape that overflows": header(ENTRY.replace("[4]", "[4294967296,4294967296,4]")),
-    "a negative shape": header(ENTRY.replace("[4]", "[-4]")),
-    "beyond the file": header(ENTRY, b""),
-    "with a tail": header(ENTRY, bytes(17)),
     "many tensors": header(
         ",".join(f'"{n}":{{"dtype":"F32","shape":[0],"data_offsets":[0,0]}}' for n in range(20_001)), b""
     ),
@@ -217,27 +157,36 @@ SAFETENSORS = {  # all are damaged
 }
 
 
+def messages_within(megabytes: int, paths: list[str]) -> list[str]:
+    """The errors for these files, in a process that may take this much more memory than it has."""
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (used + megabytes * 1_000_000, -1))
+    messages = []
+    for path in paths:
+        try:
+            read(path)
+            messages.append(f"{path} was read")
+        except UserError as error:
+            messages.append(str(error))
+    return messages
+
+
 def test_hostile_files_are_refused_within_a_few_megabytes(tmp_path):
-    """In one process, which may take 100 MB more than it has after its imports."""
     files = {f"{name}.pth": file for name, file in HOSTILE.items()}
-    files |= {f"{name}.safetensors": (content, IS_NONE) for name, content in SAFETENSORS.items()}
-    paths = [tmp_path / name for name in files]
+    files |= {f"{name}.safetensors": (content, DAMAGED) for name, content in SAFETENSORS.items()}
+    paths = [str(tmp_path / name) for name in files]
     for path, (content, _) in zip(paths, files.values(), strict=True):
-        path.write_bytes(content)
+        Path(path).write_bytes(content)
         assert len(content) < 2_000_000
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", REFUSE, *map(str, paths)]
-    result = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
-    assert result.returncode == 0, result.stderr[-3000:]
-    lines = result.stdout.splitlines()
-    assert len(lines) == len(paths)
-    wrong = [line for line, path, (_, match) in zip(lines, paths, files.values(), strict=True)
-             if not (line.startswith(f"{path}: ") and match in line and len(line) < 500)]  # fmt: skip
-    assert wrong == []
+    messages = call_warm(messages_within, 100, paths)
+    for message, path, (_, match) in zip(messages, paths, files.values(), strict=True):
+        assert message.startswith(f"{path}: ")
+        assert match in message
+        assert len(message) < 500
 
 
-def test_the_pieces_of_the_hostile_pickles_make_a_good_file(tmp_path):
-    """Or the refusals would prove nothing."""
+def test_the_parts_of_the_hostile_pickles_make_a_good_file(tmp_path):
+    """Without this the refusals would prove nothing."""
     path = tmp_path / "good.pth"
     content = struct.pack("<4f", 0, 1, 2, 3)
     path.write_bytes(zipped(state(tensor(4, 1, numbers(3), numbers(1))), **{"archive/data/0": content}))
@@ -249,17 +198,17 @@ def test_the_pieces_of_the_hostile_pickles_make_a_good_file(tmp_path):
     assert read(path)["a"].tolist() == [0, 1, 2, 3]
 
 
+def test_a_pickle_that_contains_itself_does_not_hang(tmp_path):
+    circle: list = []
+    circle.append(circle)
+    doubled: list = [torch.zeros(1)]
+    for _ in range(60):
+        doubled = [doubled, doubled]
+    torch.save({"model": {"a": torch.ones(2)}, "args": {"x": circle, "y": doubled, "lr": 0.1}}, tmp_path / "deep.pth")
+    assert read_weights(tmp_path / "deep.pth").args == {"lr": 0.1}
+
+
 # Files of torch.save
-
-
-def equal(found: object, expected: object) -> bool:
-    if isinstance(expected, torch.Tensor):
-        return found.dtype == expected.dtype and found.stride() == expected.stride() and torch.equal(found, expected)
-    if isinstance(expected, dict):
-        return found.keys() == expected.keys() and all(equal(found[key], value) for key, value in expected.items())
-    if isinstance(expected, argparse.Namespace):
-        return type(found) is argparse.Namespace and equal(vars(found), vars(expected))
-    return type(found) is type(expected) and found == expected
 
 
 def trained(optimizer: type[torch.optim.Optimizer], **options) -> dict:
@@ -275,9 +224,9 @@ def trained(optimizer: type[torch.optim.Optimizer], **options) -> dict:
 
 WHOLE = torch.arange(24.0)
 SAVED = {
-    "sgd": trained(torch.optim.SGD, momentum=0.9, nesterov=True),
-    "adamw": trained(torch.optim.AdamW),
-    "rmsprop": trained(torch.optim.RMSprop, momentum=0.9),
+    "optimisers": {"all": [
+        trained(torch.optim.SGD, momentum=0.9), trained(torch.optim.AdamW), trained(torch.optim.RMSprop, momentum=0.9)
+    ]},
     "torchvision": {
         **trained(torch.optim.SGD),
         "epoch": 3,
@@ -303,11 +252,11 @@ SAVED = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("old", [False, True], ids=["zip", "old format"])
+@pytest.mark.parametrize("old_format", [False, True])
 @pytest.mark.parametrize("kind", SAVED)
-def test_whatever_torch_saves_for_plain_states_is_read(tmp_path, kind, old):
-    torch.save(SAVED[kind], tmp_path / "file.pth", _use_new_zipfile_serialization=not old)
-    assert equal(read(tmp_path / "file.pth"), SAVED[kind])
+def test_everything_that_torch_saves_of_plain_states_is_read(tmp_path, kind, old_format):
+    (tmp_path / "file.pth").write_bytes(as_bytes(SAVED[kind], old_format))
+    assert_same(read(tmp_path / "file.pth"), SAVED[kind])
 
 
 def test_large_states_stay_far_below_the_limits(tmp_path):
@@ -318,7 +267,7 @@ def test_large_states_stay_far_below_the_limits(tmp_path):
     assert (len(found["model"]), len(found["classes"])) == (3000, 20_000)
 
 
-def test_a_note_of_versions_in_a_state_dict_has_no_say(tmp_path):
+def test_version_metadata_of_a_state_dict_is_ignored(tmp_path):
     model = nn.Linear(2, 2)
     weights = model.state_dict()
     weights._metadata = 5

@@ -1,6 +1,7 @@
 """Weights are read from every accepted format."""
 
 import argparse
+import os
 from collections import OrderedDict
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 from torch import nn
 
 from tests.helpers.states import CLASSES, as_bytes, assert_equal_states, network, training_state
-from utils.checkpoints.checkpoint import CHECKPOINT, clean_keys, read_weights, safetensors_bytes, save, weights_state
+from utils.checkpoints.checkpoint import CHECKPOINT, read_weights, safetensors_bytes, save, weights_state
 from utils.runtime.errors import UserError
 from utils.training.optim import MovingAverage
 
@@ -53,26 +54,16 @@ def authors_state(prefix: str = "_orig_mod.", **more) -> dict:
         for key, value in network().state_dict().items()
     }
     args = argparse.Namespace(model="resnet50", num_classes=2, lr=0.1, device="cuda", weights=None)
-    return {
-        "model": model,
-        "optimizer": {"state": {}},
-        "lr_scheduler": {"last_epoch": 89},
-        "epoch": 89,
-        "args": args,
-        **more,
-    }
+    return {"model": model, "optimizer": {"state": {}}, "epoch": 89, "args": args, **more}
 
 
-@pytest.mark.parametrize("prefix", ["", "_orig_mod.", "module.", "module._orig_mod.", "_orig_mod.module."])
+@pytest.mark.parametrize("prefix", ["", "module._orig_mod."])
 def test_weights_of_the_authors_files(tmp_path, prefix):
     torch.save(authors_state(prefix), tmp_path / "RIN.pth")
     found = read_weights(tmp_path / "RIN.pth")
     assert found.args == {"model": "resnet50", "num_classes": 2, "lr": 0.1, "device": "cuda", "weights": None}
     assert (found.classes, found.policy_net) == (None, None)
     assert list(found.model) == list(network().state_dict())
-    restored = network(1)
-    restored.load_state_dict(found.model)
-    assert_equal_states(restored.state_dict(), network().state_dict())  # the counter is an integer again
 
 
 def test_weights_of_safetensors(tmp_path):
@@ -81,12 +72,9 @@ def test_weights_of_safetensors(tmp_path):
     found = read_weights(path)
     assert_equal_states({key: found.model[key] for key in network().state_dict()}, network().state_dict())
     assert (found.classes, found.args) == (None, {})
-    whole = path.read_bytes()
-    for content in (b"", b"text", whole[:20], whole[:-3]):
-        path.write_bytes(content)
-        with pytest.raises(UserError) as caught:
-            read_weights(path)
-        assert str(caught.value).startswith(f"{path}: not a checkpoint, or damaged (")
+    os.truncate(path, path.stat().st_size - 3)
+    with pytest.raises(UserError, match=r"model\.safetensors: not a checkpoint, or damaged \("):
+        read_weights(path)
 
 
 def test_our_safetensors_hold_the_same_as_a_pth(tmp_path):
@@ -119,6 +107,7 @@ def test_a_dictionary_without_weights_is_refused(tmp_path, state):
         read_weights(tmp_path / "none.pth")
 
 
-def test_clean_keys_strips_prefixes_at_the_front_only():
+def test_prefixes_of_wrappers_are_stripped_at_the_front_of_keys_only(tmp_path):
     keys = ["module.a", "_orig_mod.a.b", "module._orig_mod.module.c", "body.module.d", "modules.e"]
-    assert list(clean_keys(dict.fromkeys(keys, torch.zeros(1)))) == ["a", "a.b", "c", "body.module.d", "modules.e"]
+    torch.save(dict.fromkeys(keys, torch.zeros(1)), tmp_path / "keys.pth")
+    assert list(read_weights(tmp_path / "keys.pth").model) == ["a", "a.b", "c", "body.module.d", "modules.e"]

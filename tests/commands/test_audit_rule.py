@@ -104,6 +104,7 @@ def test_a_set_without_a_readable_image_is_reported(tmp_path):
         (tmp_path / "data" / split / "a").mkdir(parents=True)
         (tmp_path / "data" / split / "a" / "0.png").write_text("no image")
     text = run(tmp_path / "data", tmp_path)
+    assert "A single class, a: the training refuses this set. Expected DATA/{train,val,test}/<class>/<image>.\n" in text
     assert text.count("No image can be read.") == 2
     assert "these classes have no readable image: train/a (1 image), val/a (1 image); replace the images" in text
     assert not any(read_excluded(tmp_path / "list").values())
@@ -122,7 +123,7 @@ def test_hidden_copies_take_no_image_out(tmp_path):
     text = run(data, tmp_path)
     assert not any(read_excluded(tmp_path / "list").values())
     assert "train: skipped: 2 hidden files or folders; ignored: 2 .dcm.\n" in text
-    assert "Warning: train/a: more files are ignored than read." in text
+    assert "Warning: train/a: more files are ignored than read; convert" in text
     assert "test lacks 1 classes of other splits: a.\n" in text
     assert "  test        1        1           0      0\n" in text
 
@@ -137,10 +138,3 @@ def test_classes_that_a_split_lacks_are_named(tmp_path):
     assert f"train lacks 2 classes of other splits: {decomposed}, c." in text
     assert f"val lacks 2 classes of other splits: {composed}, a." in text
     assert r"'Scha\u0308del' and 'Sch\xe4del' look the same but differ in their Unicode form" in text
-
-
-def test_a_single_class_is_reported(tmp_path):
-    put(tmp_path / "data" / "train" / "a" / "0.png", picture(0))
-    assert "A single class, a: the training refuses this set. Expected DATA/{train,val,test}/<class>/<image>.\n" in run(
-        tmp_path / "data", tmp_path
-    )

@@ -26,8 +26,7 @@ def test_a_page_of_a_finished_run(tmp_path):
     page = page_of(write_run(tmp_path / "run"))
     for text in ("Report of run", "Finished; 3 epochs in the log", "0.6667", "_policy_gradient/train.py --lr 0.1",
                  "torch 2.14.1", "commit 0123456789ab", "8 processes on a GPU", "/data/train",
-                 "highest macro F1 0.6250 after epoch 1",
-                 "The policy over the epochs", "a 95% percentile bootstrap",
+                 "highest macro F1 0.6250 after epoch 1", "The policy over the epochs", "a 95% percentile bootstrap",
                  '<td>train</td><td class="number">97</td><td class="number">3</td> <td class="number">7</td>',
                  '<td>us-breast-cyst</td><td class="number">7</td>'):  # fmt: skip
         assert text in page, text
@@ -87,26 +86,6 @@ def test_an_interrupted_run_shows_what_it_has(tmp_path):
     assert "_policy_gradient/train.py --lr 0.1" in page
 
 
-@pytest.mark.parametrize(
-    ("name", "content"),
-    [
-        ("run.json", '{"starts": [{}], "data": {}}'),
-        ("run.json", '{"starts": [], "data": {"train": 3}}'),
-        ("metrics.json", '{"metrics": {"clean": {"top1": "<script>"}}, "split": "", "weights": ""}'),
-        ("metrics.json", '{"metrics": {}, "split": "", "weights": "", "averaged": []}'),
-        ("metrics.json", '{"metrics": {}}'),
-        ("per_class.csv", "class,images\na,1\n"),
-        ("predictions.csv", "target,prediction,true_rank,loss\nno-such-class,ct-head-normal,1,0\n"),
-        ("predictions.csv", "target,prediction,true_rank,loss\nct-head-normal,ct-head-normal,1,0\n"),
-    ],
-)
-def test_a_file_with_other_content_is_named(name, content, tmp_path):
-    folder = write_run(tmp_path / "run")
-    (folder / name).write_text(content)
-    (note,) = report.read_run_folder(folder).notes
-    assert str(folder / name) in note
-
-
 @pytest.mark.usefixtures("undrawn")
 def test_a_run_with_only_damaged_files_still_gets_a_page(tmp_path):
     folder = write_run(tmp_path / "run")
@@ -137,7 +116,7 @@ def test_bad_input_is_one_sentence(arguments, message, tmp_path, monkeypatch):
 
 
 @pytest.mark.usefixtures("undrawn")
-def test_untested_runs_and_different_classes_are_reported(tmp_path):
+def test_untested_runs_and_different_classes_are_marked(tmp_path):
     tested, untested = write_run(tmp_path / "tested"), write_run(tmp_path / "untested", tested=False)
     page = page_of(tested, untested)
     assert "<td>untested</td><td>not tested</td>" in page
@@ -145,14 +124,6 @@ def test_untested_runs_and_different_classes_are_reported(tmp_path):
     assert "not comparable" not in page
     write_test(untested, torch.eye(2), torch.tensor([0, 1]), ["a", "b"])
     assert "have different classes: their numbers are not comparable" in page_of(tested, untested)
-
-
-@pytest.mark.usefixtures("undrawn")
-def test_weights_chosen_on_the_split_are_marked(tmp_path):
-    folder = write_run(tmp_path / "run")
-    content = json.loads((folder / "metrics.json").read_text())
-    (folder / "metrics.json").write_text(json.dumps(content | {"split": "val", "weights": "a/model_best.pth"}))
-    assert "val, without masks, weights model_best.pth (chosen on this split)" in page_of(folder)
 
 
 @pytest.mark.usefixtures("undrawn")

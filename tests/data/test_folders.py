@@ -7,17 +7,15 @@ import shutil
 import unicodedata
 from pathlib import Path
 
-import numpy as np
 import pytest
 
-from benchmarks.images import png_files
 from experiments.plan import Subset
 from experiments.subsets import link_subset
-from tests.conftest import write_image, write_image_folder
+from tests.conftest import write_image_folder
 from tests.helpers.caches import TEST_TRAIN, splits
 from utils import predict
-from utils.data.folders import LAYOUT, ImageFiles, check_same_classes, find_classes, list_images, read_excluded
-from utils.data.listing import PassedOver, find_images, is_hidden
+from utils.data.folders import LAYOUT, ImageFiles, check_same_classes, find_classes, read_excluded
+from utils.data.listing import is_hidden
 from utils.inference.classifier import read_class_names
 from utils.runtime.errors import UserError
 from utils.runtime.text import decode_text, explain_forms, list_names
@@ -50,17 +48,9 @@ def open_error(data: Path, *flags: object) -> str:
 # Hidden files and folders
 
 
-@pytest.mark.parametrize(
-    "name",
-    [".ipynb_checkpoints", ".DS_Store", "._a.png", "__MACOSX", "@eaDir", "#recycle", "$RECYCLE.BIN", "Thumbs.db"],
-)
-def test_names_that_systems_leave_are_hidden(name):
-    assert is_hidden(name)
-
-
-@pytest.mark.parametrize("name", ["a", "_a", "a.png", "macosx", "eaDir", "#2.png", "thumbs", "@home"])
-def test_other_names_are_not_hidden(name):
-    assert not is_hidden(name)
+def test_names_that_systems_leave_are_hidden_and_no_others():
+    assert all(map(is_hidden, [".DS_Store", "._a.png", "__MACOSX", "@eaDir", "#recycle", "$RECYCLE.BIN", "Thumbs.db"]))
+    assert not any(map(is_hidden, ["a", "_a", "a.png", "macosx", "eaDir", "#2.png", "thumbs", "@home"]))
 
 
 def test_hidden_entries_are_no_class_and_no_image_and_are_counted(tmp_path):
@@ -72,7 +62,6 @@ def test_hidden_entries_are_no_class_and_no_image_and_are_counted(tmp_path):
     assert files.passed_over.hidden == 6
     assert files.describe() == "train: 2 images in 2 classes; skipped: 6 hidden files or folders"
     assert find_classes(root) == read_class_names(root) == ["a", "b"]
-    assert list_images(root / "a") == [str(root / "a" / "1.png")]
 
 
 def test_predict_skips_hidden_entries_unless_they_are_named(tmp_path, capsys):
@@ -92,14 +81,6 @@ def test_subsets_hold_no_hidden_images_and_may_lack_a_test_class(tmp_path):
     link_subset(tmp_path / "data", Subset(), tmp_path / "subset")
     paths = sorted(str(path.relative_to(tmp_path / "subset")) for path in (tmp_path / "subset").rglob("*.png"))
     assert paths == ["test/a/1.png", "train/a/1.png", "train/b/1.png", "val/a/1.png", "val/b/1.png"]
-
-
-def test_benchmarks_take_no_hidden_images(tmp_path):
-    class Setting:
-        work, data, size = tmp_path, None, 32
-
-    touch(tmp_path / "png", "0.png", "._0.png", ".DS_Store")
-    assert png_files(Setting, 5) == [tmp_path / "png" / "0.png"]
 
 
 def test_a_run_prints_the_content_of_each_split_once(tmp_path, capsys):
@@ -125,35 +106,25 @@ def test_ignored_files_are_counted_by_extension(tmp_path):
     touch(tmp_path, *names, "a/1.JPEG", "a/2.Tif", "a/README", "a/1.2.840.10008.5", "b/1.png", "b/deep/2.npy", "l.csv")
     files = ImageFiles.find(tmp_path)
     assert paths_of(files) == ["a/1.JPEG", "a/2.Tif", "b/1.png"]
-    assert files.passed_over.endings == {
-        **{".dcm": 2, ".gif": 1, ".nii": 1, ".gz": 1, ".npy": 2, ".jp2": 1, ".json": 1, ".jpg_": 1, "": 2},
-        ".csv": 1,
-    }
     assert files.passed_over.describe() == (
         "ignored: 2 .dcm, 2 .npy, 2 without an ending, 1 .csv, 1 .gif, 1 .gz, 1 .jp2, 1 .jpg_, 2 of other endings"
     )
     assert files.mostly_ignored == ["a"]
-    assert files.describe_ignored().startswith(f"{tmp_path.name}/a: more files are ignored than read. Only .jpg, ")
+    assert files.describe_ignored().startswith(
+        f"{tmp_path.name}/a: more files are ignored than read; convert them to one of .jpg, "
+    )
 
 
 def test_a_run_warns_of_classes_with_more_ignored_files_than_images(tmp_path, capsys):
-    data = write_image_folder(tmp_path / "data", images=8)
-    for number in range(4):
-        (data / "train" / "dark" / f"{number}.png").rename(data / "train" / "dark" / f"{number}.jp2")
+    data = write_image_folder(tmp_path / "data", images=4)
+    touch(data / "train" / "dark", *(f"{number}.jp2" for number in range(4)))
     splits(data)  # as many of both
     assert "warning" not in capsys.readouterr().out
-    (data / "train" / "dark" / "4.png").rename(data / "train" / "dark" / "4.jp2")
+    touch(data / "train" / "dark", "4.jp2")
     splits(data)
-    output = capsys.readouterr().out
-    assert "train: 19 images in 3 classes; ignored: 5 .jp2\n" in output
-    assert "warning: train/dark: more files are ignored than read. Only .jpg" in output
-
-
-def test_images_below_a_folder_are_found_at_any_depth(tmp_path):
-    write_image(tmp_path / "a" / "b" / "1.png", np.zeros((4, 4)))
-    passed_over = PassedOver()
-    assert find_images(touch(tmp_path, "a/.x/2.png", "a/b/c.txt"), passed_over) == [str(tmp_path / "a" / "b" / "1.png")]
-    assert (passed_over.hidden, passed_over.endings) == (1, {".txt": 1})
+    assert (
+        "warning: train/dark: more files are ignored than read; convert them to one of .jpg" in capsys.readouterr().out
+    )
 
 
 # Layouts
@@ -164,7 +135,6 @@ def test_images_below_a_folder_are_found_at_any_depth(tmp_path):
     [
         (["stray.png"], r": holds no class folders \(ignored: 1 image in no class folder\); expected DATA"),
         ([".ipynb_checkpoints/1.png"], r": holds no class folders \(skipped: 1 hidden file or folder\); expected DATA"),
-        (["a/1.png", "b/._1.png"], r"/b: holds no image .*\(skipped: 1 hidden file or folder\); expected DATA"),
         (["a/1.png", "b/deep/x.txt", "b/y"], r"/b: holds no image .*\(ignored: 1 \.txt, 1 without an ending\)"),
         (["a/1.png", "a/patient 1/2.png", "b/1.png"], r"class folders \(1\): a/patient 1\. "),
         (
@@ -179,13 +149,6 @@ def test_a_split_of_another_layout_is_refused(names, error, tmp_path):
         ImageFiles.find(root)
 
 
-def test_other_files_below_class_folders_are_accepted(tmp_path):
-    files = ImageFiles.find(touch(tmp_path, "a/1.png", "a/masks/1.npy", "b/1.png"))
-    assert paths_of(files) == ["a/1.png", "b/1.png"]
-    with pytest.raises(UserError, match=r"class folders \(1\): a/deep\. "):
-        list_images(touch(tmp_path, "a/deep/2.png") / "a")
-
-
 def test_images_one_folder_too_deep_are_refused_with_advice(tmp_path):
     data = write_image_folder(tmp_path / "data", images=4)
     for split in ("train", "val", "test"):
@@ -198,9 +161,8 @@ def test_images_one_folder_too_deep_are_refused_with_advice(tmp_path):
     )
 
 
-@pytest.mark.parametrize("flags", [(), ("--num-classes", 1)])
-def test_a_single_class_is_refused(flags, tmp_path):
-    message = open_error(write_image_folder(tmp_path / "data", ("images",), images=12), *flags)
+def test_a_single_class_is_refused(tmp_path):
+    message = open_error(write_image_folder(tmp_path / "data", ("images",), images=4), "--num-classes", 1)
     assert "data/train: its only class folder is images, and a classifier needs two classes or more" in message
     assert f"expected {LAYOUT}" in message
 
@@ -235,9 +197,9 @@ def test_a_data_path_of_another_level_gets_a_suggestion(tmp_path):
 
 def test_a_class_in_one_split_only_is_named(tmp_path):
     check_same_classes(tmp_path, {"train": ["a", "b"], "val": ["a", "b"], "test": ["a", "b"]})
-    with pytest.raises(UserError, match=r"train/c: .* in 'train' but not in 'val' \(2 such in all\)"):
+    with pytest.raises(UserError, match=r"train/c: .* in 'train' but not in 'val' \(also: d\); every split must hold"):
         check_same_classes(tmp_path, {"train": ["a", "c", "d"], "val": ["a"]})
-    with pytest.raises(UserError, match=r"test/b: .* in 'test' but not in 'train' \(1 such in all\)"):
+    with pytest.raises(UserError, match=r"test/b: .* in 'test' but not in 'train'; every split must hold"):
         check_same_classes(tmp_path, {"train": ["a"], "val": ["a"], "test": ["a", "b"]})
 
 
@@ -251,9 +213,7 @@ def test_a_split_is_numbered_by_the_classes_of_the_training(tmp_path):
     assert files.describe() == "test: 3 images in 2 classes; ignored: 1 .txt"
     files = ImageFiles.find(root, {"c/1.png"}, classes=["a", "b", "c"])
     assert files.empty_classes() == ["b", "c"]
-    with pytest.raises(
-        UserError, match=r"test/a: this class is in 'test' but not in 'train' \(1 such in all\); .* b, c"
-    ):
+    with pytest.raises(UserError, match=r"test/a: this class is in 'test' but not in 'train'; .* b, c"):
         ImageFiles.find(root, classes=["b", "c"])
     with pytest.raises(UserError, match=r"test: no class has an image that --exclude leaves"):
         ImageFiles.find(root, {"c/1.png", "a/1.png", "a/2.png"}, classes=["a", "b", "c"])
@@ -316,14 +276,13 @@ def test_class_names_that_differ_in_their_unicode_form_are_explained(tmp_path):
         check_same_classes(tmp_path, {"train": ["a", NFC], "val": ["a", NFD]})
     with pytest.raises(UserError, match=f"holds two folders of one class. {swapped}|{apart}"):
         find_classes(touch(tmp_path / "both", f"{NFC}/1.png", f"{NFD}/1.png"))
-    with pytest.raises(UserError, match=f"not in 'train' .*{swapped}"):
+    with pytest.raises(UserError, match=f"not in 'train'; .*{swapped}"):
         ImageFiles.find(touch(tmp_path / "test", f"{NFD}/1.png", "a/1.png"), classes=["a", NFC])
     assert explain_forms(["a", NFC], [NFC, "b"]) == ""
 
 
 def test_names_in_messages_are_short_and_printable():
     assert list_names(["a\n", "b" * 80, "c", "d"], 3) == f"a\\n, {'b' * 57}..., c and 1 more"
-    assert list_names(["a"]) == "a"
 
 
 def test_file_names_take_few_bytes_beyond_their_length():

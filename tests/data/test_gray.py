@@ -58,11 +58,7 @@ def test_one_channel_is_evaluated_like_three(interpolation, backend):
 
 @pytest.mark.parametrize(
     ("kind", "flags"),
-    [
-        ("host", ["--auto-augment", "augmix"]),
-        ("host", ["--auto-augment", "ra", "--backend", "tensor"]),
-        ("device", []),
-    ],
+    [("host", ["--auto-augment", "augmix"]), ("host", ["--auto-augment", "ra", "--backend", "tensor"]), ("device", [])],
 )
 def test_training_from_a_cache_has_the_same_numbers_with_gray(kind, flags, tmp_path):
     for index in range(6):

@@ -4,7 +4,6 @@ import errno
 import multiprocessing
 import os
 import signal
-import threading
 import time
 from functools import partial
 
@@ -87,16 +86,6 @@ def test_a_refused_fork_ends_in_a_sentence_and_leaves_no_worker(code, monkeypatc
     assert "Exception ignored" not in capfd.readouterr().err
 
 
-def test_a_refused_thread_ends_in_a_sentence(monkeypatch):
-    def refuse(_):
-        raise RuntimeError("can't start new thread")
-
-    loader = acting_loader(int)
-    monkeypatch.setattr(threading.Thread, "start", refuse)
-    with pytest.raises(UserError, match=r"refuses to start another process or thread \(can't start new thread\)"):
-        list(loaded(loader))
-
-
 def test_a_bug_is_not_turned_into_a_sentence():
     def fail():
         raise RuntimeError("a bug")
@@ -114,6 +103,7 @@ def test_a_bug_is_not_turned_into_a_sentence():
         ("unable to allocate shared memory(shm) for file </t>: No space left on device (28)", "--shm-size"),
         ("unable to open shared memory object </t> in read-write mode: Too many open files (24)", "ulimit -n"),
         ("received 0 items of ancdata", "ulimit -n"),
+        ("can't start new thread", "refuses to start another process or thread (can't start new thread)"),
         ("DataLoader worker (pid 7) is killed by signal: Segmentation fault. ", "--workers 0"),
     ],
 )
@@ -129,23 +119,20 @@ def test_errors_of_torch_become_advice(text, expected, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("free", "batches", "workers", "processes", "fitting"),
+    ("free", "workers", "processes", "fitting"),
     [
-        (64, 100, 16, 1, 5),  # 33 batches of 5 MB; 11 fit
-        (164, 100, 16, 1, 15),
-        (64, 100, 2, 4, 1),  # 4 x 5 batches
-        (9, 100, 1, 1, 0),
+        (64, 16, 1, 5),  # 33 batches of 5 MB; 11 fit
+        (64, 2, 4, 1),  # 4 x 5 batches
+        (9, 1, 1, 0),
     ],
 )
-def test_workers_that_exceed_shared_memory_get_a_number_that_fits(
-    free, batches, workers, processes, fitting, monkeypatch
-):
+def test_workers_that_exceed_shared_memory_get_a_number_that_fits(free, workers, processes, fitting, monkeypatch):
     monkeypatch.setattr(node_limits, "free_shared_memory", lambda: free * 1_000_000)
-    problem = shared_memory_problem(5_000_000, batches, workers, processes)
+    problem = shared_memory_problem(5_000_000, 100, workers, processes)
     assert f"has {free} MB free" in problem
     assert f"{processes * (2 * workers + 1) * 5} MB of batches" in problem
     assert f"give --workers {fitting}, or" in problem
-    assert shared_memory_problem(5_000_000, batches, fitting, processes) is None
+    assert shared_memory_problem(5_000_000, 100, fitting, processes) is None
 
 
 @pytest.mark.parametrize(

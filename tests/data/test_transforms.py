@@ -51,15 +51,16 @@ ERASE = v2.RandomErasing(p=0.5, value=FILL)
 COMPOSED = {
     "plain": ({}, [*crop_and_flip(), v2.PILToTensor()]),
     "tensor": ({"backend": "tensor"}, [v2.PILToTensor(), *crop_and_flip()]),
-    "bicubic": ({"interpolation": "bicubic"}, [*crop_and_flip(BICUBIC), v2.PILToTensor()]),
+    "bicubic, ra": (
+        {"interpolation": "bicubic", "auto_augment": "ra"},
+        [*crop_and_flip(BICUBIC), v2.RandAugment(interpolation=BICUBIC), v2.PILToTensor()],
+    ),
     "nearest": ({"interpolation": "nearest"}, [*crop_and_flip(NEAREST), v2.PILToTensor()]),
-    "ra": ({"auto_augment": "ra"}, augmented(v2.RandAugment(magnitude=9, interpolation=BILINEAR))),
     "ra, magnitude 25": (
         {"auto_augment": "ra", "ra_magnitude": 25},
         augmented(v2.RandAugment(magnitude=25, interpolation=BILINEAR)),
     ),
     "ta_wide": ({"auto_augment": "ta_wide"}, augmented(v2.TrivialAugmentWide(interpolation=BILINEAR))),
-    "augmix": ({"auto_augment": "augmix"}, augmented(v2.AugMix(severity=3, interpolation=BILINEAR))),
     "augmix, severity 9": (
         {"auto_augment": "augmix", "augmix_severity": 9},
         augmented(v2.AugMix(severity=9, interpolation=BILINEAR)),
@@ -84,34 +85,12 @@ def test_the_training_transform_is_torchvisions_composed_by_hand(name):
         assert torch.equal(image, transformed(by_hand, seed))
 
 
-@pytest.mark.parametrize(
-    ("less", "more"),
-    [("plain", name) for name in COMPOSED if name != "plain"]
-    + [("ra", "ra, magnitude 25"), ("augmix", "augmix, severity 9"), ("ra", "ta_wide"), ("imagenet", "cifar10")],
-)
-def test_each_option_changes_the_images(less, more):
-    less, more = (training_transform(CROP, MEAN, **COMPOSED[name][0]) for name in (less, more))
-    assert any(not torch.equal(transformed(less, seed), transformed(more, seed)) for seed in SEEDS)
-
-
 def test_bicubic_automatic_augmentation_of_tensors_is_refused():
     """torchvision would raise only at the first sheared image."""
     for name in AUTO_AUGMENTS:
         for backend in BACKENDS if name == "augmix" else ("tensor",):  # augmix always mixes tensors
             with pytest.raises(UserError, match=rf"bicubic: .* --auto-augment {name} with --backend {backend};"):
                 training_transform(CROP, MEAN, auto_augment=name, interpolation="bicubic", backend=backend)
-
-
-@pytest.mark.parametrize("name", [None, *AUTO_AUGMENTS])
-def test_every_other_combination_transforms_every_image(name):
-    for interpolation in INTERPOLATIONS:
-        for backend in BACKENDS:
-            if interpolation == "bicubic" and (name == "augmix" or (name is not None and backend == "tensor")):
-                continue
-            options = {"auto_augment": name, "interpolation": interpolation, "backend": backend}
-            transform = training_transform(CROP, MEAN, random_erase=0.5, **options)
-            images = {tuple(transformed(transform, seed).flatten().tolist()) for seed in SEEDS}
-            assert len(images) == len(SEEDS)
 
 
 @pytest.mark.parametrize(("mean", "fill"), [(MEAN, FILL), ((0.3162,), [81, 81, 81])], ids=["three values", "one value"])
@@ -126,22 +105,6 @@ def test_random_erasing_fills_with_the_rounded_mean(mean, fill, backend):
     assert torch.equal(erased, image[2] == fill[2])
     rows, columns = erased.any(1).sum(), erased.any(0).sum()
     assert erased.sum() == rows * columns  # one rectangle
-
-
-def test_random_erasing_has_the_given_probability():
-    white = Image.new("RGB", (36, 40), (255, 255, 255))
-    transform = training_transform(CROP, MEAN, random_erase=0.25)
-    torch.manual_seed(0)
-    erased = sum(int((transform(white) < 255).any()) for _ in range(400))
-    assert 75 <= erased <= 125  # binomial, 100 +- 8.7
-
-
-def test_backends_agree_except_for_rounding():
-    for seed in SEEDS:
-        pil, tensor = (transformed(training_transform(CROP, MEAN, backend=name), seed) for name in BACKENDS)
-        assert (pil.int() - tensor.int()).abs().max() <= 1
-    pil, tensor = (evaluation_transform(24, CROP, backend=name)(colour_image()) for name in BACKENDS)
-    assert (pil.int() - tensor.int()).abs().max() <= 1
 
 
 @pytest.mark.parametrize("name", INTERPOLATIONS)
@@ -160,12 +123,6 @@ def test_the_evaluation_transform_of_tensors_is_torchvisions(mode):
     image = evaluation_transform(24, CROP, interpolation=mode.value, backend="tensor")(colour_image())
     assert image.dtype == torch.uint8
     assert torch.equal(image, by_hand)
-
-
-def test_the_evaluation_transform_draws_nothing():
-    before = torch.get_rng_state()
-    evaluation_transform(24, CROP)(colour_image())
-    assert torch.equal(torch.get_rng_state(), before)
 
 
 @pytest.mark.parametrize("mode", ["L", "RGB"])
@@ -217,14 +174,11 @@ def test_without_mixing_nothing_changes():
 
 
 def test_mixup_is_a_weighted_sum_of_neighbours():
-    shares = []
     for step in range(5):
         images, targets = mix(mixup=1.0, step=step)
         share = own_share(targets)
+        assert 0 < share < 1
         torch.testing.assert_close(images, share * IMAGES + (1 - share) * IMAGES.roll(1, 0))
-        shares.append(share)
-    assert all(0 < share < 1 for share in shares)
-    assert len(set(shares)) == 5
 
 
 def test_the_alpha_of_mixup_shapes_the_weights():
@@ -264,18 +218,8 @@ def test_mixing_depends_on_seed_epoch_step_and_rank_only():
     for (images, targets), (images_again, targets_again) in zip(first, second, strict=True):
         assert torch.equal(images, images_again)
         assert torch.equal(targets, targets_again)
+    assert torch.equal(torch.rand(4), torch.rand(4, generator=torch.Generator().manual_seed(2)))  # undisturbed
     assert len({own_share(targets) for _, targets in first}) == len(places)
-
-
-@pytest.mark.parametrize(("mixup", "cutmix"), [(1.0, 0.0), (0.0, 1.0), (1.0, 1.0)])
-def test_mixing_does_not_change_the_global_generator_or_its_inputs(mixup, cutmix):
-    images, targets = IMAGES.clone(), TARGETS.clone()
-    before = torch.get_rng_state()
-    mixed, _ = mix(mixup, cutmix)
-    assert torch.equal(torch.get_rng_state(), before)
-    assert not torch.equal(mixed, images)
-    assert torch.equal(IMAGES, images)
-    assert torch.equal(TARGETS, targets)
 
 
 def test_mixing_needs_two_classes():

@@ -50,7 +50,7 @@ def census_of(root: Path, images: dict[str, tuple[int, int]], distance: int | No
     records["pixels"][:, 0] = [images[name][0] for name in names]
     hashes = np.arange(256) < np.array([images[name][1] for name in names])[:, None]
     records["likeness"] = np.packbits(hashes, axis=1).view(np.uint64)
-    return take_census(files, records, {}, 2.0, distance)
+    return take_census(files, records, [""] * len(names), 2.0, distance)
 
 
 def left_out(census: Census) -> dict[str, str]:

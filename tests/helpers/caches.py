@@ -9,7 +9,7 @@ from tests.helpers.parsing import parse
 from utils.data.cache_build import CacheBuild
 from utils.data.folders import ImageFiles
 from utils.data.splits import Splits, open_splits, use_cache
-from utils.data.transforms import resize_transform
+from utils.data.transforms import evaluation_transform
 
 CPU = torch.device("cpu")
 TEST_TRAIN = ("--test-only", "--resume", "-", "--split", "train")  # evaluates the images of train
@@ -31,7 +31,7 @@ def new_build(data: Path, cache_dir: Path, *, workers=0, max_bad_images=None, gr
     return CacheBuild(
         cache_dir,
         ImageFiles.find(data / "train"),
-        resize_transform(36),
+        evaluation_transform(36, None),
         gray=gray,
         parameters={"size": 36},
         max_bad_images=max_bad_images,

@@ -1,6 +1,7 @@
 """What is wrong with a page of Markdown: its fences, what stands inside them, and where its links lead."""
 
 import re
+import shlex
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -90,3 +91,14 @@ def fault_of_link(target: str, path: Path, page: str, root: Path) -> str | None:
         aimed = aimed / "README.md"
     there = anchors(page if aimed == path else aimed.read_text()) if aimed.suffix == ".md" and aimed.exists() else set()
     return None if anchor in there else f"a link to no heading: ({target})"
+
+
+def command_lines(page: str, root: Path) -> Iterator[tuple[Path, list[str]]]:
+    """The lines of a page's bash blocks as (folder, words): continued lines joined, `cd` followed from the root."""
+    for language, content in blocks_and_text(page)[0]:
+        folder = root
+        for line in content.replace("\\\n", " ").splitlines() if language == "bash" else ():
+            words = shlex.split(line, comments=True)
+            if words[:1] == ["cd"]:
+                folder = (folder / words[1]).resolve()
+            yield folder, words

@@ -1,9 +1,10 @@
-"""The parsers of both scripts, and their final values from typed flags."""
+"""The parsers of both scripts, the final values of typed flags, and tests by name."""
 
 import argparse
 
 from _normal import train as normal
 from _policy_gradient import train as policy_gradient
+from tests.conftest import ROOT
 from utils import arguments
 
 PARSERS = {"_normal": normal.build_parser(), "_policy_gradient": policy_gradient.build_parser()}
@@ -20,3 +21,9 @@ def given(script: str, *words: object) -> dict:
 
 def declared() -> set[str]:
     return {action.dest for parser in PARSERS.values() for action in parser._actions if action.dest != "help"}
+
+
+def is_test(file: str, function: str = "") -> bool:
+    """Whether there is one test file of this name, and this function in it."""
+    (path,) = (ROOT / "tests").rglob(file)
+    return f"\ndef {function}(" in path.read_text() if function else True

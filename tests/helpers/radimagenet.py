@@ -67,12 +67,12 @@ def expected(source: Path) -> dict[str, bytes]:
     }
 
 
-def pack(source: Path, archive: Path, folder: str = ".", lists: str = "first", form: int = tarfile.PAX_FORMAT) -> Path:
-    """lists: first, last, or absent."""
+def pack(source: Path, archive: Path, folder: str = ".", lists: str = "first") -> Path:
+    """A tar archive of the source; lists: first, last, or absent."""
     names = sorted(path.name for path in source.iterdir())  # the lists before the images
     if lists == "last":
         names.reverse()
-    with tarfile.open(archive, "w:gz" if archive.suffix == ".gz" else "w", format=form) as tar:
+    with tarfile.open(archive, "w:gz" if archive.suffix == ".gz" else "w") as tar:
         for name in names:
             if lists != "absent" or not name.endswith(".csv"):
                 tar.add(source / name, f"{folder}/{name}")

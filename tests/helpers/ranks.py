@@ -1,4 +1,7 @@
-"""Processes that start warm: forks of a server that has imported everything. A start takes a second, not ten."""
+"""Warm starts of the scripts, with and without torchrun: forks of a process that has imported everything.
+
+A start takes less than a second, where `torchrun SCRIPT` imports for ten.
+"""
 
 import importlib
 import multiprocessing
@@ -6,8 +9,10 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import Callable
+import uuid
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from multiprocessing.connection import wait
 from multiprocessing.context import ForkServerContext
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -15,24 +20,64 @@ from tempfile import TemporaryDirectory
 from typing import Any
 from unittest.mock import patch
 
-from _normal import train as normal  # noqa: F401 (the server imports it, so that a fork need not)
+import sklearn.metrics  # noqa: F401 (with the next two: what is imported here, ranks do not import again)
+from torch.distributed.launcher.api import elastic_launch
+from torch.distributed.run import config_from_args, parse_args
+
+from _normal import train as normal  # noqa: F401
 from _policy_gradient import train as policy_gradient  # noqa: F401
 from tests.conftest import ROOT
+from utils.runtime.lifetimes import end_with_launcher
 from utils.runtime.processes import run_script
 
-PATIENCE = 120  # seconds; no test asserts a time, but none waits forever either
+PATIENCE = 120  # seconds; no test asserts a time, but none hangs for ever either
 
 
 def _server() -> ForkServerContext:
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.helpers.ranks"])
+    context.set_forkserver_preload([__name__])
     return context
 
 
 def call_warm(function: Callable, *arguments: object) -> Any:
-    """Return the result of a function of a module, called in a new process."""
+    """The result of a function of a module, called in a fork of the warm process."""
     with patch.dict(os.environ, {"PYTHONPATH": str(ROOT)}), ProcessPoolExecutor(1, _server()) as pool:
         return pool.submit(function, *arguments).result(PATIENCE)
+
+
+def start_warm(
+    target: Callable[..., None], *arguments: object, stdout: Path | None, stderr: Path | None, cwd: Path = ROOT
+) -> BaseProcess:
+    """Call a function in a fork of the warm process; its output is added to the files. None: closed."""
+    for path in (stdout, stderr):
+        if path is not None:
+            path.touch()  # the caller may read it at once
+    process = _server().Process(target=_in_child, args=(target, arguments, stdout, stderr, cwd))
+    with patch.dict(os.environ, {"PYTHONPATH": str(ROOT)}):  # the warm process must find this file
+        process.start()
+    return process
+
+
+def _in_child(
+    target: Callable[..., None], arguments: Sequence[object], stdout: Path | None, stderr: Path | None, cwd: Path
+) -> None:
+    os.chdir(cwd)
+    multiprocessing.set_start_method("fork", force=True)  # for loader workers, as in a run from the command line
+    for number, (name, path) in enumerate((("stdout", stdout), ("stderr", stderr)), 1):
+        if path is None:
+            os.close(number)
+            setattr(sys, name, None)
+        else:
+            os.dup2(os.open(path, os.O_WRONLY | os.O_APPEND), number)
+    target(*arguments)
+
+
+def _run(script: str, arguments: Sequence[str]) -> None:
+    """What `python SCRIPT` does with these arguments."""
+    sys.argv = [script, *arguments]
+    end_with_launcher()
+    module = importlib.import_module(script.removesuffix(".py").replace("/", "."))
+    run_script(module.main)
 
 
 def start_process(
@@ -42,54 +87,75 @@ def start_process(
     stderr: Path | None,
     environment: dict[str, object] | None = None,
 ) -> BaseProcess:
-    """Start a script of the repository; its output is added to the files, None: the descriptor is closed."""
+    """Start a script of the repository as one process."""
     texts = {name: str(value) for name, value in (environment or {}).items()}
-    process = _server().Process(target=_run, args=(script, texts, arguments, stdout, stderr))
-    with patch.dict(os.environ, {"PYTHONPATH": str(ROOT)}):  # the server must find this file
-        process.start()
-    return process
+    return start_warm(_run_rank, texts, script, arguments, stdout=stdout, stderr=stderr)
+
+
+def _run_rank(environment: dict[str, str], script: str, arguments: Sequence[str]) -> None:
+    os.environ.update(environment)
+    _run(script, arguments)
+
+
+def _run_torchrun(options: Sequence[str], script: str, arguments: Sequence[str]) -> None:
+    """What `torchrun OPTIONS SCRIPT` does, but that its ranks are forks."""
+    parsed = parse_args([*options, "--start-method=fork", script])
+    if parsed.standalone:  # as torch.distributed.run.run has it
+        parsed.rdzv_backend, parsed.rdzv_endpoint, parsed.rdzv_id = "c10d", "localhost:0", str(uuid.uuid4())
+    configuration, _, _ = config_from_args(parsed)
+    elastic_launch(configuration, _run)(script, arguments)
 
 
 def start_ranks(script: str, arguments: list[str], processes: int, stdout: Path, stderr: Path) -> list[BaseProcess]:
-    """Start a script of the repository as several ranks on this machine; their output is added to the files."""
+    """Start a script of the repository as ranks on this machine, without torchrun."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
     common = {"WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    stdout.touch()
-    stderr.touch()
     environments = [{**common, "RANK": rank, "LOCAL_RANK": rank} for rank in range(processes)]
     return [start_process(script, arguments, stdout, stderr, environment) for environment in environments]
 
 
-def _run(
-    script: str, environment: dict[str, str], arguments: list[str], stdout: Path | None, stderr: Path | None
-) -> None:
-    """As `python SCRIPT ARGUMENTS` does it."""
-    os.environ.update(environment)
-    os.chdir(ROOT)
-    multiprocessing.set_start_method("fork", force=True)  # for loader workers, as in a run from the command line
-    for number, (name, path) in enumerate((("stdout", stdout), ("stderr", stderr)), 1):
-        if path is None:
-            os.close(number)
-            setattr(sys, name, None)
-        else:
-            os.dup2(os.open(path, os.O_WRONLY | os.O_APPEND), number)
-    sys.argv = [script, *arguments]
-    module = importlib.import_module(script.removesuffix(".py").replace("/", "."))
-    run_script(module.main)
+def start_torchrun(
+    options: list[str], script: str, arguments: list[str], stdout: Path, stderr: Path, cwd: Path = ROOT
+) -> BaseProcess:
+    """Start a script of the repository by torchrun. options: torchrun's, such as --standalone --nproc_per_node=2."""
+    return start_warm(_run_torchrun, options, script, arguments, stdout=stdout, stderr=stderr, cwd=cwd)
 
 
 def run_ranks(script: str, *arguments: object, processes: int, check: bool = True) -> subprocess.CompletedProcess[str]:
-    """Run a script as several ranks to their end, as `run_script` does; the exit code is the greatest of theirs."""
+    """Run a script as ranks without torchrun, to their end. As torchrun does, end the others soon after a failure."""
     with TemporaryDirectory() as folder:
         files = Path(folder, "stdout"), Path(folder, "stderr")
-        ranks = start_ranks(script, list(map(str, arguments)), processes, *files)
-        for rank in ranks:
-            rank.join(PATIENCE)
-        codes = [rank.exitcode for rank in ranks]
-        for rank in ranks:
-            rank.kill()
-        outputs = [path.read_text() for path in files]
-    assert None not in codes, (codes, outputs)
-    assert not check or not any(codes), (codes, outputs)
-    return subprocess.CompletedProcess([script, *arguments], max(map(abs, codes)), *outputs)
+        ranks = running = start_ranks(script, list(map(str, arguments)), processes, *files)
+        while running and not any(rank.exitcode for rank in ranks):
+            assert wait([rank.sentinel for rank in running], PATIENCE), [path.read_text() for path in files]
+            running = [rank for rank in running if rank.exitcode is None]
+        for rank in running:
+            rank.join(1)
+        return _completed(ranks, [script, *arguments], files, check)
+
+
+def run_torchrun(
+    script: str, *arguments: object, processes: int, check: bool = True, cwd: Path = ROOT
+) -> subprocess.CompletedProcess[str]:
+    """Run a script by `torchrun --standalone`, to its end."""
+    with TemporaryDirectory() as folder:
+        files = Path(folder, "stdout"), Path(folder, "stderr")
+        options = ["--standalone", f"--nproc_per_node={processes}"]
+        launcher = start_torchrun(options, script, list(map(str, arguments)), *files, cwd)
+        launcher.join(PATIENCE)
+        return _completed([launcher], [script, *arguments], files, check)
+
+
+def _completed(
+    processes: list[BaseProcess], command: list[object], files: tuple[Path, Path], check: bool
+) -> subprocess.CompletedProcess[str]:
+    """The output and the greatest exit code of the processes that have ended; the others are killed."""
+    codes = [abs(process.exitcode) for process in processes if process.exitcode is not None]
+    for process in processes:
+        process.kill()
+        process.join()
+    output = [path.read_text() for path in files]
+    assert codes, output
+    assert not check or not any(codes), (codes, output)
+    return subprocess.CompletedProcess(command, max(codes), *output)

@@ -1,4 +1,4 @@
-"""What several processes compute, for test_distributed.py: `torchrun tests/helpers/worker.py JOB OUTPUT ...`."""
+"""Jobs of several processes, for test_distributed.py: `torchrun tests/helpers/worker.py JOB OUTPUT ...`."""
 
 import os
 import signal
@@ -27,21 +27,21 @@ from utils.training.optim import build_optimizer
 from utils.training.update import GuardedUpdate, NonFiniteLoss, StepGuard
 
 CPU = torch.device("cpu")
-
-
 SETTINGS = [("reinforce", "learned"), ("reinforce", "prior"), ("reinforce", "none"), ("published", "learned")]
 
 
 def all_gradients(output: Path) -> None:
-    """`gradients` for each of SETTINGS, by its number."""
-    found = {str(number): gradients(*setting) for number, setting in enumerate(SETTINGS)}
+    """The result of `gradients` for each of SETTINGS, by its number."""
+    results = {str(number): gradients(*setting) for number, setting in enumerate(SETTINGS)}
     if distributed.is_main_process():
-        torch.save(found, output)
+        torch.save(results, output)
 
 
 def gradients(objective_name: str, mask_policy: str) -> dict[str, torch.Tensor]:
-    """Gradients of both networks on a fixed global batch of 8 images with given cells, BatchNorm frozen; and the prior
-    after its update, and the advantage normalised."""
+    """Gradients of both networks on a fixed global batch of 8 images with given cells, and the updated prior.
+
+    BatchNorm is frozen. Each rank computes on its part of the batch.
+    """
     torch.manual_seed(0)
     classifier, policy = (
         models.create_classifier("test_resnet", 3, 32).eval(),
@@ -49,33 +49,33 @@ def gradients(objective_name: str, mask_policy: str) -> dict[str, torch.Tensor]:
     )
     images, cells = torch.rand(8, 3, 32, 32), torch.rand(8, 16).clamp(0.05, 0.95)
     targets = torch.arange(8) % 3
-    mine = slice(distributed.rank(), None, distributed.world_size())
+    own = slice(distributed.rank(), None, distributed.world_size())
     objective = Objective(objective_name)
     parallel = distributed.wrap(classifier, CPU)
     if policy is None:
-        loss = F.cross_entropy(parallel(images[mine]), targets[mine])
+        loss = F.cross_entropy(parallel(images[own]), targets[own])
     else:
         policy.eval()
         parallel_policy = distributed.wrap(policy, CPU)
-        heads = parallel_policy(images[mine])
+        heads = parallel_policy(images[own])
         log_alpha, log_beta = policy.log_concentrations(*heads)
         distribution = Beta(log_alpha.exp(), log_beta.exp())
-        masks = F.interpolate(cells[mine].view(-1, 1, 4, 4), size=32)
-        cross_entropy = F.cross_entropy(parallel(images[mine] * masks), targets[mine], reduction="none")
-        loss, _ = objective(cross_entropy, distribution.log_prob(cells[mine]), distribution.entropy())
+        masks = F.interpolate(cells[own].view(-1, 1, 4, 4), size=32)
+        cross_entropy = F.cross_entropy(parallel(images[own] * masks), targets[own], reduction="none")
+        loss, _ = objective(cross_entropy, distribution.log_prob(cells[own]), distribution.entropy())
     loss.backward()
-    found = {f"classifier.{name}": value.grad for name, value in classifier.named_parameters()}
+    results = {f"classifier.{name}": value.grad for name, value in classifier.named_parameters()}
     if policy is not None:
-        found |= {f"policy.{name}": value.grad for name, value in policy.named_parameters()}
+        results |= {f"policy.{name}": value.grad for name, value in policy.named_parameters()}
         policy.update_prior(*heads, hold_back=torch.tensor(False))
-        found["prior"] = policy.prior
-    priors = distributed.all_gather_object(found.get("prior"))
+        results["prior"] = policy.prior
+    priors = distributed.all_gather_object(results.get("prior"))
     assert all(prior is None or torch.equal(prior, priors[0]) for prior in priors)  # equal bits on every rank
-    return found
+    return results
 
 
 def evaluation(output: Path, data: str) -> None:
-    """Predictions and metrics of a fixed classifier, whose BatchNorm statistics differ on the ranks beforehand."""
+    """Predictions and metrics of a fixed classifier; its BatchNorm statistics differ between the ranks at first."""
     torch.manual_seed(0)
     classifier = models.create_classifier("test_resnet", 3, 32)
     for buffer in classifier.buffers():
@@ -92,7 +92,7 @@ def evaluation(output: Path, data: str) -> None:
 
 
 def guard(output: Path) -> None:
-    """Three steps; the last rank alone has a loss that is not finite at 1, and a signal at 2; and means over ranks."""
+    """Three steps, and means over ranks. Only the last rank has a non-finite loss at step 1 and a signal at step 2."""
     torch.manual_seed(0)
     last = distributed.rank() == distributed.world_size() - 1
     model = torch.nn.Linear(2, 1, bias=False)
@@ -112,17 +112,17 @@ def guard(output: Path) -> None:
         meters.update(rank=torch.tensor(float(distributed.rank())))
     try:
         finite.raise_if_non_finite(epoch=4)
-        found = None
+        report = None
     except NonFiniteLoss as error:
-        found = str(error), error.batch
-    gathered = distributed.all_gather_object((found, stops))
+        report = str(error), error.batch
+    gathered = distributed.all_gather_object((report, stops))
     means, state = meters.read(), meters.state()
     if distributed.is_main_process():
         torch.save({"weights": weights, "gathered": gathered, "means": means, "state": state}, output)
 
 
 def failure(output: Path, kind: str) -> None:
-    """The last rank meets an error that the others do not: `agreed` (in a check) or `alone` (a bad image)."""
+    """An error on the last rank only: in a check that all ranks agree on (`agreed`), or anywhere else (`alone`)."""
     last = distributed.rank() == distributed.world_size() - 1
     if kind == "agreed":
         with agreed():
@@ -131,7 +131,7 @@ def failure(output: Path, kind: str) -> None:
     if last:
         raise UserError("only the last rank saw this")
     distributed.barrier()
-    distributed.all_reduce_mean(torch.ones(1))  # waits for the rank that is gone
+    distributed.all_reduce_mean(torch.ones(1))  # waits for the rank that has ended
 
 
 def main() -> None:

@@ -11,7 +11,8 @@ import yaml
 from _normal import train as normal
 from tests.helpers.exports import MASKS, run_export, safetensors_of, write_checkpoint
 from utils.checkpoints.checkpoint import read_weights
-from utils.inference.model_card import CARD_METRICS, read_measured
+from utils.inference.model_card import read_measured
+from utils.results.metrics import METRIC_NAMES
 
 
 def front_matter(card: str) -> dict:
@@ -61,7 +62,7 @@ def measured(tmp_path):
     weights = tmp_path / "run" / "model_0.pth"
     weights.parent.mkdir()
     weights.write_bytes(b"")
-    metrics = {"clean": dict.fromkeys(CARD_METRICS, 0.5)}
+    metrics = {"clean": dict.fromkeys(METRIC_NAMES, 0.5)}
     content = {"split": "val", "images": 9, "weights": "../run/model_0.pth", "metrics": metrics}
 
     def read(averaged: bool | None = None, **changes: object):
@@ -79,12 +80,10 @@ def measured(tmp_path):
         {"weights": 5},
         {"split": "|"},
         {"images": "9"},
-        {"metrics": {}},
-        {"metrics": {"clean": dict.fromkeys(CARD_METRICS, "1")}},
-        {"metrics": {"clean": dict.fromkeys(CARD_METRICS, float("nan"))}},
+        {"metrics": {"clean": dict.fromkeys(METRIC_NAMES, "1")}},
+        {"metrics": {"clean": dict.fromkeys(METRIC_NAMES, float("nan"))}},
         {"metrics": [[]]},
         {"averaged": True},
-        {"averaged": "no"},
     ],
     ids=str,
 )

@@ -158,6 +158,7 @@ def test_densities_are_exact_for_reinforce_and_clamped_for_the_published_objecti
     torch.testing.assert_close(exact.log_prob[inside], clamped.log_prob[inside], rtol=0, atol=1e-3)
 
 
+@pytest.mark.slow
 def test_published_estimator_drifts_to_uniform_noise_for_a_constant_reward():
     """What the objective's docstring says: with a constant loss the concentrations fall, where REINFORCE's stay."""
 

@@ -29,6 +29,7 @@ def train(image_folder, tmp_path):
     return train
 
 
+@pytest.mark.slow
 def test_range_and_fading_show_in_the_logged_masks(train):
     """Of uniform noise, drawn alike in each run: mean 1/2, and in the last two of five epochs 2/3 and 5/6."""
     uniform = ("--mask-policy", "uniform", "--lr", 0.001, "--batch-size", 36)  # one step an epoch

@@ -3,14 +3,13 @@
 import argparse
 import importlib
 import re
-import shlex
 import sys
 
 import pytest
 
 from tests.conftest import ROOT
-from tests.helpers.markdown import anchors, blocks_and_text, faults
-from tests.helpers.parsing import PARSERS, declared
+from tests.helpers.markdown import anchors, command_lines, faults
+from tests.helpers.parsing import PARSERS, declared, is_test
 from utils import arguments
 
 README = (ROOT / "README.md").read_text()
@@ -91,20 +90,9 @@ def test_a_page_without_faults_is_accepted(tmp_path):
     assert anchors((tmp_path / "other.md").read_text()) == {"other-with-code-twice", "again", "again-1"}
 
 
-def command_lines(page):
-    """The lines of a page's bash blocks as (folder, words): continued lines joined, `cd` followed."""
-    for language, content in blocks_and_text(page)[0]:
-        folder = ROOT
-        for line in content.replace("\\\n", " ").splitlines() if language == "bash" else ():
-            words = shlex.split(line, comments=True)
-            if words[:1] == ["cd"]:
-                folder = (folder / words[1]).resolve()
-            yield folder, words
-
-
 def commands_of(page):
     """The commands of a page that are this repository's: (module, arguments)."""
-    for folder, words in command_lines(page):
+    for folder, words in command_lines(page, ROOT):
         own = [word for word in words if word not in ("...", "&")]
         for index, word in enumerate(own):
             if word == "-m" and own[index + 1].split(".")[0] in OWN:
@@ -151,7 +139,7 @@ def test_the_pages_name_each_command():
 @pytest.mark.parametrize("name", PAGES)
 def test_every_shell_script_and_make_target_of_the_pages_exists(name):
     targets = re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
-    for folder, words in command_lines((ROOT / name).read_text()):
+    for folder, words in command_lines((ROOT / name).read_text(), ROOT):
         if words[:1] == ["make"]:
             assert words[1] in targets
         if words[:1] == ["bash"]:
@@ -162,9 +150,7 @@ def test_each_promise_names_a_test_that_exists():
     named = re.findall(r"`(test_\w+\.py)(?:::(test_\w+))?`", section(README, "What it promises"))
     assert len(named) >= 12
     for file, function in named:
-        (path,) = (ROOT / "tests").rglob(file)
-        content = path.read_text()
-        assert f"\ndef {function}(" in content if function else content, (file, function)
+        assert is_test(file, function), (file, function)
 
 
 def test_the_messages_of_the_troubleshooting_are_those_of_the_code():

@@ -1,5 +1,6 @@
 """What the README says can be typed and is run: its command block, shortened, the recipes, and other ways to start."""
 
+import importlib
 import json
 import os
 import re
@@ -7,9 +8,7 @@ import shutil
 import signal
 import socket
 import subprocess
-import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
@@ -17,6 +16,8 @@ import torch
 from _normal import train as normal
 from _policy_gradient import train as policy_gradient
 from tests.conftest import ROOT, SMALL, SMALL_POLICY, run_script
+from tests.helpers.markdown import command_lines
+from tests.helpers.ranks import PATIENCE, run_torchrun, start_torchrun
 from utils.phantoms import dataset as phantoms
 from utils.results.log import read_log
 
@@ -27,13 +28,6 @@ MINI_RIN = ROOT.parent / "shared" / "data" / "mini-rin"
 @pytest.fixture(scope="module")
 def small_phantoms(tmp_path_factory):
     return phantoms.generate(tmp_path_factory.mktemp("phantoms") / "set", size=40, scale=0.03)
-
-
-@pytest.fixture
-def copy(tmp_path):
-    """A copy of the repository that the commands may write to."""
-    ignored = shutil.ignore_patterns(".*", "tests", "demo", "__pycache__", "*.pth")
-    return Path(shutil.copytree(ROOT, tmp_path / "repository", ignore=ignored))
 
 
 def shortened(block, data):
@@ -57,18 +51,26 @@ def shortened(block, data):
 
 
 @pytest.mark.slow
-def test_the_whole_route_as_the_readme_types_it(copy, small_phantoms):
-    block = re.search(r"<!-- The suite runs this block, shortened. -->\n```bash\n(.*?)```", README, re.DOTALL)[1]
-    script = shortened(block, small_phantoms)
-    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
-    result = subprocess.run(
-        ["bash", "-euxc", script], cwd=copy, env=environment, capture_output=True, text=True, timeout=400
-    )
-    assert result.returncode == 0, result.stdout + result.stderr
-    pretrained, finetuned = copy / "_policy_gradient" / "_gradp", copy / "_normal"
+def test_the_whole_route_as_the_readme_types_it(small_phantoms, tmp_path, monkeypatch):
+    block = re.search(r"<!-- The suite runs this block, shortened. -->\n(```bash\n.*?```)", README, re.DOTALL)[1]
+    pretrained, finetuned = tmp_path / "_policy_gradient" / "_gradp", tmp_path / "_normal"
+    for folder in ("_policy_gradient", "_normal", "_weights"):
+        (tmp_path / folder).mkdir()
+    for folder, words in command_lines(shortened(block, small_phantoms), tmp_path):
+        if words[:1] == ["torchrun"]:
+            script = words.index("train.py")
+            path, output = f"{folder.name}/train.py", tmp_path / "output.txt"
+            launcher = start_torchrun(words[1:script], path, words[script + 1 :], output, output, folder)
+            launcher.join()
+            assert launcher.exitcode == 0, output.read_text()
+        elif words[:2] == ["python", "-m"]:
+            monkeypatch.chdir(folder)
+            importlib.import_module(words[2]).main(words[3:])
+        else:
+            assert words[:1] in ([], ["cd"]), words
     assert [line["epoch"] for line in read_log(pretrained)] == [0, 1, 2]
     assert set(json.loads((pretrained / "metrics.json").read_text())["metrics"]) == {"clean", "masked"}
-    averaged = torch.load(copy / "_weights/resnet50_gradientp_RIN_64_64_k13_s6.pth", weights_only=True)
+    averaged = torch.load(tmp_path / "_weights/resnet50_gradientp_RIN_64_64_k13_s6.pth", weights_only=True)
     parts = [torch.load(pretrained / f"model_{epoch}.pth", weights_only=True)["model"] for epoch in range(3)]
     expected = sum(part["fc.weight"].double() for part in parts) / 3
     torch.testing.assert_close(averaged["model"]["fc.weight"], expected.float())
@@ -92,14 +94,16 @@ def test_every_logged_name_is_explained(image_folder, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("processes", "batch"), [(1, 8), (3, 2)])  # without torchrun: many tests in this process
-def test_from_the_root_with_any_number_of_processes(processes, batch, image_folder, tmp_path):
+@pytest.mark.parametrize(("run", "processes", "batch"), [(run_script, 1, 8), (run_torchrun, 3, 2)])
+def test_from_the_root_with_any_number_of_processes(run, processes, batch, image_folder, tmp_path):
+    """By the command torchrun, and warm."""
     flags = [*SMALL, "--batch-size", batch, "--epochs", 1, "--data-path", image_folder, "--output-dir", tmp_path]
-    run_script("_normal/train.py", *flags, processes=processes)
+    run("_normal/train.py", *flags, processes=processes)
     assert len(read_log(tmp_path)) == 1
     assert len(torch.load(tmp_path / "checkpoint.pth", weights_only=True)["rng"]) == processes
 
 
+@pytest.mark.slow
 def test_from_the_scripts_own_folder_on_the_default_data(small_phantoms, tmp_path):
     """`cd _policy_gradient && python train.py`, without --data-path: the phantoms, and a notice."""
     root = tmp_path / "policy-gradient-noise-masks" / f"phantoms-v{phantoms.VERSION}-seed-0"
@@ -119,14 +123,15 @@ def test_two_nodes(image_folder, tmp_path):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    command = [
-        *(sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=2", "--rdzv-backend=c10d"),
-        *(f"--rdzv-endpoint=127.0.0.1:{port}", "--rdzv-id=1", "_policy_gradient/train.py", *SMALL_POLICY),
-        *("--batch-size", "4", "--epochs", "1", "--data-path", str(image_folder), "--output-dir", str(tmp_path)),
+    options = ["--nnodes=2", "--nproc_per_node=2", "--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{port}"]
+    flags = [*SMALL_POLICY, "--batch-size", 4, "--epochs", 1, "--data-path", image_folder, "--output-dir", tmp_path]
+    output, flags = tmp_path / "output.txt", list(map(str, flags))
+    agents = [
+        start_torchrun([*options, "--rdzv-id=1"], "_policy_gradient/train.py", flags, output, output) for _ in range(2)
     ]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    agents = [subprocess.Popen(command, cwd=ROOT, env=environment) for _ in range(2)]
-    assert [agent.wait(timeout=200) for agent in agents] == [0, 0]
+    for agent in agents:
+        agent.join(PATIENCE)
+    assert [agent.exitcode for agent in agents] == [0, 0], output.read_text()
     assert len(torch.load(tmp_path / "checkpoint.pth", weights_only=True)["rng"]) == 4
     assert len(read_log(tmp_path)) == 1
 

@@ -10,7 +10,7 @@ import pytest
 from experiments.plan import read_record
 from tests.helpers.finished_runs import undrawn, write_run  # noqa: F401
 from tests.helpers.hostile_values import changed, put
-from utils import plots, report
+from utils import report
 from utils.data import folders
 from utils.inference import classifier as inference
 from utils.inference import model_card
@@ -30,10 +30,8 @@ CONTENTS = {
     "a list": b'[{"epoch": 0}]\n',
     "a list of lists": b"[[]]\n",
     "status": b'{"status": 5}\n',
-    "deep lists": b"[" * DEEP + b"]" * DEEP + b"\n",
     "deep objects": b'{"epoch":' * DEEP + b"\n",
     "deep enough to be read": b"[" * 500 + b"]" * 500 + b"\n",
-    "400 digits": b'{"epoch": ' + b"9" * 400 + b"}\n",
     "5000 digits": b'{"epoch": 0, "val_f1": ' + b"9" * 5000 + b"}\n",
     "invalid UTF-8": b'{"epoch": 0, "\xff": 1}\n',
     "zeros": bytes(1000),
@@ -49,59 +47,32 @@ FILES = ("log.jsonl", "run.json", "status.json", "metrics.json", "per_class.csv"
 HARMLESS = {  # a log's last line may be cut short
     ("log.jsonl", "nothing"), ("log.jsonl", "a brace"), ("log.jsonl", "zeros"), ("status.json", "a huge epoch"),
 }  # fmt: skip
-KINDS = ("pipe", "folder", "device", "dangling link", "link to itself")
-VALUES = (
-    None,
-    True,
-    -1,
-    2**62,
-    0.5,
-    float("nan"),
-    float("inf"),
-    1e308,
-    "text",
-    "",
-    [],
-    {},
-    [[[]]],
-    {"a": {}},
-    "\x1b[2J",
-)
+VALUES = (None, True, -1, 2**62, 0.5, float("nan"), float("inf"), "", [], {}, [[[]]], {"a": {}}, "\x1b[2J")
 
 
 pytestmark = pytest.mark.usefixtures("ended_in_time", "undrawn")
 
 
 def make(path: Path, kind: str) -> None:
-    """Replace a file by something that is not a regular file."""
+    """Replace a file by something that is not a regular file. kind: "pipe", "folder", or the target of a link."""
     path.unlink(missing_ok=True)
-    makers = {
-        "pipe": partial(os.mkfifo, path),
-        "folder": path.mkdir,
-        "device": partial(path.symlink_to, "/dev/zero"),
-        "dangling link": partial(path.symlink_to, "nowhere"),
-        "link to itself": partial(path.symlink_to, path.name),
-    }
-    makers[kind]()
-
-
-def all_readers(folder: Path) -> list:
-    return [
-        lambda: report.page([run_folder.read_run_folder(folder)]),
-        lambda: plots.read_logs([str(folder)]),
-        lambda: run_folder.read_tested(folder, "clean"),
-        lambda: model_card.read_measured(folder / "log.jsonl"),
-        lambda: provenance.read_starts(folder),
-        lambda: read_log(folder),
-    ]
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "folder":
+        path.mkdir()
+    else:
+        path.symlink_to(path.name if kind == "itself" else kind)
 
 
 def messages(folder: Path) -> list[str]:
     """The notes on a run's folder, and the errors of the readers that need one of its files."""
     messages = run_folder.read_run_folder(folder).notes
-    for read in all_readers(folder):
+    report.page([run_folder.read_run_folder(folder)])
+    model_card.read_measured(folder / "log.jsonl")
+    provenance.read_starts(folder)
+    for read in (read_log, run_folder.read_evaluation, partial(run_folder.read_tested, name="clean")):
         try:
-            read()
+            read(folder)
         except UserError as error:
             messages.append(str(error))
     assert not [message for message in messages if "\n" in message or len(message) > 500]
@@ -118,13 +89,13 @@ def test_a_file_of_any_content_is_named_in_a_sentence(tmp_path, name):
         assert named or (name, what) in HARMLESS, (name, what)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["pipe", "folder", "/dev/zero", "nowhere", "itself"])
 @pytest.mark.parametrize("name", FILES)
 def test_a_special_file_is_named_in_a_sentence(tmp_path, name, kind):
     folder = write_run(tmp_path / "run")
     make(folder / name, kind)
     named = any(str(folder / name) in message for message in messages(folder))
-    assert named or (kind == "dangling link" and not name.endswith(".csv"))
+    assert named or (kind == "nowhere" and not name.endswith(".csv"))
 
 
 def entries(value: object, place: tuple = ()):
@@ -138,14 +109,14 @@ def entries(value: object, place: tuple = ()):
 @pytest.mark.parametrize("name", ["log.jsonl", "run.json", "status.json", "metrics.json"])
 def test_an_entry_of_any_value_never_breaks_the_page(tmp_path, name):
     folder = write_run(tmp_path / "run")
-    lines = [json.loads(line) for line in (folder / name).read_text().split("\n")[:-1]] if name == "log.jsonl" else None
-    content = lines or json.loads((folder / name).read_text())
+    is_log, text = name == "log.jsonl", (folder / name).read_text()
+    content = [json.loads(line) for line in text.splitlines()] if is_log else json.loads(text)
     mutants = [changed(content, place, partial(put, value=value)) for place in entries(content) for value in VALUES]
     mutants += [changed(content, place, lambda held, key: held.pop(key)) for place in entries(content)]
     noted = 0
     for mutant in mutants:
-        text = "".join(json.dumps(line) + "\n" for line in mutant) if lines else json.dumps(mutant)
-        (folder / name).write_text(text)
+        lines = mutant if is_log else [mutant]
+        (folder / name).write_text("".join(json.dumps(line) + "\n" for line in lines))
         run = run_folder.read_run_folder(folder)
         report.page([run])
         noted += len(run.notes)
@@ -163,7 +134,7 @@ def test_curves_of_extreme_values_are_drawn(tmp_path):
 
 def test_the_best_epoch_has_a_finite_f1(tmp_path):
     folder = write_run(tmp_path / "run")
-    for value in (None, float("nan"), float("inf")):
+    for value in (None, float("inf")):
         lines = [{"epoch": 0, "val_f1": 0.25}, {"epoch": 1, "val_f1": value}, {"epoch": 2}]
         (folder / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
         page = report.page([run_folder.read_run_folder(folder)]).decode()
@@ -171,16 +142,14 @@ def test_the_best_epoch_has_a_finite_f1(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("row", "rank", "match"),
-    [(row, "1", r"(per_class|predictions)\.csv: ") for row in
-     ("a,1,x,1,1", "a,1e5,1,1,1", "a,-1,1,1,1", f"a,{'9' * 400},1,1,1", "a", "a,1,1,1,1\na,1,1,1,1")]
-    + [("a,1,1,1,1", rank, r"predictions\.csv: does not fit per_class\.csv") for rank in
-       ("0", "2", "1.5", "9" * 400, "-1", "")],
-)  # fmt: skip
-def test_tables_with_impossible_values_are_refused(tmp_path, row, rank, match):
+    ("row", "rank"),
+    [(row, "1") for row in ("a,1,x,1,1", "a,1e5,1,1,1", "a,-1,1,1,1", "a", "a,1,1,1,1\na,1,1,1,1")]
+    + [("a,1,1,1,1", rank) for rank in ("0", "2", "1.5", "9" * 400, "")],
+)
+def test_tables_with_impossible_values_are_refused(tmp_path, row, rank):
     (tmp_path / "per_class.csv").write_text(f"class,images,precision,recall,f1\n{row}\n")
     (tmp_path / "predictions.csv").write_text(f"image,target,prediction,true_rank,loss\na/0.png,a,a,{rank},0.5\n")
-    with pytest.raises(UserError, match=match):
+    with pytest.raises(UserError, match=r"(per_class|predictions)\.csv: "):
         run_folder.read_evaluation(tmp_path)
 
 
@@ -195,11 +164,12 @@ def test_result_names_cannot_point_to_another_folder(tmp_path):
 
 @pytest.mark.parametrize("name", ["finished.json", "progress.json"])
 def test_damaged_files_of_a_plan_are_named_in_a_sentence(tmp_path, name):
-    for content in (*CONTENTS.values(), b'{"stages": [], "seconds": "1", "done": 0}', b'{"stages": 1}'):
+    damaged = (b'{"seconds": "1"}', b'{"seconds": -1}', b'{"seconds": 1, "done": "x"}', b'{"stages": 1}')
+    for content in (*CONTENTS.values(), *damaged):
         (tmp_path / name).write_bytes(content)
-        with pytest.raises(UserError, match=name):
+        with pytest.raises(UserError, match=f"{name}: damaged"):
             read_record(tmp_path / name, None)
-    for kind in ("pipe", "device"):
+    for kind in ("pipe", "/dev/zero"):
         make(tmp_path / name, kind)
         with pytest.raises(UserError, match=name):
             read_record(tmp_path / name, None)
@@ -208,7 +178,7 @@ def test_damaged_files_of_a_plan_are_named_in_a_sentence(tmp_path, name):
 # Files given by flags
 
 
-@pytest.mark.parametrize("kind", ["pipe", "device", "link to itself"])
+@pytest.mark.parametrize("kind", ["pipe", "/dev/zero", "itself"])
 def test_lists_that_are_special_files_are_refused(tmp_path, kind):
     make(tmp_path / "list", kind)
     with pytest.raises(UserError, match=r"^--exclude .*list: cannot be read \("):

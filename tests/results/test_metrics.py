@@ -43,16 +43,11 @@ def test_loss_is_the_mean_cross_entropy_in_nats():
     assert huge["loss"] == pytest.approx(1000)
 
 
-@pytest.mark.parametrize(("target", "top5"), [(0, 0.5), (1, 0.5), (2, 1.0), (4, 1.0), (6, 0.5)])
-def test_top5_counts_the_five_largest(target, top5):
-    logits = torch.tensor([[7.0, 6, 5, 4, 3, 2, 1], [1, 2, 3, 4, 5, 6, 7]])  # the two smallest do not count
+@pytest.mark.parametrize(("num_classes", "target", "top5"), [(7, 1, 0.5), (7, 2, 1.0), (7, 4, 1.0), (5, 0, 1.0)])
+def test_top5_counts_the_five_largest(num_classes, target, top5):
+    increasing = torch.arange(num_classes).float()
+    logits = torch.stack([-increasing, increasing])  # with 7 classes the two smallest do not count
     assert classification_metrics(logits, torch.tensor([target, target]))["top5"] == top5
-
-
-@pytest.mark.parametrize("num_classes", [2, 5])
-def test_top5_of_five_classes_or_fewer_is_always_1(num_classes):
-    targets = torch.arange(num_classes)
-    assert classification_metrics(torch.randn(num_classes, num_classes), targets)["top5"] == 1.0
 
 
 # AUROC
@@ -87,13 +82,6 @@ def test_auroc_against_a_count_of_pairs(classes_present, with_ties):
     expected = auroc_by_counting(truth, logits.softmax(1).numpy())
     assert auroc == pytest.approx(expected, abs=1e-9)
     assert 0.1 < expected < 0.99
-
-
-def test_auroc_of_two_classes_by_hand():
-    logits = torch.tensor([0.1, 0.4, 0.35, 0.8]).logit()
-    logits = torch.stack([torch.zeros(4), logits], dim=1)
-    metrics = classification_metrics(logits, torch.tensor([0, 0, 1, 1]), auroc=True)
-    assert metrics["auroc"] == pytest.approx(3 / 4)  # of the four pairs only (0.4, 0.35) is in the wrong order
 
 
 def test_auroc_is_undefined_for_a_single_class_and_for_nonfinite_logits():

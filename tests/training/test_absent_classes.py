@@ -117,7 +117,7 @@ def test_a_class_that_the_training_lacks_is_named(image_folder, trained, tmp_pat
         UserError, match=r"zebra: this class is in 'test' but not in .*model_0.pth, which was trained on"
     ):
         evaluate(trained / "model_0.pth", data, tmp_path / "out")
-    with pytest.raises(UserError, match=r"test/zebra: this class is in 'test' but not in 'train' \(1 such in all\)"):
+    with pytest.raises(UserError, match=r"test/zebra: this class is in 'test' but not in 'train'"):
         normal.main([*SMALL, "--data-path", str(data), "--output-dir", str(tmp_path / "run"), "--epochs", "1"])
     assert not (tmp_path / "run").exists()
 
@@ -187,7 +187,7 @@ def test_a_model_card_counts_the_absent_classes(lacking, trained, tmp_path):
     weights = shutil.copy(trained / "model_0.pth", tmp_path)
     evaluate(Path(weights), lacking, tmp_path)
     card = (run_export(Path(weights), tmp_path / "out") / "README.md").read_text()
-    assert "AUROC is one-vs-one. Classes without images there, which count in no average: 1.\n\n| loss" in card
+    assert "AUROC is one-vs-one. Classes without images in this split, which count in no average: 1.\n\n| loss" in card
 
 
 def test_fine_tuning_onto_names_of_another_unicode_form_says_so(tmp_path, capsys):
@@ -206,6 +206,7 @@ def test_fine_tuning_onto_names_of_another_unicode_form_says_so(tmp_path, capsys
     assert apart in str(caught.value)
 
 
+@pytest.mark.slow
 def test_two_processes_give_the_same_as_one(lacking, trained, tmp_path):
     one = evaluate(trained / "model_0.pth", lacking, tmp_path / "one")
     flags = ("--data-path", lacking, "--output-dir", tmp_path / "two", "--test-only", "--split", "test")

@@ -12,8 +12,8 @@ from PIL import Image
 
 from _normal import train as normal
 from _policy_gradient import train as policy_gradient
-from tests.conftest import SMALL, SMALL_POLICY, run_script, write_image_folder
-from tests.helpers.ranks import run_ranks
+from tests.conftest import SMALL, SMALL_POLICY, write_image_folder
+from tests.helpers.ranks import run_ranks, run_torchrun
 from utils.checkpoints import checkpoint
 from utils.runtime import processes
 from utils.runtime.errors import UserError
@@ -80,7 +80,7 @@ def test_folders(tmp_path):
     refuse(normal, *run, data, match=r"data/val/dark: holds no image")
     shutil.copytree(data / "val" / "bright", data / "val" / "dark", dirs_exist_ok=True)
     (data / "test" / "zebra").mkdir()
-    refuse(normal, *run, data, match=r"test/zebra: this class is in 'test' but not in 'train' \(1 such in all\)")
+    refuse(normal, *run, data, match=r"test/zebra: this class is in 'test' but not in 'train'")
 
 
 def test_a_list_that_fits_no_image_is_refused(image_folder, tmp_path):
@@ -140,7 +140,7 @@ def test_a_log_that_is_damaged_is_named(image_folder, tmp_path):
 
 def test_an_output_folder_that_cannot_be_made(image_folder, tmp_path):
     (tmp_path / "file").write_text("in the way")
-    refuse(normal, "--data-path", image_folder, "--output-dir", tmp_path / "file" / "run", match="cannot be made")
+    refuse(normal, "--data-path", image_folder, "--output-dir", tmp_path / "file" / "run", match="cannot be created")
 
 
 def test_weights_of_another_architecture_name_the_keys(image_folder, tmp_path):
@@ -178,7 +178,7 @@ def test_a_bad_image_stops_all_processes_with_its_path(workers, tmp_path):
     whole = victim.read_bytes()
     victim.write_bytes(whole[: len(whole) // 2])
     flags = [*SMALL, "--batch-size", 4, "--workers", workers, "--data-path", data, "--output-dir", tmp_path / "run"]
-    run = run_script if workers else run_ranks  # with torchrun, and without
+    run = run_torchrun if workers else run_ranks
     result = run("_normal/train.py", *flags, "--epochs", 2, processes=2, check=False)
     assert result.returncode != 0
     assert result.stderr.count(f"error: {victim}: cannot be read as an image") == 1
@@ -196,7 +196,7 @@ def test_a_text_called_png(tmp_path):
 @pytest.mark.parametrize("flags", [("--modell", "x"), ("--device", "cuda"), ("--model", "resnet540"), ("--grid", "99")])
 def test_two_processes_say_it_once(flags, image_folder, tmp_path):
     arguments = [*SMALL_POLICY, "--data-path", image_folder, "--output-dir", tmp_path, *flags]
-    run = run_script if "--grid" in flags else run_ranks  # with torchrun, and without
+    run = run_torchrun if "--grid" in flags else run_ranks
     result = run("_policy_gradient/train.py", *arguments, processes=2, check=False)
     assert result.returncode != 0
     assert result.stderr.count("\nerror: ") + result.stderr.startswith("error: ") == 1

@@ -59,7 +59,7 @@ def test_a_model_that_cannot_be_compiled_ends_the_run_early(image_folder, tmp_pa
 
     compile_module = nn.Module.compile
     monkeypatch.setattr(nn.Module, "compile", lambda module, **_: compile_module(module, backend=backend))
-    monkeypatch.setattr(normal, "check_compiler", lambda device: None)
+    monkeypatch.setattr("utils.training.run.check_compiler", lambda device: None)
     flags = [*SMALL, "--data-path", str(image_folder), "--epochs", "1", "--output-dir", str(tmp_path), "--compile"]
     with pytest.raises(UserError, match=r"--compile: torch.compile failed \(no kernel for this operator\)") as caught:
         normal.main(flags)

@@ -50,7 +50,7 @@ def test_resumed_equals_uninterrupted_bit_for_bit(name, flags, image_folder, tmp
     check = StepGuard.check
 
     def stop_at_step_1(guard, loss, step, indices):
-        if step == 1 and guard.stop.former:
+        if step == 1 and guard.stop.previous_handlers:
             signal.raise_signal(signal.SIGTERM)
         return check(guard, loss, step, indices)
 

@@ -21,18 +21,8 @@ from utils.training import start
 from utils.training.model_sources import plain_name
 from utils.training.models import create_classifier
 
-CONFIG = {
-    "architecture": "test_resnet",
-    "num_classes": 5,
-    "num_features": 96,
-    "pretrained_cfg": {
-        "input_size": [3, 160, 160],
-        "num_classes": 5,
-        "first_conv": "conv1.0",
-        "classifier": "fc",
-        "mean": [0.5, 0.5, 0.5],
-    },
-}
+PRETRAINED = {"input_size": [3, 160, 160], "num_classes": 5, "first_conv": "conv1.0", "classifier": "fc"}
+CONFIG = {"architecture": "test_resnet", "num_classes": 5, "num_features": 96, "pretrained_cfg": PRETRAINED}
 
 
 def write_source(folder: Path, name: str = "test_resnet", classes: int = 5, **config: object) -> nn.Module:
@@ -70,7 +60,7 @@ def body(model: nn.Module, head: str = "fc") -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize(
     ("name", "head", "classes"),
-    [("test_resnet", "fc", 1000), ("test_resnet.r160_in1k", "fc", 3), ("test_convnext", "head.fc", 3)],
+    [("test_resnet", "fc", 1000), ("test_convnext.r160_in1k", "head.fc", 3)],
 )
 def test_a_pretrained_tag_gives_its_weights_and_a_fitting_head(hub_cache, name, head, classes):
     architecture = name.split(".")[0]
@@ -129,10 +119,9 @@ def test_a_source_that_is_not_in_the_cache_is_downloaded(hub_cache, tmp_path, mo
     assert {("org/net", "config.json", "v2"), ("org/net", "model.safetensors", "v2")} <= set(requests)
 
 
-@pytest.mark.parametrize("weights", [None, "default"])
-def test_without_network_the_error_tells_what_is_needed(hub_cache, weights):
+def test_without_network_the_error_names_what_is_needed(hub_cache):
     with pytest.raises(UserError) as caught:
-        create_classifier("hf-hub:org/absent", 3, 32, weights=weights, flag="--policy-model")
+        create_classifier("hf-hub:org/absent", 3, 32, flag="--policy-model")
     message = str(caught.value)
     assert message.startswith("--policy-model hf-hub:org/absent: its config.json cannot be read (")
     assert "also a resumed one and --test-only" in message
@@ -144,7 +133,6 @@ def test_without_network_the_error_tells_what_is_needed(hub_cache, weights):
     ("content", "match"),
     [
         (None, r"its config.json cannot be read \(Config file not found.*Expected a folder with config.json"),
-        ("{", r"its config.json cannot be read \("),
         ("[1]", r"its config.json cannot be read \("),
         (json.dumps(CONFIG | {"architecture": "no_net"}), "its config.json names 'no_net', which timm does not have"),
         (json.dumps(CONFIG | {"architecture": [1]}), r"its config.json names \[1\], which timm does not have"),

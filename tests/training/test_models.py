@@ -24,9 +24,7 @@ CPU = torch.device("cpu")
 HEADS = {
     "test_resnet": ["fc"],
     "test_efficientnet": ["classifier"],
-    "test_vit": ["head"],
     "test_convnext": ["head.fc"],
-    "test_byobnet": ["head.fc"],
     "deit_tiny_distilled_patch16_224": ["head", "head_dist"],
 }
 
@@ -73,11 +71,6 @@ def test_a_size_that_the_model_refuses_is_an_error():
     assert model.training
 
 
-def test_fresh_weights_follow_the_global_seed():
-    assert_equal_states(classifier(seed=4).state_dict(), classifier(seed=4).state_dict())
-    assert not torch.equal(classifier(seed=4).fc.weight, classifier(seed=5).fc.weight)
-
-
 # Heads
 
 
@@ -116,13 +109,10 @@ def test_the_error_for_weights_that_do_not_fit_lists_the_keys():
     with pytest.raises(UserError) as caught:
         load_classifier(model, state, "other.pth")
     width = model.fc.in_features
-    for part in (
-        "other.pth: these weights do not fit the model",
-        "missing bn1.bias",
-        "unexpected surplus.weight",
-        f"fc.weight is (4, 5), expected (3, {width})",
-    ):
-        assert part in str(caught.value)
+    assert str(caught.value).startswith(
+        f"other.pth: these weights do not fit the model: fc.weight is (4, 5), expected (3, {width}); missing bn1.bias; "
+        "unexpected surplus.weight. Give the --model"
+    )
     assert_equal_states(model.state_dict(), before)
     with pytest.raises(UserError, match=rf"(missing [^;]+; ){{6}}and {len(before) - 6} more\."):
         load_classifier(model, {}, "empty.pth")
@@ -138,7 +128,7 @@ def test_a_reinitialised_head_is_new_and_the_body_equals_the_file(name):
     assert_equal_states(body, split_by_head(source.state_dict(), HEADS[name])[1])
 
 
-def test_only_the_head_may_be_missing_or_differ_if_reinitialised():
+def test_only_a_reinitialised_head_may_be_missing_or_differ():
     state = state_of(classifier(num_classes=7, seed=1))
     _, body = split_by_head(state, ["fc"])
     load_classifier(classifier(), body, "body.pth", reinitialise_head=True)

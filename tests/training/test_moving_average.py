@@ -159,6 +159,7 @@ def test_a_skipped_step_moves_neither_the_average_nor_its_warm_up():
     assert average.updates == expected.updates == 3
 
 
+@pytest.mark.slow
 def test_it_follows_the_weights_of_a_small_set(train):
     """The adjusted decay alone would keep .998 of the first weights, whatever the number of epochs."""
     log = read_log(train(normal, "--epochs", 12, "--lr", 0.02, "--model-ema"))
@@ -219,6 +220,7 @@ def test_the_best_epoch_is_that_of_the_average(train):
     assert torch.load(folder / "checkpoint.pth", weights_only=True)["best_f1"] == best["val_ema_f1"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script", [normal, policy_gradient])
 def test_a_skipped_step_changes_nothing_but_the_scale(script, train, monkeypatch):
     """fp16 whose gradients overflow at every step: after an epoch all is as it was, BatchNorm's statistics too."""

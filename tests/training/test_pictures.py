@@ -55,6 +55,7 @@ def names_in(folder):
     return {path.name for path in folder.iterdir()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_pictures_and_events_change_no_bit_of_the_run(name, image_folder, tmp_path, monkeypatch):
     """Whole against killed while the first epoch is shown, and resumed: that epoch is done, and told once."""
@@ -96,6 +97,7 @@ def test_going_back_to_an_earlier_checkpoint_takes_later_galleries_away(tmp_path
     assert names_in(tmp_path / "plots") == {"masks_before.png", "masks_0.png", "mine.txt"}
 
 
+@pytest.mark.slow
 def test_pictures_come_every_so_many_epochs_and_at_the_end(image_folder, tmp_path, monkeypatch):
     drawn = []
     functions = ((curves, "learning_curves"), (class_plots, "confusion_matrix"), (class_plots, "per_class_recall"))

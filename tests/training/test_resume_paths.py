@@ -11,7 +11,7 @@ from _policy_gradient import train as policy_gradient
 from tests.conftest import SMALL, SMALL_POLICY
 from utils import arguments
 from utils.checkpoints import checkpoint
-from utils.training import start as run
+from utils.training import start
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +30,7 @@ def with_args(folder: Path, path: Path, **args: object) -> Path:
 def printed_on_resume(path: Path, capsys, *flags: str) -> str:
     parser = normal.build_parser()
     capsys.readouterr()
-    run.choose_start(parser, arguments.parse_given(parser, ["--resume", str(path), *flags]), "_normal")
+    start.choose_start(parser, arguments.parse_given(parser, ["--resume", str(path), *flags]), "_normal")
     return capsys.readouterr().out
 
 

@@ -13,7 +13,7 @@ from tests.conftest import write_image_folder
 from utils.checkpoints import checkpoint
 from utils.results.log import read_log
 from utils.runtime.errors import UserError
-from utils.training.models import compile_in_place
+from utils.training.compiling import compile_in_place
 
 
 def evaluate_only(script, *flags, data):
@@ -30,7 +30,7 @@ def test_a_pretraining_leaves_the_files_it_promises(train):
     assert state["classes"] == ["bright", "dark", "striped"]
     assert state["args"]["lr"] == 0.1
     assert set(state["optimizers"]) == {"classifier", "policy"}
-    assert not any(key.startswith(checkpoint.KEY_PREFIXES) for key in state["model"])
+    assert not any(checkpoint.WRAPPERS.match(key) for key in state["model"])
     assert "prior" in state["policy_net"]
     lines = read_log(folder)
     assert [line["epoch"] for line in lines] == [0, 1]
@@ -66,6 +66,7 @@ CONTROLS = [
 ]
 
 
+@pytest.mark.slow
 def test_every_mask_policy_and_objective(train):
     """Each setting trains, and to other weights than every other setting: none of the flags is without effect."""
     policies, classifiers = {}, {}
@@ -101,6 +102,7 @@ def test_without_masks_the_joint_loop_is_the_plain_loop(train):
     assert all(torch.equal(one[key], other[key]) for key in other)
 
 
+@pytest.mark.slow
 def test_policy_flags_reach_the_policy(train):
     base = train(policy_gradient, "--epochs", 1, name="base")
     reference = torch.load(base / "checkpoint.pth", weights_only=True)
@@ -242,6 +244,7 @@ def test_freeze_backbone_trains_the_head_only(train):
     assert changed == {"fc.weight", "fc.bias"}
 
 
+@pytest.mark.slow
 def test_flags_of_the_loss_change_the_first_loss(train):
     plain = read_log(train(normal, "--epochs", 1, name="plain"))[0]["train_loss"]
     for flags in (("--label-smoothing", 0.3), ("--mixup-alpha", 0.4), ("--cutmix-alpha", 1.0)):
@@ -261,6 +264,7 @@ def test_print_freq_sets_the_number_of_lines(train, capsys):
     assert lines("--print-freq", 1, name="one") == [f"epoch 0 [{step}/4]" for step in (1, 2, 3, 4)]
 
 
+@pytest.mark.slow
 def test_mixed_precision_runs(train):
     """bf16 and fp16 see the float32 run's losses (at a rate too small to matter): the masks are float32 throughout."""
     flags = ("--epochs", 1, "--lr", 1e-6)
@@ -285,6 +289,7 @@ def test_compiled_run_has_clean_keys_and_the_same_losses(train):
     assert not any("_orig_mod" in key for key in state["model"])
 
 
+@pytest.mark.slow
 def test_traced_policy_and_classifier_have_clean_keys_and_the_same_losses(train, monkeypatch):
     """As `--compile`, but for the code generation, which takes a minute a network."""
     compile_module = torch.nn.Module.compile
@@ -298,6 +303,7 @@ def test_traced_policy_and_classifier_have_clean_keys_and_the_same_losses(train,
         assert not any("_orig_mod" in key for key in state[part])
 
 
+@pytest.mark.slow
 def test_compile_reaches_each_network(train, monkeypatch):
     compiled = []
     monkeypatch.setattr(torch.nn.Module, "compile", lambda module, mode: compiled.append((type(module).__name__, mode)))

@@ -5,7 +5,6 @@
 --exclude of the training; the list begins with its rule.
 """
 
-import argparse
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,9 +13,9 @@ import numpy as np
 
 from utils.arguments import check_limits
 from utils.audit import outputs
-from utils.audit.images import Measured, measure_all
+from utils.audit.images import measure_all
 from utils.audit.report import as_text, sections
-from utils.audit.rule import Census, take_census
+from utils.audit.rule import take_census
 from utils.data.folders import LAYOUT, SPLITS, ImageFiles, find_classes
 from utils.flags import natural, non_negative_float
 from utils.runtime.command_line import Parser, expanded
@@ -43,9 +42,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     files = _open(root)
     _check_output(root, output, list_path, files, options.overwrite)
     measured = [measure_all(split, options.workers, options.upper_8_bits) for split in files]
-    distance = None if options.exact else options.distance
-    census = take_census(files, *_joined(measured), blank_below=options.blank, distance=distance)
-    search = _describe_search(options)
+    records = np.concatenate([split.records for split in measured])
+    errors = [error for split in measured for error in split.errors]
+    census = take_census(files, records, errors, options.blank, None if options.exact else options.distance)
+    search = "Copies are images with identical decoded pixels (--exact)."
+    if not options.exact:
+        search = (
+            "Copies are images with identical decoded pixels, or with difference hashes that differ in at most "
+            f"{options.distance} of 242 bits (--distance); blank images are not compared."
+        )
     heading = f"{root}: {len(census.records)} images in {len(census.classes)} classes"
     content = sections(census, search)
     text = as_text(heading, content)
@@ -53,12 +58,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     write_atomically(output / "report.html", outputs.page(heading, content, census, options.upper_8_bits))
     write_atomically(output / "images.csv", outputs.images_csv(census))
     write_atomically(output / "duplicates.csv", outputs.duplicates_csv(census))
-    if list_path is not None:
-        write_atomically(list_path, outputs.exclude_list(census, search))
     print(text)
     print_line(f"{output}: report.txt, report.html, images.csv and duplicates.csv")
     if list_path is not None:
-        _print_list_summary(census, list_path)
+        write_atomically(list_path, outputs.exclude_list(census, search))
+        unlisted = len(census.unlisted())
+        listed = np.count_nonzero(census.reason) - unlisted
+        print_line(f"{list_path}: leaves out {listed} of {len(census.records)} images")
+        if unlisted:
+            print_line(
+                f"warning: {unlisted} more should be left out, but their names contain a line break; rename them."
+            )
 
 
 def _parser() -> Parser:
@@ -86,12 +96,9 @@ def _open(root: Path) -> list[ImageFiles]:
     """The splits train, val and test of a folder, or the folder itself as the only split."""
     if not root.is_dir():
         raise UserError(f"{root}: no such folder; expected {LAYOUT}.")
-    splits = [root / name for name in SPLITS if (root / name).is_dir()]
+    splits = [root / name for name in SPLITS if (root / name).is_dir()] or [root]
     # As in training, only test may have a class folder without images.
-    return [
-        ImageFiles.find(split, classes=find_classes(split) if split.name == "test" else None)
-        for split in splits or [root]
-    ]
+    return [ImageFiles.find(split, classes=find_classes(split) if split.name == "test" else None) for split in splits]
 
 
 def _check_output(root: Path, output: Path, list_path: Path | None, files: list[ImageFiles], overwrite: bool) -> None:
@@ -113,32 +120,6 @@ def _check_output(root: Path, output: Path, list_path: Path | None, files: list[
     for folder in (output, list_path.parent if list_path else output):  # now, not after hours of decoding
         if not os.access(folder, os.W_OK):
             raise UserError(f"{folder}: is not writable; give another folder.")
-
-
-def _joined(measured: list[Measured]) -> tuple[np.ndarray, dict[int, str]]:
-    """Records and errors of all splits in one sequence."""
-    errors, first = {}, 0
-    for records, errors_of_split in measured:
-        errors |= {first + index: reason for index, reason in errors_of_split.items()}
-        first += len(records)
-    return np.concatenate([records for records, _ in measured]), errors
-
-
-def _describe_search(options: argparse.Namespace) -> str:
-    if options.exact:
-        return "Copies are images with identical decoded pixels (--exact)."
-    return (
-        f"Copies are images with identical decoded pixels, or with difference hashes that differ in at most "
-        f"{options.distance} of 242 bits (--distance); blank images are not compared."
-    )
-
-
-def _print_list_summary(census: Census, list_path: Path) -> None:
-    unlisted = len(census.unlisted())
-    listed = np.count_nonzero(census.reason) - unlisted
-    print_line(f"{list_path}: leaves out {listed} of {len(census.records)} images")
-    if unlisted:
-        print_line(f"warning: {unlisted} more should be left out, but their names contain a line break; rename them.")
 
 
 if __name__ == "__main__":

@@ -36,14 +36,14 @@ RECORD = np.dtype(  # 123 bytes per image
 
 
 class Measured(NamedTuple):
-    """Records (B,) of consecutive images, and the error of each unreadable one by position."""
+    """Records (B,) of consecutive images, and their errors, "" for readable ones."""
 
     records: np.ndarray
-    bad: dict[int, str]
+    errors: list[str]
 
 
 def measure(path: Path, upper_8_bits: bool = False) -> np.void:
-    """The RECORD of one image, from the pixels that `read_image` returns; raises its UserError."""
+    """The RECORD of one image, from the pixels that `read_image` returns. Raises UserError as it does."""
     record = np.zeros((), RECORD)
     with open_image(path, upper_8_bits) as image:
         record["format"], record["mode"] = image.format, image.mode
@@ -79,27 +79,27 @@ def difference_hash(image: Image.Image) -> np.ndarray:
 
 
 def measure_all(files: ImageFiles, workers: int, upper_8_bits: bool = False) -> Measured:
-    """The records of all images of a split, (N,) in its order, measured by worker processes."""
-    records, bad = np.zeros(len(files), RECORD), {}
+    """The records and errors of all images of a split, in its order, measured by worker processes."""
+    records, errors = np.zeros(len(files), RECORD), []
     steps = -(-len(files) // BATCH)
     progress = Progress(files.root.name, steps, max(1, steps // 10), BATCH)
     batches = decode_in_order(partial(_measure_batch, files, upper_8_bits), range(len(files)), BATCH, workers)
     try:
         for step, measured in progress.track(batches):
             records[step * BATCH : step * BATCH + len(measured.records)] = measured.records
-            bad |= measured.bad
+            errors += measured.errors
             if progress.in_terminal or progress.is_due(step):
                 progress.show(step, {})
     except UserError as error:
         raise UserError(f"{files.root}: {error}") from None
-    return Measured(records, bad)
+    return Measured(records, errors)
 
 
 def _measure_batch(files: ImageFiles, upper_8_bits: bool, indices: Sequence[int]) -> Measured:
-    records, bad = np.zeros(len(indices), RECORD), {}
+    records, errors = np.zeros(len(indices), RECORD), [""] * len(indices)
     for position, index in enumerate(indices):
         try:
             records[position] = measure(files.path(index), upper_8_bits)
         except UserError as error:
-            bad[index] = str(error)
-    return Measured(records, bad)
+            errors[position] = str(error)
+    return Measured(records, errors)

@@ -10,7 +10,7 @@ import numpy as np
 from utils.audit.report import Section, kept_sentences
 from utils.audit.rule import REASONS, STAYS, Census, evaluated_split
 from utils.data.images import read_image
-from utils.results import templates
+from utils.results.templates import data_uri, render
 from utils.runtime.errors import UserError
 from utils.runtime.text import csv_table, printable
 
@@ -36,7 +36,7 @@ DUPLICATES_HEAD = "group,kind,across_splits,across_classes,distance,split,class,
 
 def images_csv(census: Census) -> bytes:
     """images.csv: one row per image."""
-    mean, square = (census.records[field][:, 3] for field in ("mean", "square"))
+    mean, square = census.records["mean"][:, 3], census.records["square"][:, 3]  # of the grey levels
     std = np.sqrt(np.maximum(square - mean**2, 0))
     rows = (
         [
@@ -51,7 +51,7 @@ def images_csv(census: Census) -> bytes:
             int(census.blank[index]),
             "" if census.group[index] < 0 else census.group[index],
             _reason(census, index),
-            census.errors.get(index, ""),
+            census.errors[index],
         ]
         for index, record in enumerate(census.records)
     )
@@ -100,7 +100,7 @@ def exclude_list(census: Census, search: str) -> bytes:
 
 def page(heading: str, content: list[Section], census: Census, upper_8_bits: bool) -> bytes:
     """report.html: the sections, and thumbnails of the worst groups and of blank images."""
-    return templates.render(
+    return render(
         "audit.html",
         heading=printable(heading),
         sections=[_printable(section) for section in content],
@@ -140,4 +140,4 @@ def _thumbnail(census: Census, index: int, upper_8_bits: bool) -> dict[str, str]
     image.thumbnail((SIDE, SIDE))
     buffer = io.BytesIO()
     image.save(buffer, "JPEG", quality=80)
-    return {"name": printable(census.name(index)), "picture": templates.data_uri(buffer.getvalue(), "image/jpeg")}
+    return {"name": printable(census.name(index)), "picture": data_uri(buffer.getvalue(), "image/jpeg")}

@@ -36,7 +36,7 @@ def _is_number(value: Any) -> bool:
 
 
 def sections(census: Census, search: str) -> list[Section]:
-    """All sections of the report; search: a sentence on how copies were searched for."""
+    """All sections of the report; search: a sentence about the search for copies."""
     return [
         _splits(census),
         _classes(census),
@@ -166,7 +166,7 @@ def _duplicates(census: Census, search: str) -> Section:
 
 
 def _leaks(census: Census) -> list[str]:
-    """For each pair of splits, how many images of the later share a group with an image of the earlier."""
+    """For each pair of splits, the number of images of the later one that share a group with the earlier one."""
     sentences = []
     for later, name in enumerate(census.splits):
         in_later = census.split == later
@@ -191,7 +191,7 @@ def _left_out(census: Census) -> Section:
 
 
 def kept_sentences(census: Census) -> list[str]:
-    """Sentences on the classes that would have no image in a split, and on the images kept for them."""
+    """Sentences about classes that would have no image in a split, and about the images kept for them."""
     sentences = []
     if kept := census.kept_classes(readable=True):
         sentences.append(
@@ -207,15 +207,15 @@ def kept_sentences(census: Census) -> list[str]:
 
 
 def _named(title: str, census: Census, mask: np.ndarray) -> Section:
-    """The first images of a mask (N,), with the errors of those that have one."""
+    """The first images of a mask (N,), and the errors of unreadable ones."""
     indices = np.flatnonzero(mask).tolist()
     if not indices:
         return Section(title, ["None."])
     more = [f"The first {SHOWN_NAMES} of {len(indices)}; images.csv has all."] if len(indices) > SHOWN_NAMES else []
     rows = []
     for index in indices[:SHOWN_NAMES]:
-        error = [census.errors[index].removeprefix(f"{census.path(index)}: ")] if index in census.errors else []
-        rows.append([census.name(index), *error])
+        error = census.errors[index].removeprefix(f"{census.path(index)}: ")
+        rows.append([census.name(index), error] if error else [census.name(index)])
     return Section(title, more, ["image", "reason"][: len(rows[0])], rows)
 
 

@@ -22,7 +22,7 @@ REASONS = (
 
 @dataclass
 class Census:
-    """All N images, one split after the other. Each array has one entry per image."""
+    """All N images, one split after the other. An array has one entry per image."""
 
     splits: list[str]
     files: list[ImageFiles]  # one per split
@@ -30,7 +30,7 @@ class Census:
     split: np.ndarray  # uint8 index into splits
     label: np.ndarray  # int32 index into classes
     records: np.ndarray  # images.RECORD
-    errors: dict[int, str]  # why an image is unreadable, by position
+    errors: list[str]  # why an image is unreadable, or ""
     blank: np.ndarray  # bool
     groups: list[np.ndarray]  # positions of the images of each group
     group: np.ndarray  # int64 index into groups; -1 without a group
@@ -78,7 +78,7 @@ class Census:
 
 
 def take_census(
-    files: list[ImageFiles], records: np.ndarray, errors: dict[int, str], blank_below: float, distance: int | None
+    files: list[ImageFiles], records: np.ndarray, errors: list[str], blank_below: float, distance: int | None
 ) -> Census:
     """Find blank images and groups of copies, and apply the rule.
 
@@ -121,17 +121,10 @@ def evaluated_split(splits: list[str]) -> str | None:
 
 
 def _apply_rule(census: Census, identical: list[np.ndarray], hashes: np.ndarray, distance: int) -> None:
-    """Fill in `reason`; identical: groups of images with identical pixels; hashes: (N, W) uint64.
+    """Fill in `reason` by the rule of `outputs.RULE`.
 
-    - The evaluated split loses only unreadable images, so that results compare with those of others.
-    - The other splits also lose blank images.
-    - Images with identical pixels and different labels are all left out, because nobody knows which label is right,
-      unless one of them is in the evaluated split.
-    - Copies leak. An image of val is left out if its hash differs in at most `distance` bits from that of a test image,
-      and an image of train likewise for test and for the remaining val. Only direct copies count, not chains of them.
-    - Of the remaining images with identical pixels in one split, the first stays.
-    - Near copies within a split stay, because neighbouring slices are near copies.
-    - A class that would have no image in a split keeps its readable images there, or all if none is readable.
+    identical: groups of images with identical pixels; hashes: (N, W) uint64, of which those of direct copies differ in
+    at most `distance` bits.
     """
     fixed = evaluated_split(census.splits)
     evaluated = census.split == (census.splits.index(fixed) if fixed else -1)
@@ -167,7 +160,7 @@ def _leave_out_leaks(census: Census, group: np.ndarray, place: int, hashes: np.n
 
 
 def _keep_classes(census: Census) -> None:
-    """Restore the images of classes that would have no image in a split; see `_apply_rule`."""
+    """Restore the readable images of a class that would have none in a split, or all if none is readable."""
     key = census.split.astype(np.int64) * len(census.classes) + census.label
     has_image = np.bincount(key, census.reason == STAYS) > 0
     has_readable = np.bincount(key, census.readable()) > 0

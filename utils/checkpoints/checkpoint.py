@@ -8,7 +8,7 @@ import argparse
 import io
 import json
 import os
-import shutil
+import re
 from collections import OrderedDict
 from pathlib import Path
 from types import NoneType
@@ -19,12 +19,11 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from utils.checkpoints import foreign
-from utils.checkpoints import verify as verification
+from utils.checkpoints import foreign, verify
 from utils.checkpoints.pickle_scan import ForeignObject, Refused
 from utils.checkpoints.torch_files import checked_copy
-from utils.runtime.errors import UserError
-from utils.runtime.files import open_new, temporary_path, write_atomically
+from utils.runtime.errors import UserError, first_line
+from utils.runtime.files import temporary_path, write_atomically
 from utils.runtime.reading import open_regular, parse_json, read_bytes
 
 StateDict = dict[str, Tensor]
@@ -35,11 +34,10 @@ PREVIOUS = "checkpoint_prev.pth"
 BEST = "model_best.pth"
 DAMAGED = "checkpoint_damaged.pth"
 METADATA = "policy_gradient_noise_mask"  # our entry in a safetensors header: classes and args as JSON
-MOST_METADATA = 4_000_000  # characters; 20,000 classes take a tenth of it
 MOST_BRACKETS = 100_000  # of the metadata
 MOST_HEADER = 10_000_000  # bytes of a safetensors header
 MOST_TENSORS = 20_000  # of a safetensors file
-KEY_PREFIXES = ("module.", "_orig_mod.")  # left in keys by DistributedDataParallel and torch.compile
+WRAPPERS = re.compile(r"((module|_orig_mod)\.)+")  # DistributedDataParallel's and torch.compile's prefixes of keys
 
 
 class NotDamaged(UserError):
@@ -69,15 +67,10 @@ def save_checkpoint(output_dir: Path, state: dict[str, Any]) -> None:
     if newest.exists():
         link = temporary_path(previous)
         try:
-            link.unlink(missing_ok=True)
-            try:
-                os.link(newest, link)
-            except OSError:  # a file system without hard links
-                with open(open_new(link), "wb") as copied, open_regular(newest) as file:
-                    shutil.copyfileobj(file, copied)
+            os.link(newest, link)
             os.replace(link, previous)
-        except OSError as error:
-            raise UserError(f"{previous}: cannot be written ({error.strerror}); {newest} is unharmed.") from None
+        except OSError:  # a file system without hard links, say
+            write_atomically(previous, read_bytes(newest, most=None))
         finally:
             link.unlink(missing_ok=True)  # it still exists if link and previous were the same file
     save(newest, state)
@@ -110,27 +103,23 @@ def read(path: str | Path) -> dict[str, Any]:
         else:
             with torch.serialization.safe_globals([argparse.Namespace]):
                 state = torch.load(checked_copy(path), map_location="cpu", weights_only=True)
-    except UserError:
-        raise
     except ForeignObject as foreign_object:
         raise UserError(
             f"{path}: holds pickled objects beyond tensors and plain values ({foreign_object}), which could run code "
             "when read; refused. Save a state dict, or convert the file to safetensors if you trust it."
         ) from None
     except Refused as refusal:
-        raise UserError(f"{path}: {refusal}") from None
+        raise UserError(f"{path}: {refusal}; refused.") from None
     except FileNotFoundError:
         raise UserError(f"{path}: no such file.") from None
     except PermissionError:
         raise NotDamaged(f"{path}: no permission to read this file.") from None
     except OSError as error:
-        reason = "not a regular file" if isinstance(error, IsADirectoryError) else error.strerror
-        raise UserError(f"{path}: {reason}; expected a checkpoint or weights.") from None
+        raise UserError(f"{path}: {error.strerror}; expected a checkpoint or weights.") from None
     except MemoryError:
         raise NotDamaged(f"{path}: too little memory to read this file.") from None
     except Exception as error:  # torch's readers raise nearly anything for unexpected bytes
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{path}: not a checkpoint, or damaged ({reason[:200]}).") from None
+        raise UserError(f"{path}: not a checkpoint, or damaged ({first_line(error)[:200]}).") from None
     if not isinstance(state, dict):
         raise UserError(f"{path}: holds a {type(state).__name__}; expected a dictionary of weights.")
     for value in (state, *state.values()):
@@ -149,13 +138,11 @@ def _read_safetensors(path: Path) -> dict[str, Any]:
         metadata = (file.metadata() or {}).get(METADATA)
         if len(file.keys()) > MOST_TENSORS:
             raise ValueError(f"it holds {len(file.keys())} tensors, more than {MOST_TENSORS}")
-    if metadata is not None and len(metadata) > MOST_METADATA:
-        raise ValueError(f"its '{METADATA}' has {len(metadata)} characters, more than {MOST_METADATA}")
-    if metadata is not None and metadata.count("[") + metadata.count("{") > MOST_BRACKETS:
-        raise ValueError(f"its '{METADATA}' has more than {MOST_BRACKETS} opening brackets")
     tensors = safetensors.torch.load_file(path)
     if metadata is None:
         return tensors
+    if metadata.count("[") + metadata.count("{") > MOST_BRACKETS:
+        raise ValueError(f"its '{METADATA}' has more than {MOST_BRACKETS} opening brackets")
     entries = parse_json(metadata)
     if not isinstance(entries, dict):
         raise ValueError(f"its '{METADATA}' is not a JSON object")
@@ -170,9 +157,9 @@ def read_checkpoint(path: str | Path, script: str) -> dict[str, Any]:
             f"{path}: holds weights but no full training state, so a run cannot resume from it; "
             f"use {CHECKPOINT}, or start from these weights with _normal/train.py --finetune."
         )
-    verification.check_types(path, state, format_version=int, script=str)
+    verify.check_types(path, state, script=str)
     version = state["format_version"]
-    verification.require(path, "format_version", type(version) is int and version >= 1, "a number of 1 or more")
+    verify.require(path, "format_version", type(version) is int and version >= 1, "a number of 1 or more")
     if version > FORMAT_VERSION:
         raise NotDamaged(
             f"{path}: written by a newer version (format {version}, known up to {FORMAT_VERSION}); update this code."
@@ -182,7 +169,7 @@ def read_checkpoint(path: str | Path, script: str) -> dict[str, Any]:
             f"{path}: is a checkpoint of {state['script']}/train.py, and this is {script}/train.py; "
             "to continue from its weights use _normal/train.py --finetune."
         )
-    verification.check_full_state(path, state)
+    verify.check_full_state(path, state)
     return state
 
 
@@ -215,18 +202,14 @@ def read_weights(path: str | Path, use_ema: bool | None = None) -> Weights:
         raise UserError(f"{path}: holds no state dict: expected tensors by name, or a dictionary with such a 'model'.")
     model = clean_keys(state_dict)
     model.pop("n_averaged", None)  # torchvision keeps this counter among the averaged weights
-    verification.check_state_dict(path, model, finite=ours)
-    args: dict[str, Any] = {}
-    notes = [] if container is None else foreign.describe_choice(path, state, container)
+    verify.check_state_dict(path, model, finite=ours)
     if ours:
-        verification.check_classes(path, state)
-        verification.check_types(path, state, args=dict)
-        args = state["args"]
+        verify.check_classes(path, state)
+        verify.check_types(path, state, args=dict)
         if "policy_net" in state:
-            verification.check_types(path, state, policy_net=dict)
-            verification.check_state_dict(path, state["policy_net"])
-    elif container is not None:
-        args = foreign.arguments_of(state, container)
+            verify.check_types(path, state, policy_net=dict)
+            verify.check_state_dict(path, state["policy_net"])
+    args = state["args"] if ours else foreign.arguments_of(state, container)
     return Weights(
         model=model,
         classes=state["classes"] if ours else None,
@@ -235,7 +218,7 @@ def read_weights(path: str | Path, use_ema: bool | None = None) -> Weights:
         path=str(path),
         full_state="optimizers" in state,
         averaged=averaged,
-        notes=notes,
+        notes=foreign.describe_choice(path, state, container),
     )
 
 
@@ -247,23 +230,18 @@ def _is_plain(value: Any) -> bool:
 
 def clean_keys(state_dict: StateDict) -> StateDict:
     """The state dict with keys stripped of wrapper prefixes, in any order and number."""
-
-    def clean(key: str) -> str:
-        while key.startswith(KEY_PREFIXES):
-            key = key.split(".", 1)[1]
-        return key
-
-    return {clean(key): value for key, value in state_dict.items()}
+    return {key[match.end() if (match := WRAPPERS.match(key)) else 0 :]: value for key, value in state_dict.items()}
 
 
 def weights_state(
     model: nn.Module, classes: list[str], args: dict[str, Any], average: nn.Module | None = None
 ) -> dict[str, Any]:
     """The content of `model_<epoch>.pth` and `model_best.pth`: the trained weights, and their average if any."""
-    networks = {"model": model} | ({} if average is None else {"model_ema": average})
-    weights = {}
-    for name, network in networks.items():  # contiguous, also with --channels-last
-        weights[name] = {key: tensor.contiguous() for key, tensor in network.state_dict().items()}
+    weights = {
+        name: {key: tensor.contiguous() for key, tensor in network.state_dict().items()}  # also with --channels-last
+        for name, network in (("model", model), ("model_ema", average))
+        if network is not None
+    }
     return {"format_version": FORMAT_VERSION, **weights, "classes": classes, "args": args}
 
 
@@ -272,9 +250,8 @@ def safetensors_bytes(model: nn.Module, classes: list[str], args: dict[str, Any]
 
     The bytes are always the same: the metadata has one entry, because the order of several entries is random.
     """
-    # Copies, because safetensors refuses two names for one tensor, which tied weights have.
-    copies = {
-        key: tensor.cpu().clone(memory_format=torch.contiguous_format) for key, tensor in model.state_dict().items()
-    }
+    copies = {}  # safetensors refuses two names for one tensor, which tied weights have
+    for key, tensor in model.state_dict().items():
+        copies[key] = tensor.cpu().clone(memory_format=torch.contiguous_format)
     entries = json.dumps({"format_version": FORMAT_VERSION, "classes": classes, "args": args})
     return safetensors.torch.save(copies, metadata={METADATA: entries})

@@ -57,10 +57,10 @@ def _containers(state: dict[str, Any]) -> list[str]:
     return [name for name in CONTAINERS if isinstance(state.get(name), dict) and state[name]]
 
 
-def describe_choice(path: str | Path, state: dict[str, Any], container: str) -> list[str]:
+def describe_choice(path: str | Path, state: dict[str, Any], container: str | None) -> list[str]:
     """A sentence on the state dict that is used, if the file holds several or an unusual one."""
     unused = [name for name in _containers(state) if name != container]
-    if container == "model" and not unused:
+    if container is None or (container == "model" and not unused):
         return []
     average = ", a moving average" if container.endswith("_ema") else ""
     if average and any(not name.endswith("_ema") for name in unused):
@@ -69,8 +69,8 @@ def describe_choice(path: str | Path, state: dict[str, Any], container: str) -> 
     return [f"{path}: the weights are its '{printable(container)}'{average}{without}."]
 
 
-def arguments_of(state: dict[str, Any], container: str) -> dict[str, Any]:
-    """The training's arguments that are used.
+def arguments_of(state: dict[str, Any], container: str | None) -> dict[str, Any]:
+    """The training's arguments that are used. None next to a bare state dict.
 
     Next to 'model' they are torchvision's or the authors', whose flags mean the same as here. Next to other names they
     may mean something else (timm's `--mean` and `--interpolation`), so only the model's name is used.

@@ -28,11 +28,9 @@ ELEMENT_BYTES = {
     "ComplexDoubleStorage": 16,
 }  # fmt: skip
 STORAGES = {f"torch {name}" for name in ELEMENT_BYTES}
-FUNCTIONS = {
+NAMES = STORAGES | {
     "collections OrderedDict", "collections Counter", "__builtin__ set", "_codecs encode", "argparse Namespace",
     "torch Size", "torch device", "torch._utils _rebuild_tensor_v2", "torch._utils _rebuild_parameter",
-}  # fmt: skip
-DTYPES = {
     "torch float16", "torch bfloat16", "torch float32", "torch float64", "torch bool", "torch uint8", "torch int8",
     "torch int16", "torch int32", "torch int64",
 }  # fmt: skip
@@ -55,19 +53,15 @@ class Node:
     __slots__ = ("depth", "items", "kind")
 
     def __init__(self, kind: str, items: Sequence[Any] = ()) -> None:
-        self.kind, self.items, self.depth = kind, list(items), 0
-        if items:
-            self._measure(items)
+        self.kind, self.items, self.depth = kind, [], 0
+        self.add(items)
 
     def add(self, items: Sequence[Any], values: Sequence[Any] = ()) -> None:
         """values: of a dictionary; its items are the keys."""
         self.items += items
-        self._measure([*items, *values])
-
-    def _measure(self, values: Sequence[Any]) -> None:
-        self.depth = max([self.depth, *(value.depth + 1 for value in values if isinstance(value, Node))])
+        self.depth = max([self.depth, *(value.depth + 1 for value in (*items, *values) if isinstance(value, Node))])
         if self.depth > MOST_DEEP:
-            raise Refused(f"its values are nested more than {MOST_DEEP} deep; refused.")
+            raise Refused(f"its values are nested more than {MOST_DEEP} deep")
 
 
 class Scan:
@@ -90,7 +84,7 @@ class Scan:
         self._calls = self._copied = self._tensor_bytes = 0
         for number, (opcode, argument, _) in enumerate(pickletools.genops(file)):
             if number >= MOST_INSTRUCTIONS or len(self._stack) > MOST_PENDING:
-                raise Refused("its pickle has more instructions or pending values than any of torch.save; refused.")
+                raise Refused("its pickle has more instructions or pending values than any of torch.save")
             self._step(opcode.name, argument)
         [self.value] = self._stack
 
@@ -108,7 +102,7 @@ class Scan:
             self._below.append(stack)
             self._stack = []
             if len(self._below) > MOST_DEEP:
-                raise Refused(f"its values are nested more than {MOST_DEEP} deep; refused.")
+                raise Refused(f"its values are nested more than {MOST_DEEP} deep")
         elif name in EMPTY:
             stack.append(Node(EMPTY[name]))
         elif name == "TUPLE":
@@ -154,15 +148,13 @@ class Scan:
     def _check_keys(self, keys: Sequence[Any]) -> None:
         for key in keys:
             if not isinstance(key, KEYS) or (isinstance(key, int) and not -(2**63) <= key < 2**63):
-                raise Refused(f"a dictionary near its {self._name()} has keys other than text and numbers; refused.")
+                raise Refused(f"a dictionary near its {self._name()} has keys other than text and numbers")
 
     def _find(self, name: str) -> Node:
-        if name in STORAGES or name in FUNCTIONS:
+        if name in NAMES:
             return Node(name)
-        if name in DTYPES:
-            return Node("dtype")
         if name.startswith(OTHER_TENSORS):
-            raise Refused(f"its {self._name()} is not a dense tensor (but sparse, quantised or the like); refused.")
+            raise Refused(f"its {self._name()} is not a dense tensor (but sparse, quantised or the like)")
         raise ForeignObject(f"{_shown.repr(name.replace(' ', '.'))} near its {self._name()}")
 
     def _storage(self, described: Any) -> Node:
@@ -175,7 +167,7 @@ class Scan:
             raise ValueError("its tensors refer to no storage")
         size = count, ELEMENT_BYTES[kind.kind.split()[1]]
         if self.storages.setdefault(key, size) != size:
-            raise Refused(f"its {self._name()} claims another size for a storage than an earlier tensor; refused.")
+            raise Refused(f"its {self._name()} claims another size for a storage than an earlier tensor")
         return Node("storage", size)
 
     def _call(self, instruction: str, function: Any, arguments: list[Any]) -> Node:
@@ -183,7 +175,7 @@ class Scan:
         name = function.kind if isinstance(function, Node) else "?"
         self._calls += 1
         if self._calls * BYTES_A_CALL > self.file_bytes:
-            raise Refused("it calls functions more often than a file of its size needs; refused.")
+            raise Refused("it calls functions more often than a file of its size needs")
         match instruction, name, arguments:
             case "NEWOBJ", "argparse Namespace", []:
                 return Node("namespace")
@@ -216,26 +208,25 @@ class Scan:
             ] if len(sizes) == len(strides) <= MOST_DIMENSIONS and all(map(is_count, [offset, *sizes, *strides])):
                 self._check_tensor(*storage, offset, sizes, strides)
                 return Node("tensor")
-        raise Refused(
-            f"its {self._name()} calls {name.replace(' ', '.')} in a way that torch.save never does; refused."
-        )
+        raise Refused(f"its {self._name()} calls {name.replace(' ', '.')} in a way that torch.save never does")
 
     def _check_tensor(self, count: int, element_bytes: int, offset: int, sizes: list[int], strides: list[int]) -> None:
         """Raise Refused unless all elements lie in the storage, and the file is large enough for them."""
         elements = math.prod(sizes)
-        if elements * element_bytes > self.file_bytes:
-            raise Refused(f"its {self._name()} claims the shape {tuple(sizes)}, more than the file holds; refused.")
         self._tensor_bytes += elements * element_bytes
-        if self._tensor_bytes > MOST_SHARED * self.file_bytes:
-            raise Refused(f"its tensors claim more than {MOST_SHARED} times the bytes of the file; refused.")
+        if elements * element_bytes > self.file_bytes or self._tensor_bytes > MOST_SHARED * self.file_bytes:
+            shape = tuple(sizes)
+            raise Refused(
+                f"its {self._name()} claims the shape {shape}: alone or with others, more than the file holds"
+            )
         last = offset + sum((size - 1) * stride for size, stride in zip(sizes, strides, strict=True))
         if offset > count or (elements > 0 and last >= count):
-            raise Refused(f"its {self._name()} claims the shape {tuple(sizes)}, more than its storage holds; refused.")
+            raise Refused(f"its {self._name()} claims the shape {tuple(sizes)}, more than its storage holds")
 
     def _count_copied(self, count: int) -> None:
         self._copied += count
         if self._copied > self.file_bytes:
-            raise Refused("it copies more values than a file of its size needs; refused.")
+            raise Refused("it copies more values than a file of its size needs")
 
     def _build(self, state: Any, target: Any) -> None:
         """Set attributes: of a Namespace, or torch's version metadata of a state dict."""
@@ -244,7 +235,7 @@ class Scan:
         if isinstance(target, Node) and target.kind == "namespace" and all(isinstance(name, str) for name in names):
             target.add((), [state])
         elif not (isinstance(target, Node) and target.kind == "ordered" and set(names) <= {"_metadata"}):
-            raise Refused(f"its {self._name()} sets attributes of a value that has none; refused.")
+            raise Refused(f"its {self._name()} sets attributes of a value that has none")
 
 
 def _expect(value: Any, *kinds: str) -> None:

@@ -31,10 +31,6 @@ POLICY_METERS = {
     "mask_mean", "mask_std", "mask_std_between_images", "policy_entropy", "policy_log_density", "advantage_std",
     "prior_drift", "concentrations_at_bounds",
 }  # fmt: skip
-OPTIONS = {  # of torch's SGD, AdamW and RMSprop
-    "params", "lr", "initial_lr", "momentum", "dampening", "weight_decay", "nesterov", "maximize", "foreach",
-    "differentiable", "fused", "betas", "eps", "amsgrad", "capturable", "decoupled_weight_decay", "alpha", "centered",
-}  # fmt: skip
 BUFFERS = {SGD: set(), AdamW: {"step", "exp_avg", "exp_avg_sq"}, RMSprop: {"step", "square_avg"}}
 LARGEST_SCALE = 2.0**127  # of the fp16 gradient scaler, a float32
 
@@ -84,13 +80,13 @@ def check_full_state(path: str | Path, state: dict[str, Any]) -> None:
     foreign = sorted(map(reprlib.repr, state.keys() - ENTRIES))
     if foreign:
         raise UserError(f"{path}: holds {foreign[0]}, which no run saves; this is not a checkpoint of this project.")
-    check_types(path, state, seconds=float, best_f1=float, args=dict)
+    check_types(path, state, seconds=float, best_f1=float, rng=list)
+    check_types(path, state, args=dict, meters=dict, optimizers=dict, scaler=dict)
     if "image_files" in state:
         check_types(path, state, image_files=dict)
         digests = state["image_files"]
         whole = digests.keys() == {"train", "val"} and all(isinstance(digest, str) for digest in digests.values())
         require(path, "image_files", whole, "digests of train and val")
-    check_types(path, state, rng=list, meters=dict, optimizers=dict, scaler=dict)
     check_classes(path, state)
     args = state["args"]
     averaged, fp16 = args.get("model_ema") is True, args.get("amp") is True and args.get("amp_dtype") == "fp16"
@@ -127,9 +123,7 @@ def fitting_optimizer_state(source: str, name: str, optimizer: Optimizer, saved:
     has_momentum = optimizer.defaults.get("momentum", 0) > 0
     buffers = BUFFERS[type(optimizer)] | ({"momentum_buffer"} if has_momentum else set())
     numbers = set(range(len(parameters)))
-    needed = (
-        numbers if isinstance(optimizer, SGD) and has_momentum else set()
-    )  # SGD's kernel takes all momentum buffers or none
+    needed = numbers if isinstance(optimizer, SGD) and has_momentum else set()  # its kernel takes all buffers or none
     fits = (
         saved is not None
         and [group["params"] for group in saved["param_groups"]]
@@ -183,7 +177,6 @@ def _check_optimizers(path: str | Path, optimizers: dict[str, Any]) -> None:
             and isinstance(optimizer["param_groups"], list)
             and all(
                 isinstance(group, dict)
-                and group.keys() <= OPTIONS
                 and isinstance(group.get("params"), list)
                 and all(map(is_count, group["params"]))
                 for group in optimizer["param_groups"]

@@ -1,6 +1,7 @@
 """The training split as batches for the networks: on the device, normalised and mixed."""
 
 from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -13,30 +14,26 @@ from utils.data.transforms import BatchMixing, Normalize
 from utils.runtime.progress import Position
 
 
+@dataclass
 class TrainingBatches:
     """Loads, normalises and mixes the training images of an epoch, from any step on."""
 
-    def __init__(
-        self,
-        loader: DataLoader,
-        normalize: Normalize,
-        mixing: BatchMixing,
-        device: torch.device,
-        bad_images: BadImages,
-    ) -> None:
-        self.loader, self.normalize, self.mixing = loader, normalize, mixing
-        self.device, self.bad_images = device, bad_images
+    loader: DataLoader
+    normalize: Normalize
+    mixing: BatchMixing
+    device: torch.device
+    bad_images: BadImages
 
     def with_loader(self, loader: DataLoader) -> "TrainingBatches":
         """The same processing for the batches of another loader."""
-        return TrainingBatches(loader, self.normalize, self.mixing, self.device, self.bad_images)
+        return replace(self, loader=loader)
 
     @property
     def sampler(self) -> TrainingSampler:
         return self.loader.batch_sampler
 
     def path(self, index: int) -> Path:
-        """The file of the image at this index of the split."""
+        """The file of an image of the split."""
         return self.loader.dataset.path(index)
 
     def set_position(self, position: Position) -> None:

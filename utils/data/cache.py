@@ -19,12 +19,12 @@ warnings.filterwarnings("ignore", message="The given NumPy array is not writable
 class ImageCache:
     """A complete cache. Item i is image i, or None if its file was unreadable.
 
-    `pixels` holds the bytes of all images one after another, (H, W, C) each; `index` (N, 3) int64 holds the offset,
-    height and width of each. Both are mapped from files, so that the processes of a node share one copy in memory.
+    `pixels` holds the bytes of all images one after another, (H, W, C) each; `index`, (N, 3) int64, their offsets,
+    heights and widths. Both are mapped from files, so that the processes of a node share one copy in memory.
     """
 
     def __init__(self, folder: Path, channels: int, kind: str) -> None:
-        """kind of the items: "pil"; "tensor", (C, H, W) uint8; or "size", a tensor (C, H, W) without values."""
+        """kind: of the items; "pil", "tensor" (C, H, W) uint8, or "size" for tensors (C, H, W) without values."""
         self.folder, self.channels, self.kind = folder, channels, kind
         for name in (INDEX, PIXELS):
             open_regular(folder / name).close()  # refuses pipes, on which NumPy would wait
@@ -39,18 +39,17 @@ class ImageCache:
         return len(self.index)
 
     def __getitem__(self, index: int) -> Image.Image | Tensor | None:
-        _, height, width = self.index[index].tolist()
-        if height > 0 and self.kind == "size":
-            return torch.empty(self.channels, height, width, dtype=torch.uint8, device="meta")
         pixels = self.levels(index)
         if pixels is None:
             return None
+        if self.kind == "size":
+            return torch.empty(self.channels, *pixels.shape[:2], dtype=torch.uint8, device="meta")
         if self.kind == "pil":
             return Image.fromarray(pixels[:, :, 0] if self.channels == 1 else pixels)
         return torch.from_numpy(pixels).permute(2, 0, 1)  # (C, H, W)
 
     def levels(self, index: int) -> np.ndarray | None:
-        """An image's pixels, (H, W, C) uint8, for any kind of items; None if its file was unreadable."""
+        """The pixels of an image, (H, W, C) uint8; None if its file was unreadable."""
         offset, height, width = self.index[index].tolist()
         if height == 0:
             return None

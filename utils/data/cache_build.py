@@ -75,12 +75,12 @@ class CacheBuild:
         self.description = {"version": VERSION, "split": str(files.root), "images": len(files), **parameters}
         self.folder = cache_dir / f"{files.root.name}-{fingerprint(files, parameters)}"
 
-    def is_whole(self) -> bool:
+    def is_complete(self) -> bool:
         return (self.folder / INDEX).exists()
 
     def wait(self) -> Iterator[str]:
-        """Wait until another process has built the cache; yields an empty message every few seconds."""
-        while not self.is_whole():
+        """Wait until another process has built the cache; yields "" every few seconds."""
+        while not self.is_complete():
             time.sleep(SECONDS)
             yield ""
 
@@ -90,13 +90,15 @@ class CacheBuild:
         Raises UserError for too many unreadable images, and for a folder that cannot be written to or locked.
         """
         try:
-            if self.is_whole():
+            if self.is_complete():
                 return
             self.folder.mkdir(parents=True, exist_ok=True)
             with open(self.folder / "lock", "a+", opener=not_followed) as lock:
                 yield from self._wait_for_lock(lock)
-                if not self.is_whole():
-                    _name_holder(lock)
+                if not self.is_complete():
+                    lock.truncate(0)  # names this process in the messages of waiting processes
+                    lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+                    lock.flush()
                     yield from self._build()
         except OSError as error:
             raise UserError(
@@ -107,12 +109,12 @@ class CacheBuild:
     def _wait_for_lock(self, lock: TextIO) -> Iterator[str]:
         """Wait until this process holds the lock. Raises UserError if its holder makes no progress."""
         parts = [self.folder / PIXELS, self.folder / SIZES]
-        progress, since = None, time.monotonic()
+        previous, since = None, time.monotonic()
         message = f"{self.folder}: another process builds this cache; waiting for it."
         while not _acquire(lock):
-            now = [(path.stat().st_size, path.stat().st_mtime_ns) for path in parts if path.exists()]
-            if now != progress:
-                progress, since = now, time.monotonic()
+            progress = [(path.stat().st_size, path.stat().st_mtime_ns) for path in parts if path.exists()]
+            if progress != previous:
+                previous, since = progress, time.monotonic()
             elif time.monotonic() - since > batch_seconds(self.timeout):
                 lock.seek(0)
                 holder = lock.read(200).strip() or "another process"
@@ -135,11 +137,11 @@ class CacheBuild:
         ):
             first = done = self._resume(sizes, pixels, recorded)
             started, last_message = time.monotonic(), -SECONDS
-            for part in self._decode(first):
-                pixels.write(part.pixels.numpy())
-                sizes[done : done + len(part.sizes)] = part.sizes.numpy()
-                done += len(part.sizes)
-                self._check_unreadable(sizes[:done], part.unreadable)
+            for decoded in self._decode(first):
+                pixels.write(decoded.pixels.numpy())
+                sizes[done : done + len(decoded.sizes)] = decoded.sizes.numpy()
+                done += len(decoded.sizes)
+                self._check_unreadable(sizes[:done], decoded.unreadable)
                 if time.monotonic() - last_message >= SECONDS:
                     self._record(sizes[:done], pixels, recorded)
                     self._check_room(sizes[:done])
@@ -150,9 +152,9 @@ class CacheBuild:
         if not sizes.any():
             raise UserError(f"{self.files.root}: all {len(self.files)} images are unreadable; replace them.")
         self._finish(sizes)
-        unreadable = _count_unreadable(sizes)
+        unreadable = np.count_nonzero(sizes[:, 0] == 0)
         skipped = f", {unreadable} unreadable images skipped" if unreadable else ""
-        yield f"{self.folder}: complete, {_count_bytes(sizes, self.channels) / 1e9:.2f} GB{skipped}"
+        yield f"{self.folder}: complete, {self._lengths(sizes).sum() / 1e9:.2f} GB{skipped}"
 
     def _resume(self, sizes: np.ndarray, pixels: BinaryIO, recorded: BinaryIO) -> int:
         """Fill in the sizes that an earlier build recorded, and truncate both files to them; returns their number."""
@@ -162,9 +164,9 @@ class CacheBuild:
         invalid = (earlier <= 0).any(1) & ((earlier != 0).any(1) | (self.max_bad_images is None))
         if invalid.any():
             earlier = earlier[: int(invalid.argmax())]
-        if _count_bytes(earlier, self.channels) > os.path.getsize(pixels.name):
+        if self._lengths(earlier).sum() > os.path.getsize(pixels.name):
             earlier = earlier[:0]
-        pixels.truncate(_count_bytes(earlier, self.channels))
+        pixels.truncate(self._lengths(earlier).sum())
         recorded.truncate(earlier.nbytes)
         sizes[: len(earlier)] = earlier
         return len(earlier)
@@ -202,22 +204,25 @@ class CacheBuild:
         """Raise UserError for too many unreadable images."""
         if messages and self.max_bad_images is None:
             raise UserError(messages[0])
-        if messages and _count_unreadable(sizes) > self.max_bad_images:
+        unreadable = np.count_nonzero(sizes[:, 0] == 0)
+        if messages and unreadable > self.max_bad_images:
             raise UserError(
-                f"{self.files.root}: {_count_unreadable(sizes)} unreadable images, more than --max-bad-images "
+                f"{self.files.root}: {unreadable} unreadable images, more than --max-bad-images "
                 f"{self.max_bad_images}; the last: {messages[-1]}"
             )
 
     def _record(self, sizes: np.ndarray, pixels: BinaryIO, recorded: BinaryIO) -> None:
-        """Flush the pixels, then record how many images are safely on disk."""
-        _flush_to_disk(pixels)
+        """Flush the pixels to disk, then record the sizes of their images."""
+        pixels.flush()
+        os.fsync(pixels.fileno())
         recorded.write(sizes[os.path.getsize(recorded.name) // SIZE_BYTES :].tobytes())
-        _flush_to_disk(recorded)
+        recorded.flush()
+        os.fsync(recorded.fileno())
 
     def _check_room(self, sizes: np.ndarray) -> None:
         """Raise UserError if the disk is too small for the remaining images, estimated from the first ones."""
-        written = _count_bytes(sizes, self.channels)
-        needed, free = written * (len(self.files) / len(sizes) - 1), shutil.disk_usage(self.folder).free
+        needed = self._lengths(sizes).sum() * (len(self.files) / len(sizes) - 1)
+        free = shutil.disk_usage(self.folder).free
         if needed > free:
             raise UserError(
                 f"{self.folder}: has {free / 1e9:.2f} GB free, but the cache needs about {needed / 1e9:.2f} GB more; "
@@ -226,30 +231,40 @@ class CacheBuild:
 
     def _finish(self, sizes: np.ndarray) -> None:
         """Write a description for people, and the index (N, 3), which makes the cache complete."""
-        index = np.column_stack([_offsets(sizes, self.channels), sizes]).astype(np.int64)
         buffer = io.BytesIO()
-        np.save(buffer, index)
+        np.save(buffer, self._index(sizes))
         write_json(self.folder / "cache.json", self.description)
         write_atomically(self.folder / INDEX, buffer.getbuffer())
         (self.folder / SIZES).unlink()
+
+    def _lengths(self, sizes: np.ndarray) -> np.ndarray:
+        """The bytes of images of these sizes, (N, 2): (N,) int64."""
+        return sizes.prod(axis=1, dtype=np.int64) * self.channels
+
+    def _index(self, sizes: np.ndarray) -> np.ndarray:
+        """The offset, height and width of each image of these sizes, (N, 2): (N, 3) int64."""
+        lengths = self._lengths(sizes)
+        return np.column_stack([np.cumsum(lengths) - lengths, sizes]).astype(np.int64)
 
     def open(self, kind: str) -> ImageCache:
         """The complete cache. Raises UserError if it is damaged or its pixels differ from the files."""
         try:
             cache = ImageCache(self.folder, self.channels, kind)
             sizes = cache.index[:, 1:]
-            fits = cache.index.dtype == np.int64 and len(sizes) == len(self.files)
-            fits = fits and len(cache.pixels) == _count_bytes(sizes, self.channels)
-            if fits and np.array_equal(cache.index[:, 0], _offsets(sizes, self.channels)):
-                self._compare_with_files(cache)
-                return cache
-        except FileNotFoundError:
-            pass
+            is_intact = (
+                cache.index.dtype == np.int64
+                and len(sizes) == len(self.files)
+                and len(cache.pixels) == self._lengths(sizes).sum()
+                and np.array_equal(cache.index, self._index(sizes))
+            )
+        except (FileNotFoundError, ValueError, EOFError, IndexError):  # NumPy's, for truncated or overwritten files
+            is_intact = False
         except OSError as error:
             raise UserError(f"{self.folder}: cannot be read ({error.strerror}).") from None
-        except (ValueError, EOFError, IndexError):  # raised by NumPy for truncated or overwritten files
-            pass
-        raise UserError(f"{self.folder}: this cache is damaged; remove the folder, and it will be built again.")
+        if not is_intact:
+            raise UserError(f"{self.folder}: this cache is damaged; remove the folder, and it will be built again.")
+        self._compare_with_files(cache)
+        return cache
 
     def _compare_with_files(self, cache: ImageCache) -> None:
         """Decode a few images, spread over the split, again. Raises UserError if their pixels differ."""
@@ -290,30 +305,3 @@ def _acquire(lock: TextIO) -> bool:
     except BlockingIOError:
         return False
     return True
-
-
-def _name_holder(lock: TextIO) -> None:
-    """Write this process's name into the lock, for the messages of waiting processes."""
-    lock.truncate(0)
-    lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-    lock.flush()
-
-
-def _flush_to_disk(file: BinaryIO) -> None:
-    file.flush()
-    os.fsync(file.fileno())
-
-
-def _count_bytes(sizes: np.ndarray, channels: int) -> int:
-    """Total bytes of images of these sizes (N, 2)."""
-    return int(sizes.prod(axis=1, dtype=np.int64).sum()) * channels
-
-
-def _offsets(sizes: np.ndarray, channels: int) -> np.ndarray:
-    """The offset of each image of these sizes (N, 2) in the pixels, (N,)."""
-    lengths = sizes.prod(axis=1, dtype=np.int64) * channels
-    return np.cumsum(lengths) - lengths
-
-
-def _count_unreadable(sizes: np.ndarray) -> int:
-    return int((sizes[:, 0] == 0).sum())

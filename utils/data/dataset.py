@@ -35,11 +35,11 @@ class BadImages:
 
     @property
     def count(self) -> int:
-        """The unreadable images of all ranks, as of the last `share`."""
+        """The number of unreadable images of all ranks, as of the last `share`."""
         return len(self._shared)
 
-    def note(self, messages: Iterable[str]) -> None:
-        """Record unreadable images of this rank; each image counts once."""
+    def record(self, messages: Iterable[str]) -> None:
+        """Add unreadable images of this rank; each image counts once."""
         self._local.update(messages)
 
     def say_count(self) -> None:
@@ -71,8 +71,8 @@ class ImageFolder(Dataset):
     """One split in ImageFolder layout; classes sorted by name, images by path.
 
     An item is (image, target, index): the transformed RGB or grey image, the class index, and the position in the
-    split. The transform draws from torch's global generator, seeded by (seed, epoch, index, repeat): augmentations do
-    not depend on rank, worker count or resume point.
+    split. The transform draws from torch's global generator, seeded by (seed, epoch, index, repeat), so that
+    augmentations do not depend on rank, worker count or resume point.
     """
 
     cache: ImageCache | None = None  # read instead of the files
@@ -95,11 +95,8 @@ class ImageFolder(Dataset):
 
         Raises UserError for a missing or empty folder, and for a class without images.
         """
-        self.root = Path(root)
-        self.transform = transform
-        self.seed = seed
-        self.on_bad_image = on_bad_image
-        self.max_bad_images = max_bad_images
+        self.root, self.transform, self.seed = Path(root), transform, seed
+        self.on_bad_image, self.max_bad_images = on_bad_image, max_bad_images
         self.gray, self.upper_8_bits = gray, upper_8_bits
         self.files = ImageFiles.find(self.root) if files is None else files
         self.classes, self.targets, self.path = self.files.classes, self.files.targets, self.files.path
@@ -158,11 +155,9 @@ class ImageFolder(Dataset):
                 return self[key._replace(index=index)]
             except UserError as error:
                 unreadable.append(str(error))
-        tried = 1 + len(others)
-        if tried == end - first:
-            problem = f"all {tried} images are unreadable"
-        else:
-            problem = f"{tried} unreadable images, more than --max-bad-images {self.max_bad_images}"
+        problem = f"{1 + len(others)} unreadable images, more than --max-bad-images {self.max_bad_images}"
+        if 1 + len(others) == end - first:
+            problem = f"all {end - first} images are unreadable"
         raise UserError(
             f"{self.root / self.classes[target]}: {problem}; replace or remove them; the last: {unreadable[-1]}"
         )
@@ -172,13 +167,13 @@ class Batch(NamedTuple):
     """Images (B, C, S, S) uint8, targets (B,) int64 and indices in the split (B,) int64: -1 for a blank image.
 
     If the dataset makes its images on the device, a loader's `images` are the drawn crops, (B, 5) int64.
-    bad: the messages of unreadable images that were skipped for this batch.
+    unreadable: a message for each image that was skipped for this batch.
     """
 
     images: Tensor
     targets: Tensor
     indices: Tensor
-    bad: tuple[str, ...] = ()
+    unreadable: tuple[str, ...] = ()
 
 
 def build_loader(dataset: Dataset, sampler: Iterable[Sequence], workers: int, pin_memory: bool) -> DataLoader:
@@ -231,7 +226,7 @@ def batches(
     """
     for batch in loaded(loader, wait):
         if bad_images is not None:
-            bad_images.note(batch.bad)
+            bad_images.record(batch.unreadable)
         # Copies, because each tensor of a worker occupies a file handle while it is kept.
         targets, indices = batch.targets.to(device, non_blocking=True, copy=True), batch.indices.clone()
         if loader.dataset.on_device is None:

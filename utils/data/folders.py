@@ -17,6 +17,7 @@ from utils.runtime.text import canonical, decode_text, explain_forms, list_names
 
 LAYOUT = "DATA/{train,val,test}/<class>/<image>"
 SPLITS = ("train", "val", "test")
+EXTENSIONS = ", ".join(IMG_EXTENSIONS)  # for messages
 
 
 def find_classes(split: Path, passed_over: PassedOver | None = None) -> list[str]:
@@ -42,24 +43,15 @@ def find_classes(split: Path, passed_over: PassedOver | None = None) -> list[str
         elif not entries[name]:
             passed_over.add_file(name)
     if not classes:
-        content = passed_over.describe()
-        raise UserError(f"{split}: holds no class folders{f' ({content})' if content else ''}; expected {LAYOUT}.")
+        content = f" ({passed_over.describe()})" if passed_over.describe() else ""
+        raise UserError(f"{split}: holds no class folders{content}; expected {LAYOUT}.")
     if explained := explain_forms(classes, classes):
         raise UserError(f"{split}: holds two folders of one class.{explained}")
     return classes
 
 
-def check_several_classes(split: Path, classes: Sequence[str]) -> None:
-    """Raise UserError for a split with a single class."""
-    if len(classes) == 1:
-        raise UserError(
-            f"{split}: its only class folder is {list_names(classes)}, and a classifier needs two classes or more; "
-            f"expected {LAYOUT}."
-        )
-
-
 def _describe_folder(data: Path) -> str:
-    """A sentence for errors: the folders in a folder, and a folder near it that holds splits; "" if unreadable."""
+    """Sentences for errors: the folders in a folder, and a folder near it that holds splits; "" if unreadable."""
     data = Path(os.path.abspath(data))
     try:
         inside = sorted(entry.name for entry in os.scandir(data) if not is_hidden(entry.name) and entry.is_dir())
@@ -75,27 +67,6 @@ def _suggest(places: list[Path]) -> str:
         if sum(os.path.isdir(place / split) for split in SPLITS) > 1:
             return f" Did you mean {place}?"
     return ""
-
-
-def list_images(class_folder: Path) -> list[str]:
-    """The sorted paths of all images in a class folder.
-
-    Raises UserError for a folder without images, for images in subfolders, and as `find_images`.
-    """
-    passed_over = PassedOver()
-    names = _relative_names(class_folder, passed_over)
-    _refuse_nested(class_folder.parent, {class_folder.name: names})
-    if not names:
-        raise _without_images(class_folder, passed_over)
-    return [os.path.join(class_folder, name) for name in names]
-
-
-def _without_images(class_folder: Path, passed_over: PassedOver) -> UserError:
-    content = passed_over.describe()
-    kinds = ", ".join(IMG_EXTENSIONS)
-    return UserError(
-        f"{class_folder}: holds no image ({kinds}){f' ({content})' if content else ''}; expected {LAYOUT}."
-    )
 
 
 def _refuse_nested(split: Path, names: dict[str, list[str]]) -> None:
@@ -117,7 +88,7 @@ def _refuse_nested(split: Path, names: dict[str, list[str]]) -> None:
 
 
 def check_same_classes(root: Path, splits: dict[str, list[str]]) -> None:
-    """Raise UserError if a class is in one split but not in another; splits: class names by split."""
+    """Raise UserError for a class that is not in every split; splits: class names by split."""
     for name, other in itertools.permutations(splits, 2):
         if unknown := sorted(set(splits[name]) - set(splits[other])):
             rule = f"every split must hold the same classes: {LAYOUT}"
@@ -126,8 +97,9 @@ def check_same_classes(root: Path, splits: dict[str, list[str]]) -> None:
 
 def _unknown_class(split: Path, unknown: list[str], source: str, rule: str, known: Sequence[str]) -> UserError:
     """The error for classes of a split that are not among the `known` classes of `source`."""
+    also = f" (also: {list_names(unknown[1:])})" if len(unknown) > 1 else ""
     return UserError(
-        f"{split / unknown[0]}: this class is in '{split.name}' but not in {source} ({len(unknown)} such in all); "
+        f"{split / unknown[0]}: this class is in '{split.name}' but not in {source}{also}; "
         f"{rule}.{explain_forms(unknown, known)}"
     )
 
@@ -204,14 +176,19 @@ class ImageFiles:
         class_folders = find_classes(root, passed_over)
         passed_by_class = {name: PassedOver() for name in class_folders}
         seen: dict[tuple[int, int], str] = {}  # two classes may not be the same folder
-        names = {name: _relative_names(root / name, passed_by_class[name], seen) for name in class_folders}
+        names: dict[str, list[str]] = {}
+        for name in class_folders:
+            length = len(os.path.join(root / name, ""))
+            names[name] = [path[length:] for path in find_images(root / name, passed_by_class[name], seen)]
         _refuse_nested(root, names)
         if classes is not None:
             if unknown := sorted(set(class_folders) - set(classes)):
                 raise _unknown_class(root, unknown, trained_on, f"expected only {list_names(classes)}", classes)
             names = {name: names.get(name, []) for name in classes}
         elif empty := [name for name in names if not names[name]]:
-            raise _without_images(root / empty[0], passed_by_class[empty[0]])
+            content = passed_by_class[empty[0]].describe()
+            content = f" ({content})" if content else ""
+            raise UserError(f"{root / empty[0]}: holds no image ({EXTENSIONS}){content}; expected {LAYOUT}.")
         kept = _remove_excluded(names, excluded) if excluded else names
         if classes is None and (empty := [name for name in kept if not kept[name]]):
             raise UserError(f"{root / empty[0]}: --exclude leaves this class no image; shorten the list.")
@@ -246,8 +223,7 @@ class ImageFiles:
         if not self.mostly_ignored:
             return ""
         names = list_names([f"{self.root.name}/{name}" for name in self.mostly_ignored])
-        kinds = ", ".join(IMG_EXTENSIONS)
-        return f"{names}: more files are ignored than read. Only {kinds} are read: convert the others, or remove them."
+        return f"{names}: more files are ignored than read; convert them to one of {EXTENSIONS}, or remove them."
 
     def digest(self) -> str:
         """SHA-256 of all classes and names in order, to compare the images of two splits by name."""
@@ -260,15 +236,7 @@ class ImageFiles:
         return self.root / self.path_as_text(index)
 
     def path_as_text(self, index: int) -> str:
-        """Relative to the split's folder."""
+        """The path relative to the split's folder."""
         start = self._ends[index - 1] if index else 0
         name = os.fsdecode(self._text[start : self._ends[index]].tobytes())
         return os.path.join(self.classes[self.targets[index]], name)
-
-
-def _relative_names(
-    class_folder: Path, passed_over: PassedOver, seen: dict[tuple[int, int], str] | None = None
-) -> list[str]:
-    """The images below a class folder, relative to it; seen: see `find_images`."""
-    length = len(os.path.join(class_folder, ""))
-    return [path[length:] for path in find_images(class_folder, passed_over, seen)]

@@ -24,7 +24,7 @@ END = object()
 
 
 def batch_seconds(timeout: float) -> float:
-    """The seconds to wait for a batch if any wait may take `timeout` seconds."""
+    """The seconds to wait for a batch: a little less than the `timeout` of other waits."""
     return EARLY * min(timeout, LONGEST)
 
 
@@ -59,7 +59,7 @@ def loaded(loader: DataLoader, wait: Wait | None = None) -> Iterator[Any]:
 
 
 def _delete_quietly(error: BaseException) -> None:
-    """Delete what the error's frames hold: an incomplete iterator, at whose deletion torch raises."""
+    """Delete the incomplete iterator that the error's frames hold; torch raises when it is deleted."""
     hook, sys.unraisablehook = sys.unraisablehook, lambda _: None
     try:
         traceback.clear_frames(error.__traceback__)

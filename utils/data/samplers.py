@@ -13,7 +13,7 @@ from utils.runtime.errors import UserError
 
 
 class SampleKey(NamedTuple):
-    """An image and one of its augmentations: with the seed, all that a training sample depends on."""
+    """An image and one of its augmentations. A training sample depends on nothing else but the seed."""
 
     index: int
     epoch: int = 0
@@ -52,12 +52,9 @@ class TrainingSampler(Sampler[list[SampleKey]]):
                 f"the training split holds {num_images} images, fewer than one global batch of {batch_size} x "
                 f"{world_size} processes = {batch_size * world_size}; give a smaller --batch-size or more images."
             )
-        self.num_images = num_images
-        self.batch_size = batch_size
-        self.rank = rank
-        self.world_size = world_size
-        self.seed = seed
-        self.repeats = repeats
+        self.num_images, self.batch_size = num_images, batch_size
+        self.rank, self.world_size = rank, world_size
+        self.seed, self.repeats = seed, repeats
         self.set_position(0)
 
     def set_position(self, epoch: int, first_step: int = 0, first_image: int | None = None) -> None:

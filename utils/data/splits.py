@@ -4,7 +4,7 @@ import argparse
 import os
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import nn
@@ -13,17 +13,9 @@ from torch.utils.data import DataLoader
 from utils.data.cache_build import BATCH, CacheBuild, build_together
 from utils.data.dataset import ImageFolder, build_loader
 from utils.data.device_crops import FILTERS, DeviceImages
-from utils.data.folders import (
-    LAYOUT,
-    SPLITS,
-    ImageFiles,
-    check_same_classes,
-    check_several_classes,
-    find_classes,
-    read_excluded,
-)
+from utils.data.folders import LAYOUT, SPLITS, ImageFiles, check_same_classes, find_classes, read_excluded
 from utils.data.samplers import EvaluationSampler, TrainingSampler
-from utils.data.transforms import DrawCrop, evaluation_transform, resize_transform, training_transform
+from utils.data.transforms import DrawCrop, evaluation_transform, training_transform
 from utils.phantoms import dataset as phantoms
 from utils.runtime import distributed, progress
 from utils.runtime.errors import UserError, agreed
@@ -54,7 +46,7 @@ def open_splits(args: argparse.Namespace, trained_classes: list[str] | None = No
     check_cache_flags(args)
     root = _data_root(args.data_path)
     evaluated = args.split if args.test_only else "val"
-    excluded = read_excluded(Path(args.exclude)) if args.exclude else {}
+    excluded = read_excluded(Path(args.exclude)) if args.exclude else dict.fromkeys(SPLITS, frozenset())
     classes, counted_in, trained_on = None, root, "'train'"
     if args.test_only and trained_classes is not None:
         classes, counted_in = trained_classes, source
@@ -62,31 +54,21 @@ def open_splits(args: argparse.Namespace, trained_classes: list[str] | None = No
     elif args.test_only and evaluated != "train":
         with suppress(UserError):  # without a train folder, the classes of the split itself
             classes = find_classes(root / "train")
-    evaluation = ImageFolder(
-        root / evaluated,
-        transform_for_evaluation(args),
-        on_bad_image="blank" if args.bad_images == "skip" else "error",
-        gray=args.gray,
-        upper_8_bits=args.upper_8_bits,
-        files=ImageFiles.find(root / evaluated, excluded.get(evaluated, frozenset()), classes, trained_on),
-    )
+    files = ImageFiles.find(root / evaluated, excluded[evaluated], classes, trained_on)
+    evaluation = _image_folder(args, files, transform_for_evaluation(args), "blank")
     training = None
     if not args.test_only:
-        training = ImageFolder(
-            root / "train",
-            _training_transform(args),
-            args.seed,
-            on_bad_image="replace" if args.bad_images == "skip" else "error",
-            max_bad_images=args.max_bad_images,
-            gray=args.gray,
-            upper_8_bits=args.upper_8_bits,
-            files=ImageFiles.find(root / "train", excluded.get("train", frozenset())),
-        )
+        files = ImageFiles.find(root / "train", excluded["train"])
+        training = _image_folder(args, files, _training_transform(args), "replace")
         check_same_classes(root, {"train": training.classes, "val": evaluation.classes})
-    check_several_classes(evaluation.root if training is None else training.root, evaluation.classes)
     opened = [split.files for split in (training, evaluation) if split is not None]
+    if len(evaluation.classes) == 1:
+        raise UserError(
+            f"{opened[0].root}: its only class folder is {list_names(evaluation.classes)}, and a classifier needs two "
+            f"classes or more; expected {LAYOUT}."
+        )
     if training is not None and (root / "test").is_dir():  # now, not after the training
-        opened.append(ImageFiles.find(root / "test", excluded.get("test", frozenset()), training.classes))
+        opened.append(ImageFiles.find(root / "test", excluded["test"], training.classes))
     for files in opened:
         _print_split(files)
     if args.exclude:
@@ -97,6 +79,22 @@ def open_splits(args: argparse.Namespace, trained_classes: list[str] | None = No
             f"--num-classes {args.num_classes}: {counted_in} has {num_classes} classes; correct or leave out the flag."
         )
     return Splits(training, evaluation, evaluation.classes)
+
+
+def _image_folder(
+    args: argparse.Namespace, files: ImageFiles, transform: nn.Module, replacement: Literal["replace", "blank"]
+) -> ImageFolder:
+    """A split; replacement: of unreadable images with `--bad-images skip`."""
+    return ImageFolder(
+        files.root,
+        transform,
+        args.seed,
+        on_bad_image=replacement if args.bad_images == "skip" else "error",
+        max_bad_images=args.max_bad_images,
+        gray=args.gray,
+        upper_8_bits=args.upper_8_bits,
+        files=files,
+    )
 
 
 def _print_split(files: ImageFiles) -> None:
@@ -128,22 +126,22 @@ def check_same_data(splits: Splits, state: dict[str, Any] | None, source: str) -
     """Raise UserError if a resumed run would continue on other data than it started with."""
     if state is None:
         return
+    restart = "start a new run from its weights with _normal/train.py --finetune."
     if state["classes"] != splits.classes:
         raise UserError(
-            f"{source}: the run started with other classes than the data has now; start a new run from its weights "
-            f"with _normal/train.py --finetune.{explain_forms(splits.classes, state['classes'])}"
+            f"{source}: the run started with other classes than the data has now; "
+            f"{restart}{explain_forms(splits.classes, state['classes'])}"
         )
     if state["train_images"] != len(splits.training):
         raise UserError(
             f"{source}: the run started with {state['train_images']} images in {splits.training.root}, which has "
-            f"{len(splits.training)} now; restore them, or start a new run from its weights with _normal/train.py "
-            "--finetune."
+            f"{len(splits.training)} now; restore them, or {restart}"
         )
     differing = [name for name, digest in state.get("image_files", {}).items() if digests(splits)[name] != digest]
     if differing:  # older checkpoints do not record this
         raise UserError(
             f"{source}: the run started with other images in {differing[0]} than the data has now, judging by their "
-            "names and --exclude; restore them, or start a new run from its weights with _normal/train.py --finetune."
+            f"names and --exclude; restore them, or {restart}"
         )
 
 
@@ -187,7 +185,7 @@ def _training_transform(args: argparse.Namespace) -> nn.Module:
 
 
 def training_loader(args: argparse.Namespace, dataset: ImageFolder, device: torch.device) -> DataLoader:
-    """Raises UserError for fewer images than one global batch, and for too little shared memory for the workers."""
+    """The loader of training batches. Raises UserError for less than one global batch, or too little shared memory."""
     sampler = TrainingSampler(
         len(dataset),
         args.batch_size,
@@ -203,7 +201,7 @@ def training_loader(args: argparse.Namespace, dataset: ImageFolder, device: torc
 
 
 def evaluation_loader(args: argparse.Namespace, dataset: ImageFolder, device: torch.device) -> DataLoader:
-    """Raises UserError, on all ranks, for too little shared memory for the workers."""
+    """The loader of evaluation batches. Raises UserError, on all ranks, for too little shared memory."""
     sampler = EvaluationSampler(len(dataset), args.batch_size, distributed.rank(), distributed.world_size())
     with agreed():
         _check_shared_memory(args, args.val_crop_size, len(sampler))
@@ -223,7 +221,7 @@ def one_batch_loaders(args: argparse.Namespace, splits: Splits) -> tuple[DataLoa
 
 def _check_shared_memory(args: argparse.Namespace, size: int, batches: int) -> None:
     batch_bytes = args.batch_size * _channels(args) * size**2
-    problem = shared_memory_problem(batch_bytes, batches, args.workers, distributed.local_world_size())
+    problem = shared_memory_problem(batch_bytes, batches, args.workers, distributed.current_launch().local_world_size)
     if problem is not None:
         raise UserError(problem)
 
@@ -276,7 +274,7 @@ def use_cache(args: argparse.Namespace, splits: Splits, device: torch.device) ->
         builds = [_cache_build(args, dataset) for dataset in datasets]
         for build in builds:
             batch_bytes = BATCH * _channels(args) * args.val_resize_size**2  # more if images are not square
-            batches = 0 if build.is_whole() else len(build.files) // BATCH
+            batches = 0 if build.is_complete() else len(build.files) // BATCH
             problem = shared_memory_problem(batch_bytes, batches, build.workers, processes=1)
             if problem is not None and batches:
                 raise UserError(f"{build.folder}, to be built: {problem}")
@@ -297,11 +295,11 @@ def _cache_build(args: argparse.Namespace, dataset: ImageFolder) -> CacheBuild:
     return CacheBuild(
         Path(args.cache_dir),
         dataset.files,
-        resize_transform(args.val_resize_size, interpolation=args.interpolation, backend=args.backend),
+        evaluation_transform(args.val_resize_size, None, interpolation=args.interpolation, backend=args.backend),
         gray=args.gray,
         parameters={name: getattr(args, name) for name in CACHE_PARAMETERS},
         max_bad_images=args.max_bad_images if args.bad_images == "skip" else None,
-        workers=min(args.workers * distributed.local_world_size(), os.cpu_count() or 1),
+        workers=min(args.workers * distributed.current_launch().local_world_size, os.cpu_count() or 1),
         upper_8_bits=args.upper_8_bits,
         timeout=args.timeout,
     )

@@ -52,7 +52,7 @@ def training_transform(
     if backend == "pil":
         steps.append(ToTensor())
     if gray and auto_augment is not None and not fills_in_colour:
-        steps.append(FirstChannel())
+        steps.append(v2.Lambda(first_channel))
     if random_erase > 0:
         steps.append(v2.RandomErasing(p=random_erase, value=fill[:1] if gray and not fills_in_colour else fill))
     return v2.Compose(steps)
@@ -79,29 +79,21 @@ class ToTensor(nn.Module):
         return pixels[None] if pixels.ndim == 2 else pixels.permute(2, 0, 1)
 
 
-class FirstChannel(nn.Module):
-    """A tensor (C, H, W) to (1, H, W)."""
-
-    def forward(self, image: Tensor) -> Tensor:
-        return image[:1]
+def first_channel(image: Tensor) -> Tensor:
+    return image[:1]
 
 
 def evaluation_transform(
-    resize_size: int, crop_size: int, *, interpolation: str = "bilinear", backend: str = "pil"
+    resize_size: int, crop_size: int | None, *, interpolation: str = "bilinear", backend: str = "pil"
 ) -> nn.Module:
     """PIL RGB or grey image to a uint8 tensor (C, crop_size, crop_size): shorter side to resize_size, centre crop.
 
-    Images from a cache already have that size: the resize does not change them.
+    crop_size: None for the resize alone, as in a cache; the resize does not change images from a cache.
     """
-    mode = v2.InterpolationMode(interpolation)
-    resize = [v2.Resize(resize_size, interpolation=mode, antialias=True), v2.CenterCrop(crop_size)]
-    return v2.Compose([ToTensor(), *resize] if backend == "tensor" else [*resize, ToTensor()])
-
-
-def resize_transform(resize_size: int, *, interpolation: str = "bilinear", backend: str = "pil") -> nn.Module:
-    """The resize of `evaluation_transform` alone: PIL image to a uint8 tensor (C, H, W) of shorter side resize_size."""
-    resize = v2.Resize(resize_size, interpolation=v2.InterpolationMode(interpolation), antialias=True)
-    return v2.Compose([ToTensor(), resize] if backend == "tensor" else [resize, ToTensor()])
+    steps = [v2.Resize(resize_size, interpolation=v2.InterpolationMode(interpolation), antialias=True)]
+    if crop_size is not None:
+        steps.append(v2.CenterCrop(crop_size))
+    return v2.Compose([ToTensor(), *steps] if backend == "tensor" else [*steps, ToTensor()])
 
 
 class CropAndFlip(nn.Module):
@@ -177,11 +169,8 @@ class BatchMixing(nn.Module):
         super().__init__()
         if num_classes < 2 and (mixup_alpha > 0 or cutmix_alpha > 0):
             raise UserError("--mixup-alpha and --cutmix-alpha need at least two classes.")
-        choices: list[nn.Module] = []
-        if mixup_alpha > 0:
-            choices.append(v2.MixUp(alpha=mixup_alpha, num_classes=num_classes))
-        if cutmix_alpha > 0:
-            choices.append(v2.CutMix(alpha=cutmix_alpha, num_classes=num_classes))
+        alphas = {v2.MixUp: mixup_alpha, v2.CutMix: cutmix_alpha}
+        choices = [mix(alpha=alpha, num_classes=num_classes) for mix, alpha in alphas.items() if alpha > 0]
         self.mix = v2.RandomChoice(choices) if choices else None
         self.seed, self.rank = seed, rank
 

@@ -10,11 +10,9 @@ from utils import arguments
 from utils.data.folders import SPLITS
 from utils.flags import shared_parser
 from utils.inference.classifier import Classifier
-from utils.results.metrics import Metrics
+from utils.results.metrics import METRIC_NAMES, Metrics
 from utils.results.templates import render_markdown
 from utils.runtime.reading import read_json
-
-CARD_METRICS = ("loss", "top1", "top5", "precision", "recall", "f1", "balanced_accuracy", "auroc")
 
 
 class Measured(NamedTuple):
@@ -37,7 +35,7 @@ def read_measured(weights: Path, averaged: bool | None = None) -> Measured | Non
         if path.stat().st_mtime_ns < weights.stat().st_mtime_ns:
             return None
         content = read_json(path)
-        metrics = {name: content["metrics"]["clean"][name] for name in CARD_METRICS}
+        metrics = {name: content["metrics"]["clean"][name] for name in METRIC_NAMES}
         measured = Measured(content["split"], content["images"], len(content.get("absent_classes", [])), metrics)
         is_valid = measured.split in SPLITS and type(measured.images) is int and all(map(_is_metric, metrics.values()))
         is_same = content.get("averaged") is averaged and _names(content["weights"], weights)

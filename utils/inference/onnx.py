@@ -8,8 +8,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from utils.runtime.errors import UserError
-from utils.training.model_sources import first_line
+from utils.runtime.errors import UserError, first_line
 
 INPUT, OUTPUT = "images", "logits"
 TOLERANCE = 1e-4  # relative to the largest logit, or to 1 if all are smaller

@@ -9,12 +9,8 @@ from utils.runtime.processes import run_script
 from utils.runtime.text import print_line
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Generate a set and print its counts; bad input ends with one line and exit code 2."""
-    run_script(lambda: _generate(arguments))
-
-
-def _generate(arguments: Sequence[str] | None) -> None:
+def main(argv: Sequence[str] | None = None) -> None:
+    """Generate a set and print its counts. Raises UserError for bad input."""
     parser = Parser(
         "Generate a small ImageFolder data set of synthetic CT, MR and ultrasound images.",
         prog="python -m utils.phantoms",
@@ -23,7 +19,7 @@ def _generate(arguments: Sequence[str] | None) -> None:
     parser.add_argument("--seed", type=int, default=0, help="seed of the images (default: %(default)s)")
     parser.add_argument("--size", type=int, default=96, help="width and height in pixels (default: %(default)s)")
     parser.add_argument("--scale", type=float, default=1.0, help="factor on all image counts (default: %(default)s)")
-    options = parser.parse_args(arguments)
+    options = parser.parse_args(argv)
     try:
         root = generate(options.output, options.seed, options.size, options.scale)
     except (OSError, ValueError) as error:
@@ -34,4 +30,4 @@ def _generate(arguments: Sequence[str] | None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -81,7 +81,7 @@ def us_scan(echo: Array, rng: Generator) -> Array:
 
 
 def head(x: Array, y: Array, rng: Generator, **signals: float) -> tuple[Array, Array]:
-    """Axial slice through the lateral ventricles, and the mask of the brain; signals: those of the tissues."""
+    """Axial slice through the lateral ventricles, and the mask of the brain; signals: by tissue."""
     a, b, wide = rng.uniform(0.62, 0.68), rng.uniform(0.76, 0.82), rng.uniform(0.7, 1.4)
     image, brain = np.full_like(x, signals["air"]), ellipse(x, y, (0, 0), (a - 0.03, b - 0.03))
     for tissue, margin in (("scalp", 0.12), ("bone", 0.05), ("fluid", 0), ("grey", -0.03)):

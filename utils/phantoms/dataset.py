@@ -12,20 +12,20 @@ from utils.phantoms.anatomy import PAINTERS
 
 VERSION = 2  # part of the default folder's name; raise it whenever the images change
 # Classes (modality-organ-finding) and their numbers of training images, as uneven as findings in a clinic.
-CLASSES: tuple[tuple[str, int], ...] = (
-    ("ct-abdomen-cyst", 66),
-    ("ct-abdomen-metastasis", 89),
-    ("ct-abdomen-normal", 159),
-    ("ct-head-haemorrhage", 103),
-    ("ct-head-infarct", 77),
-    ("ct-head-normal", 184),
-    ("mr-brain-normal", 247),
-    ("mr-brain-sclerosis", 57),
-    ("mr-brain-tumour", 137),
-    ("us-breast-carcinoma", 119),
-    ("us-breast-cyst", 49),
-    ("us-breast-normal", 213),
-)
+CLASSES = {
+    "ct-abdomen-cyst": 66,
+    "ct-abdomen-metastasis": 89,
+    "ct-abdomen-normal": 159,
+    "ct-head-haemorrhage": 103,
+    "ct-head-infarct": 77,
+    "ct-head-normal": 184,
+    "mr-brain-normal": 247,
+    "mr-brain-sclerosis": 57,
+    "mr-brain-tumour": 137,
+    "us-breast-carcinoma": 119,
+    "us-breast-cyst": 49,
+    "us-breast-normal": 213,
+}
 SPLITS = {"train": 1.0, "val": 0.2, "test": 0.2}  # images per training image
 
 
@@ -34,9 +34,8 @@ def render(class_name: str, rng: np.random.Generator, size: int = 96) -> np.ndar
 
     Raises ValueError for an unknown class or a size outside 32 to 1024.
     """
-    if class_name not in dict(CLASSES):
-        known = ", ".join(name for name, _ in CLASSES)
-        raise ValueError(f"unknown class {class_name!r}; the classes are {known}")
+    if class_name not in CLASSES:
+        raise ValueError(f"unknown class {class_name!r}; the classes are {', '.join(CLASSES)}")
     if not 32 <= size <= 1024:
         raise ValueError(f"size must be 32 to 1024 pixels, not {size}")
     organ, finding = class_name.rsplit("-", 1)
@@ -44,12 +43,12 @@ def render(class_name: str, rng: np.random.Generator, size: int = 96) -> np.ndar
     return np.rint(255 * np.clip(image, 0, 1)).astype(np.uint8)
 
 
-def image_counts(scale: float = 1.0) -> dict[str, dict[str, int]]:
+def image_counts(scale: float) -> dict[str, dict[str, int]]:
     """Number of images by split and class, at least 2; raises ValueError for a scale of 0 or less, or above 100."""
     if not 0 < scale <= 100:
         raise ValueError(f"scale must be above 0 and at most 100, not {scale}")
     return {
-        split: {name: max(2, round(count * share * scale)) for name, count in CLASSES}
+        split: {name: max(2, round(count * share * scale)) for name, count in CLASSES.items()}
         for split, share in SPLITS.items()
     }
 
@@ -93,18 +92,16 @@ def generate(root: str | Path, seed: int = 0, size: int = 96, scale: float = 1.0
     return root
 
 
-def default_root(seed: int = 0) -> Path:
-    """Folder for the default set of a seed, in $XDG_CACHE_HOME or ~/.cache; it may not exist yet."""
+def ensure_default() -> Path:
+    """The default set's folder in $XDG_CACHE_HOME or ~/.cache, generated if absent; processes may race.
+
+    Raises as `generate` does.
+    """
     cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(cache) / "policy-gradient-noise-masks" / f"phantoms-v{VERSION}-seed-{seed}"
-
-
-def ensure_default(seed: int = 0) -> Path:
-    """Folder of the default set of a seed, generated if absent; processes may race. Raises as `generate` does."""
-    root = default_root(seed)
+    root = Path(cache) / "policy-gradient-noise-masks" / f"phantoms-v{VERSION}-seed-0"
     if not root.is_dir():
         try:
-            generate(root, seed)
+            generate(root)
         except FileExistsError:
             if not root.is_dir():  # not the set of another process, but a file in the way
                 raise

@@ -9,8 +9,9 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from utils.data.folders import SPLITS
 from utils.radimagenet.archive import Member, is_archive, read_archive
+from utils.radimagenet.images import KINDS
 from utils.radimagenet.lists import ROOT, ImageLists, list_name
-from utils.radimagenet.routes import KINDS, Masks, Tree, place_archive, place_folder
+from utils.radimagenet.routes import Masks, Tree, place_archive, place_folder
 from utils.runtime.command_line import Parser, expanded_path
 from utils.runtime.errors import UserError
 from utils.runtime.files import write_atomically
@@ -29,7 +30,6 @@ TABLES = {  # columns by file name in OUTPUT
     "missing.csv": ("split", "filename"),
     "repeated.csv": ("filename", "lists"),
 }
-NAMES_SHOWN = 3  # in a warning
 
 
 def prepare(
@@ -42,7 +42,7 @@ def prepare(
     correction_masks: Path | None = None,
     allow_missing: bool = False,
 ) -> None:
-    """Make the tree from the folder `source` or the tar file `archive`, and print its counts.
+    """Make the tree and print its counts; source: the folder with radiology_ai, or radiology_ai; archive: a tar file.
 
     Raises UserError for bad input and, after everything else is done, for missing images.
     """
@@ -51,13 +51,24 @@ def prepare(
         members = read_archive(archive, (".csv", *IMG_EXTENSIONS), "unpack")
         lists = _lists_for_archive(archive, members, csv_dir)
     else:
-        source = _find_root(source)
-        _check_outside(output, source)
-        lists = _lists_for_folder(source, csv_dir)
+        if source.name == ROOT and not (source / ROOT).is_dir():
+            source = source.absolute().parent
+        if not (source / ROOT).is_dir():
+            raise UserError(f"{source}: holds no folder {ROOT}; give the folder with RadImageNet's unpacked archive.")
+        if Path(os.path.realpath(output)).is_relative_to(os.path.realpath(source)):
+            raise UserError(f"{output}: is inside the source, {source}; give an OUTPUT outside of it.")
+        if csv_dir is None:
+            with_lists = [folder for folder in (source, source / ROOT) if (folder / list_name("train")).is_file()]
+            csv_dir = with_lists[0] if with_lists else source
+        lists = _read_lists(csv_dir)
     masks = None if correction_masks is None else Masks(correction_masks)
     if masks and masks.in_archive and archive is not None:
         raise UserError(f"{masks.path}: images and masks cannot both be in archives; unpack one of the two.")
-    _print_lists(lists)
+    totals = {split: sum(len(names[split]) for names in lists.names.values()) for split in SPLITS}
+    counts = ", ".join(f"{split} {total}" for split, total in totals.items())
+    print_line(f"The lists name {len(lists)} images of {len(lists.folders)} classes: {counts}.")
+    if lists.hidden:
+        print_line(f"The lists name {lists.hidden} hidden files, which are skipped.")
     tree = Tree(output, lists)
     available = place_folder(tree, source, link, masks) if archive is None else place_archive(tree, members, masks)
     if masks:
@@ -89,31 +100,6 @@ def _check_output(output: Path) -> None:
             raise UserError(f"{path}: exists and was not made by this command; move it, or give another OUTPUT.")
 
 
-def _find_root(source: Path) -> Path:
-    """The folder that holds radiology_ai; source may also be radiology_ai itself."""
-    for folder in (source, source.absolute().parent):
-        if (folder / ROOT).is_dir() and (folder == source or source.name == ROOT):
-            return folder
-    raise UserError(f"{source}: holds no folder {ROOT}; give the folder in which RadImageNet's archive was unpacked.")
-
-
-def _check_outside(output: Path, source: Path) -> None:
-    inner, outer = Path(os.path.realpath(output)), Path(os.path.realpath(source))
-    if inner == outer or outer in inner.parents:
-        raise UserError(f"{output}: is inside the source, {source}; give an OUTPUT outside of it.")
-
-
-def _lists_for_folder(source: Path, csv_dir: Path | None) -> ImageLists:
-    if csv_dir is None:
-        inside = source / ROOT
-        csv_dir = inside if not _holds_list(source, "train") and _holds_list(inside, "train") else source
-    return _read_lists(csv_dir)
-
-
-def _holds_list(folder: Path, split: str) -> bool:
-    return (folder / list_name(split)).is_file()
-
-
 def _read_lists(folder: Path) -> ImageLists:
     lists = ImageLists()
     for split in SPLITS:
@@ -130,7 +116,7 @@ def _read_lists(folder: Path) -> ImageLists:
 
 def _lists_for_archive(archive: Path, members: Iterator[Member], csv_dir: Path | None) -> ImageLists:
     """The lists in --csv-dir, next to the archive, or in the archive before its first image."""
-    if csv_dir is not None or any(_holds_list(archive.parent, split) for split in SPLITS):
+    if csv_dir is not None or any((archive.parent / list_name(split)).is_file() for split in SPLITS):
         return _read_lists(csv_dir or archive.parent)
     lists, wanted = ImageLists(), {list_name(split): split for split in SPLITS}
     for member in members:
@@ -145,14 +131,6 @@ def _lists_for_archive(archive: Path, members: Iterator[Member], csv_dir: Path |
         f"{archive}: has no {next(iter(wanted))} before its first image or next to it; put RadImageNet's three lists "
         "next to it (tar -xf can unpack them alone), or give their folder as --csv-dir."
     )
-
-
-def _print_lists(lists: ImageLists) -> None:
-    totals = {split: sum(len(names[split]) for names in lists.names.values()) for split in SPLITS}
-    counts = ", ".join(f"{split} {total}" for split, total in totals.items())
-    print_line(f"The lists name {len(lists)} images of {len(lists.folders)} classes: {counts}.")
-    if lists.hidden:
-        print_line(f"The lists name {lists.hidden} hidden files, which are skipped.")
 
 
 def _summarise(output: Path, lists: ImageLists, available: dict[str, set[str]]) -> None:
@@ -179,7 +157,7 @@ def _summarise(output: Path, lists: ImageLists, available: dict[str, set[str]]) 
         ("test; its metrics are over the others", [name for name, _, _, test, _ in table if not test]),
     ):
         if lacking:
-            print_line(f"warning: {len(lacking)} classes lack images in {place}: {list_names(lacking, NAMES_SHOWN)}.")
+            print_line(f"warning: {len(lacking)} classes lack images in {place}: {list_names(lacking, shown=3)}.")
 
 
 def _report_missing(
@@ -208,6 +186,7 @@ def _write_table(path: Path, rows: Iterable[Sequence[object]]) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command. Raises UserError for bad input and for missing images."""
     parser = Parser(__doc__, prog="python -m utils.radimagenet")
     command = parser.add_subparsers(required=True, metavar="prepare").add_parser(
         "prepare", description=DESCRIPTION, help="make OUTPUT/{train,val,test}/<class>/<image>"

@@ -39,8 +39,8 @@ class BoundedTarInfo(tarfile.TarInfo):
     """Raises ReadError for headers that tarfile would read completely, however long, before it returns a member."""
 
     def _proc_member(self, tar: tarfile.TarFile) -> tarfile.TarInfo:  # tarfile documents that it may be overridden
-        held = sum(map(len, (*tar.pax_headers, *tar.pax_headers.values()))) if self.type == tarfile.XGLTYPE else 0
-        if self.type in EXTENDED_HEADERS and self.size + held > MAX_HEADER_BYTES:
+        kept = sum(map(len, (*tar.pax_headers, *tar.pax_headers.values()))) if self.type == tarfile.XGLTYPE else 0
+        if self.type in EXTENDED_HEADERS and self.size + kept > MAX_HEADER_BYTES:
             raise tarfile.ReadError(f"an extended header has {self.size} bytes")
         return super()._proc_member(tar)
 

@@ -1,4 +1,4 @@
-"""Puts single images in place: linked, copied or written; each complete or absent, and never over another file."""
+"""Links, copies or writes single images; each appears completely or not at all, and never replaces another file."""
 
 import io
 import os
@@ -49,6 +49,9 @@ def copy(source: str, target: str, exists: bool) -> bool:
     with open_regular(source) as file:
         write(target, file.read(), status.st_mtime)
     return True
+
+
+KINDS: dict[str, Put] = {"symlink": symlink, "hardlink": hardlink, "copy": copy}
 
 
 def copy_corrected(source: str, target: str, exists: bool, mask: str | Member) -> bool:
@@ -133,7 +136,7 @@ def put_one(source: str, target: str, exists: bool, put: Put) -> None:
 
 
 def find_files(folder: str, passed_over: PassedOver) -> set[str]:
-    """Names of the regular files in a folder, and of links to some; hidden ones are counted. No folder: no names."""
+    """Names of the regular files in a folder, and of links to such; none without a folder. Hidden ones are counted."""
     try:
         files = {entry.name: entry.is_file() for entry in os.scandir(folder)}
         return {name for name in passed_over.keep_visible(list(files)) if files[name]}
@@ -143,7 +146,7 @@ def find_files(folder: str, passed_over: PassedOver) -> set[str]:
         raise UserError(f"{folder}: cannot read this folder ({error.strerror}).") from None
 
 
-def find_there(folder: str, passed_over: PassedOver) -> set[str]:
+def find_existing(folder: str, passed_over: PassedOver) -> set[str]:
     """All names in a folder; hidden ones are counted, and temporary files of a killed run are removed."""
     names = set()
     try:

@@ -5,6 +5,7 @@ import csv
 import functools
 import io
 import itertools
+from dataclasses import dataclass, field
 from typing import BinaryIO
 
 from utils.data.folders import SPLITS
@@ -25,20 +26,14 @@ def _is_hidden_folder(folder: str) -> bool:
     return any(is_hidden(part) for part in folder.split("/") if part not in (".", ".."))
 
 
+@dataclass
 class ImageLists:
-    """The content of the three lists.
+    """The content of the three lists."""
 
-    folders: source folder of each class, such as radiology_ai/CT/abd/normal for CT__abd__normal
-    names: image names by class and split
-    again: (split, filename) for each further mention of an image in one list
-    hidden: number of hidden files in the lists, which are skipped
-    """
-
-    def __init__(self) -> None:
-        self.folders: dict[str, str] = {}
-        self.names: dict[str, dict[str, set[str]]] = {}
-        self.again: list[tuple[str, str]] = []
-        self.hidden = 0
+    folders: dict[str, str] = field(default_factory=dict)  # by class: radiology_ai/CT/abd/normal for CT__abd__normal
+    names: dict[str, dict[str, set[str]]] = field(default_factory=dict)  # of images, by class and split
+    repetitions: list[tuple[str, str]] = field(default_factory=list)  # split and file name of each further mention
+    hidden: int = 0  # files, which are skipped
 
     def __len__(self) -> int:
         return sum(len(names) for splits in self.names.values() for names in splits.values())
@@ -75,7 +70,7 @@ class ImageLists:
                 if folder not in folders:
                     folders[folder] = self._add_folder(split, folder, line)
                 if name in folders[folder]:
-                    self.again.append((split, row[column]))
+                    self.repetitions.append((split, row[column]))
                     continue
                 if "\0" in name or not is_image(name):
                     raise UserError(f"{line}: {row[column]!r} is not an image; expected {LAYOUT}.")
@@ -105,6 +100,6 @@ class ImageLists:
                 for image in splits[first] & splits[second]:
                     filename = f"{self.folders[name]}/{image}"
                     mentions[filename] = [split for split in SPLITS if image in splits[split]]
-        for split, filename in self.again:
+        for split, filename in self.repetitions:
             mentions.setdefault(filename, [split]).append(split)
         return {filename: sorted(mentions[filename], key=SPLITS.index) for filename in sorted(mentions)}

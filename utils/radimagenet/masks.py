@@ -11,7 +11,7 @@ import io
 import numpy as np
 from PIL import Image
 
-from utils.runtime.errors import UserError
+from utils.runtime.errors import UserError, first_line
 
 SIZE = 224  # pixels
 SHAPES = ((SIZE, SIZE), (SIZE, SIZE, 1), (SIZE, SIZE, 3))
@@ -27,8 +27,7 @@ def read_mask(data: bytes, shown: object) -> np.ndarray:
     try:
         mask = np.lib.format.read_array(io.BytesIO(data), allow_pickle=False)
     except (ValueError, MemoryError, OverflowError) as error:
-        reason = str(error).split("\n")[0]
-        raise UserError(f"{shown}: not a readable array ({reason}); download the mask again.") from None
+        raise UserError(f"{shown}: not a readable array ({first_line(error)}); download the mask again.") from None
     if mask.shape not in SHAPES:
         raise UserError(f"{shown}: has the shape {mask.shape}; expected {' or '.join(map(str, SHAPES))}.")
     if mask.dtype != np.uint8 and mask.dtype.kind not in "if":
@@ -78,7 +77,7 @@ def resize(pixels: np.ndarray) -> np.ndarray:
 
 
 def _neighbours(length: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The two old pixels around each of the 224 new ones, and the distance from the first, (224,) each."""
+    """The two source pixels around each of the 224 target pixels, and the distance from the first; (224,) each."""
     centres = ((np.arange(SIZE) + 0.5) * (1 / (SIZE / length)) - 0.5).astype(np.float32)
     low = np.floor(centres).astype(np.int64)
     return low, low + 1, centres - low.astype(np.float32)

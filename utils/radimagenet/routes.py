@@ -12,23 +12,21 @@ from utils.data.folders import SPLITS
 from utils.data.listing import PassedOver
 from utils.radimagenet.archive import Member, is_archive, read_archive
 from utils.radimagenet.images import (
+    KINDS,
     Batch,
     Put,
-    copy,
     copy_corrected,
     copy_member,
+    find_existing,
     find_files,
-    find_there,
-    hardlink,
     in_threads,
     put_all,
     put_one,
-    symlink,
 )
 from utils.radimagenet.lists import ROOT, ImageLists
 from utils.runtime.errors import UserError
+from utils.runtime.text import list_names
 
-KINDS = {"symlink": symlink, "hardlink": hardlink, "copy": copy}
 BATCH = 500  # images that a thread places at once
 ULTRASOUND = "US__"
 
@@ -43,10 +41,10 @@ class Tree:
         self.existing: dict[tuple[str, str], set[str]] = {}
         for split in SPLITS:
             classes = [name for name, splits in lists.names.items() if splits[split]]
-            _check_listed(output / split, find_there(str(output / split), self.passed_over), set(classes))
+            _check_listed(output / split, find_existing(str(output / split), self.passed_over), set(classes))
             for name in classes:
                 folder = self.folder(name, split)
-                self.existing[name, split] = find_there(folder, self.passed_over)
+                self.existing[name, split] = find_existing(folder, self.passed_over)
                 _check_listed(Path(folder), self.existing[name, split], lists.names[name][split])
         try:
             for name, split in self.existing:
@@ -58,7 +56,7 @@ class Tree:
         return os.path.join(self.output, split, name, "")
 
     def put(self, source: str, name: str, image: str, put: Put) -> None:
-        """Put an image in every split that lists it."""
+        """Put an image of a class in every split that lists it."""
         for split in self.splits_of(name, image):
             put_one(source, self.folder(name, split) + image, image in self.existing[name, split], put)
 
@@ -75,10 +73,7 @@ class Tree:
 
 def _check_listed(folder: Path, existing: set[str], listed: set[str]) -> None:
     if unlisted := sorted(existing - listed):
-        raise UserError(
-            f"{folder / unlisted[0]}: not in the lists ({len(unlisted)} such in the folder); remove it, or give "
-            "another OUTPUT."
-        )
+        raise UserError(f"{folder}: not in the lists: {list_names(unlisted)}; remove them, or give another OUTPUT.")
 
 
 class Masks:

@@ -48,7 +48,6 @@ HEALTH = (
     Panel("prior_drift", "Drift of the prior", "RMS change of log-concentrations"),
     Panel("concentrations_at_bounds", "Log-concentrations at their bounds", "share; there they cannot learn"),
 )
-HEALTH_TITLES = {panel.key: panel.title for panel in HEALTH}
 FROM_ZERO = ("mask_std", "mask_std_between_images", "advantage_std", "prior_drift", "concentrations_at_bounds")
 
 

@@ -51,14 +51,13 @@ def classification_metrics(logits: Tensor, targets: Tensor, auroc: bool = False)
     Over the classes that occur in the targets: macro precision, recall and f1, and balanced_accuracy (mean recall).
     auroc (macro, one-vs-one) if requested; None with a single class or where a logit is not finite.
     """
-    from sklearn.metrics import accuracy_score, precision_recall_fscore_support, recall_score
+    from sklearn.metrics import accuracy_score, precision_recall_fscore_support
 
     log_probabilities = logits.double().log_softmax(1).numpy()
     predictions = logits.argmax(1).numpy()
     truth = targets.numpy()
-    present = np.unique(truth)
     precision, recall, f1, _ = precision_recall_fscore_support(
-        truth, predictions, labels=present, average="macro", zero_division=0
+        truth, predictions, labels=np.unique(truth), average="macro", zero_division=0
     )
     loss = float(-log_probabilities[np.arange(len(truth)), truth].mean())
     metrics: Metrics = {
@@ -68,7 +67,7 @@ def classification_metrics(logits: Tensor, targets: Tensor, auroc: bool = False)
         "precision": float(precision),
         "recall": float(recall),
         "f1": float(f1),
-        "balanced_accuracy": float(recall_score(truth, predictions, labels=present, average="macro", zero_division=0)),
+        "balanced_accuracy": float(recall),
     }
     if auroc:
         metrics["auroc"] = _macro_auroc(truth, np.exp(log_probabilities))
@@ -214,20 +213,13 @@ def macro_metrics(
     return {"top1": top1, "precision": precision, "recall": recall, "f1": f1, "balanced_accuracy": recall}
 
 
-def metrics_of(
-    targets: np.ndarray, predictions: np.ndarray, weights: np.ndarray | None, classes: int
-) -> dict[str, np.ndarray]:
-    """`macro_metrics` of the predictions (..., N), each (...). Arguments as for `count_classes`."""
-    return macro_metrics(*count_classes(targets, predictions, weights, classes))
-
-
 def outcome_metrics(outcome: Outcome, weights: np.ndarray | None = None) -> dict[str, float]:
     """The metrics of `classification_metrics` except auroc, when image n counts weights[n] times.
 
     weights: (N,) integers, not all 0, or None for once each.
     """
     weights = np.ones(len(outcome.targets)) if weights is None else weights
-    macro = metrics_of(outcome.targets, outcome.predictions, weights, outcome.num_classes)
+    macro = macro_metrics(*count_classes(outcome.targets, outcome.predictions, weights, outcome.num_classes))
     return {
         "loss": float(weights @ outcome.losses / weights.sum()),
         "top5": float(weights @ (outcome.true_ranks <= 5) / weights.sum()),

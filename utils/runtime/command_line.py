@@ -13,8 +13,6 @@ from typing import Any, NoReturn
 
 from utils.runtime.errors import UserError
 
-EXPECTED = {int: "a whole number", float: "a number"}
-
 
 def expanded(text: str) -> str:
     """The path with ~ expanded, the `type` of flags for files and folders: shells do not expand --flag=~/folder."""
@@ -80,7 +78,9 @@ class Parser(argparse.ArgumentParser):
             return super()._get_value(action, arg_string)
         except argparse.ArgumentError as error:
             if not isinstance(error.__context__, argparse.ArgumentTypeError):  # argparse would name the Python function
-                error.message = f"{reprlib.repr(arg_string)}: expected {_kind(action.type)}"
+                kind = typing.get_type_hints(action.type).get("return", action.type)
+                expected = {int: "a whole number", float: "a number"}.get(kind, "another value")
+                error.message = f"{reprlib.repr(arg_string)}: expected {expected}"
             raise
 
     def _check_value(self, action: argparse.Action, value: Any) -> None:
@@ -94,9 +94,3 @@ class Parser(argparse.ArgumentParser):
 
 def _shortened(word: str) -> str:
     return word if len(word) <= 200 else f"{word[:200]}..."
-
-
-def _kind(converter: Any) -> str:
-    """What a flag's `type` expects, in words."""
-    result = converter if isinstance(converter, type) else typing.get_type_hints(converter).get("return")
-    return EXPECTED.get(result, "another value")

@@ -97,7 +97,7 @@ def initialize(device_name: str | None, timeout_seconds: float) -> torch.device:
     on CUDA. Raises ValueError for a device that this node lacks, before anything waits for another process.
     """
     global _store
-    launch = _launch()
+    launch = current_launch()
     device = resolve_device(device_name, launch.local_rank, launch.local_world_size)
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -109,8 +109,7 @@ def initialize(device_name: str | None, timeout_seconds: float) -> torch.device:
     _store, rank, world_size = next(dist.rendezvous("env://", launch.rank, launch.world_size, timeout=timeout))
     if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) > 0:
         _store = dist.PrefixStore(name_of_start(_store, rank, world_size, timeout_seconds), _store)
-    backend = "nccl" if device.type == "cuda" else "gloo"
-    device_id = device if device.type == "cuda" else None
+    backend, device_id = ("nccl", device) if device.type == "cuda" else ("gloo", None)
     dist.init_process_group(
         backend, store=_store, rank=rank, world_size=world_size, timeout=timeout, device_id=device_id
     )
@@ -150,13 +149,9 @@ def shutdown() -> None:
     _store = None
 
 
-def _launch() -> Launch:
+def current_launch() -> Launch:
+    """This process's place, known before (or without) a process group."""
     return read_launch(os.environ) or Launch(rank=0, world_size=1, local_rank=0, local_world_size=1)
-
-
-def launched_rank() -> int:
-    """This process's rank, known before (or without) a process group."""
-    return _launch().rank
 
 
 def is_launched() -> bool:
@@ -164,25 +159,11 @@ def is_launched() -> bool:
     return read_launch(os.environ) is not None
 
 
-def launched_world_size() -> int:
-    """The number of processes that the launcher started, known before (or without) a process group."""
-    return _launch().world_size
-
-
 def is_first_on_node() -> bool:
     """Whether this is the first process of its node."""
     if is_launched() and "RANK" not in os.environ:  # in Slurm local_rank is 0 in every task that sees only its own GPU
         return os.environ["SLURM_LOCALID"] == "0"
-    return _launch().local_rank == 0
-
-
-def local_world_size() -> int:
-    """The number of processes on this node."""
-    return _launch().local_world_size
-
-
-def in_process_group() -> bool:
-    return dist.is_initialized()
+    return current_launch().local_rank == 0
 
 
 def rank() -> int:
@@ -199,7 +180,7 @@ def is_main_process() -> bool:
 
 def all_reduce_mean(tensor: Tensor) -> Tensor:
     """Elementwise mean over the ranks, without gradient. The same bits on every rank."""
-    return all_reduce_sum(tensor) / world_size() if world_size() > 1 else tensor.detach()
+    return all_reduce_sum(tensor) / world_size()
 
 
 def all_reduce_sum(tensor: Tensor) -> Tensor:

@@ -17,6 +17,11 @@ class UserError(Exception):
         self.agreed = agreed
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, or the name of its type."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
 @contextmanager
 def agreed() -> Iterator[None]:
     """Run a block that may fail on some ranks only; then all ranks raise the first UserError.

@@ -1,16 +1,15 @@
 """Writers of files that appear whole or not at all."""
 
-import errno
 import json
 import os
 import re
-import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
 from utils.runtime.errors import UserError
+from utils.runtime.reading import without_waiting
 
 TEMPORARY = ".tmp"
 OURS = re.compile(
@@ -54,8 +53,7 @@ def opened_atomically(path: Path) -> Iterator[TextIO]:
     """
     try:
         with _temporary(path) as temporary:
-            descriptor = open_new(temporary)
-            with open(descriptor, "w", encoding="utf-8", errors="backslashreplace", newline="") as file:
+            with open(open_new(temporary), "w", encoding="utf-8", errors="backslashreplace", newline="") as file:
                 yield file
                 file.flush()
                 os.fsync(file.fileno())
@@ -67,7 +65,7 @@ def opened_atomically(path: Path) -> Iterator[TextIO]:
 
 def open_new(path: str | Path) -> int:
     """A descriptor for writing a new file. Anything else of this name is removed, and links are not followed."""
-    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
     try:
         return os.open(path, flags, 0o666)
     except FileExistsError:
@@ -76,15 +74,8 @@ def open_new(path: str | Path) -> int:
 
 
 def not_followed(path: str, flags: int) -> int:
-    """For `open(..., opener=not_followed)`: opens or creates a regular file, follows no link, waits for no pipe.
-
-    Raises OSError for anything else.
-    """
-    descriptor = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
-    if stat.S_ISREG(os.fstat(descriptor).st_mode):
-        return descriptor
-    os.close(descriptor)
-    raise OSError(errno.EINVAL, "not a regular file", path)
+    """For `open(..., opener=not_followed)`: as `without_waiting`, and raises OSError for a link."""
+    return without_waiting(path, flags | os.O_NOFOLLOW)
 
 
 def temporary_path(path: Path) -> Path:
@@ -118,21 +109,17 @@ def prove_writable(folder: Path, data: memoryview) -> None:
         with _temporary(folder / "probe") as probe:
             _write_and_sync(probe, data)
     except OSError as error:
-        megabytes = len(data) / 1e6
         raise UserError(
-            f"{folder}: a checkpoint of {megabytes:.0f} MB cannot be written there ({error.strerror}); free space, or "
-            "give another --output-dir."
+            f"{folder}: a checkpoint of {len(data) / 1e6:.0f} MB cannot be written there ({error.strerror}); "
+            "free space, or give another --output-dir."
         ) from None
 
 
 def _write_and_sync(path: Path, data: memoryview) -> None:
-    descriptor = open_new(path)
-    try:
+    with open(open_new(path), "wb", buffering=0) as file:
         while data:
-            data = data[os.write(descriptor, data) :]
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+            data = data[os.write(file.fileno(), data) :]
+        os.fsync(file.fileno())
 
 
 def _sync_folder(folder: Path) -> None:

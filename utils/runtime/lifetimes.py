@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import signal
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 PR_SET_PDEATHSIG = 1  # from Linux's prctl.h
@@ -21,8 +22,11 @@ def end_with_launcher() -> None:
         return
     parent = os.getppid()
     end_with_parent(parent)
-    if parent == 1 and not _may_be_launcher(Path("/proc/1/cmdline")):
-        os._exit(2)  # torchrun was killed while this process started, and process 1 has adopted it
+    if parent == 1:
+        with suppress(OSError):
+            command = Path("/proc/1/cmdline").read_bytes()
+            if b"torch" not in command and b"python" not in command:  # in a container, process 1 may be torchrun
+                os._exit(2)  # torchrun was killed while this process started, and process 1 has adopted it
 
 
 def end_with_parent(parent: int) -> None:
@@ -32,15 +36,6 @@ def end_with_parent(parent: int) -> None:
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:  # the parent had already ended
         os._exit(2)
-
-
-def _may_be_launcher(command_line: Path) -> bool:
-    """Whether process 1 may be torchrun, as in a container. True if its command line is unreadable."""
-    try:
-        command = command_line.read_bytes()
-    except OSError:
-        return True
-    return b"torch" in command or b"python" in command
 
 
 def end_workers() -> None:

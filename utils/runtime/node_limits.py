@@ -3,7 +3,6 @@
 import errno
 import os
 import resource
-from collections.abc import Iterator
 from pathlib import Path
 
 from utils.runtime import distributed
@@ -23,10 +22,13 @@ MORE_SHARED_MEMORY = "or more shared memory (docker run --ipc=host, or --shm-siz
 
 def explain(error: BaseException) -> str | None:
     """One sentence with advice for an error that one of these limits caused; None for any other error."""
-    errors = list(_chain(error))
-    texts = [str(link) for link in errors]
+    errors, cause = [], error
+    while cause is not None:
+        errors.append(cause)
+        cause = cause.__cause__ or cause.__context__
+    texts = list(map(str, errors))
     everything = "\n".join(texts)
-    numbers = {link.errno for link in errors if isinstance(link, OSError)}
+    numbers = {cause.errno for cause in errors if isinstance(cause, OSError)}
     no_handle = "Too many open files" in everything or "items of ancdata" in everything
     if no_handle or numbers & {errno.EMFILE, errno.ENFILE}:
         return _rank() + TOO_MANY_FILES
@@ -67,14 +69,8 @@ def no_batch(time: str) -> str:
 
 
 def _rank() -> str:
-    return f"rank {distributed.launched_rank()}: " if distributed.launched_world_size() > 1 else ""
-
-
-def _chain(error: BaseException | None) -> Iterator[BaseException]:
-    """The error and its causes."""
-    while error is not None:
-        yield error
-        error = error.__cause__ or error.__context__
+    launch = distributed.current_launch()
+    return f"rank {launch.rank}: " if launch.world_size > 1 else ""
 
 
 def _advice_on_death(reason: str) -> str:

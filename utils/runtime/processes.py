@@ -9,14 +9,14 @@ import threading
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from typing import NoReturn
 
 import torch
 
 from utils.runtime import distributed
-from utils.runtime.errors import UserError
+from utils.runtime.errors import UserError, first_line
 from utils.runtime.lifetimes import end_workers
 from utils.runtime.node_limits import explain
 from utils.runtime.output import drop_lost_output
@@ -25,8 +25,6 @@ from utils.runtime.signals import Interrupted
 from utils.runtime.text import print_line
 
 EXIT_CODE = 2
-GRACE_SECONDS = 10
-LONGEST_TIMEOUT = 1e6  # seconds; torch and threading refuse much larger numbers
 
 
 def join_processes(device_name: str | None, timeout_seconds: float = 600) -> torch.device:
@@ -35,45 +33,38 @@ def join_processes(device_name: str | None, timeout_seconds: float = 600) -> tor
     timeout_seconds: how long a rank waits for the others, here and in each later collective. A process that has not
     joined by then ends. Raises UserError for a device that this node lacks, and if joining fails.
     """
-    timeout_seconds = min(timeout_seconds, LONGEST_TIMEOUT)
-    if distributed.launched_rank() != 0:
+    timeout_seconds = min(timeout_seconds, 1e6)  # torch and threading refuse much larger numbers
+
+    def give_up() -> None:
+        _print_error(_not_joined(timeout_seconds, "no answer"))
+        _leave_at_once()
+
+    timer = threading.Timer(timeout_seconds, give_up)  # torch limits each step of joining, not all together
+    timer.daemon = True
+    if distributed.is_launched():
+        timer.start()
+    if distributed.current_launch().rank != 0:
         warnings.simplefilter("ignore")  # rank 0 prints them for all
     try:
-        with _joining_limited_to(timeout_seconds):
-            device = distributed.initialize(device_name, timeout_seconds)
+        device = distributed.initialize(device_name, timeout_seconds)
     except ValueError as error:
         raise UserError(str(error), agreed=True) from None
     except Exception as error:
         if explain(error) is None and distributed.is_lost_contact(error):
-            raise UserError(_not_joined(timeout_seconds, str(error).split("\n")[0])) from None
+            raise UserError(_not_joined(timeout_seconds, first_line(error))) from None
         raise
+    finally:
+        timer.cancel()
     if device.type == "cpu":
         keep_freed_memory()
     return device
 
 
-@contextmanager
-def _joining_limited_to(seconds: float) -> Iterator[None]:
-    """End this process with a sentence if the block takes longer. (Torch only limits each step of joining.)"""
-
-    def give_up() -> None:
-        _print_error(_not_joined(seconds, "no answer"))
-        _leave_at_once()
-
-    timer = threading.Timer(seconds, give_up)
-    timer.daemon = True
-    if distributed.is_launched():
-        timer.start()
-    try:
-        yield
-    finally:
-        timer.cancel()
-
-
 def _not_joined(seconds: float, reason: str) -> str:
     address = ":".join(os.environ.get(name, "?") for name in ("MASTER_ADDR", "MASTER_PORT"))
+    launch = distributed.current_launch()
     return (
-        f"rank {distributed.launched_rank()} could not join the other {distributed.launched_world_size() - 1} within "
+        f"rank {launch.rank} could not join the other {launch.world_size - 1} within "
         f"--timeout {seconds:g} seconds ({reason}): see what the others printed, and whether all were started and "
         f"reach {address}."
     )
@@ -91,36 +82,36 @@ def run_script(main: Callable[[], None], *, prints_result: bool = False) -> None
         sys.stdout.reconfigure(errors="backslashreplace")  # file names may not be text
     try:
         try:
-            with _as_user_errors():
-                main()
+            main()
         finally:
             end_workers()
-    except UserError as error:
-        _end_after_user_error(error)
     except KeyboardInterrupt:  # before the training, so there is nothing to save
         sys.exit(128 + signal.SIGINT)
     except Interrupted as stop:
         if distributed.is_main_process():
             print_line(stop)
-        if distributed.in_process_group():
-            _wait_for_rank_0()
+        distributed.barrier()  # as soon as one rank exits, torchrun ends all others; rank 0 prints first
         distributed.shutdown()
         sys.exit(INTERRUPTED_EXIT_CODE)
     except Exception as error:
+        user_error = _as_user_error(error)
+        if user_error is not None:
+            _end_after_user_error(user_error)
         _end_after_crash(error)
         raise
     distributed.shutdown()
 
 
 def _end_after_user_error(error: UserError) -> NoReturn:
-    several = distributed.launched_world_size() > 1
-    if not several or not error.agreed or distributed.launched_rank() == 0:
+    launch = distributed.current_launch()
+    if launch.rank == 0 or not error.agreed:
         _print_error(str(error))
-    if several and error.agreed:
-        _wait_for_rank_0()
-    elif several:
+    if launch.world_size > 1 and not error.agreed:
         distributed.post_failure(str(error))
         _leave_at_once()
+    distributed.barrier()  # rank 0 prints first
+    if distributed.world_size() == 1 and launch.rank != 0:  # the ranks have not joined yet
+        time.sleep(10)  # rank 0 meets the same error, exits, and torchrun ends this process sooner
     distributed.shutdown()
     sys.exit(EXIT_CODE)
 
@@ -131,7 +122,7 @@ def _end_after_crash(error: Exception) -> None:
     if problem is not None:
         _print_error(problem)
         distributed.post_failure(problem)
-    elif distributed.launched_world_size() == 1:
+    elif distributed.current_launch().world_size == 1:
         return
     elif not distributed.is_lost_contact(error):
         traceback.print_exc()
@@ -150,42 +141,27 @@ def _print_error(message: str) -> None:
             json.dump({"message": content}, file)
 
 
-@contextmanager
-def _as_user_errors() -> Iterator[None]:
-    """Turn errors of the file system, of impossible names and of memory, if not yet handled, into UserErrors."""
-    try:
-        yield
-    except OSError as error:
-        if not isinstance(error.filename, (str, bytes)) or explain(error) is not None:
-            raise
-        raise UserError(f"{os.fsdecode(error.filename)}: {error.strerror}.") from error
-    except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, MemoryError) and "can't allocate memory" not in str(error):
-            raise
-        raise UserError("there is too little memory for this; give smaller sizes, or fewer of them.") from error
-    except UnicodeEncodeError as error:
-        raise UserError(f"{error.object!r}: no file can have this name.") from error
-    except ValueError as error:
-        if "embedded null" not in str(error):
-            raise
-        raise UserError("a name holds a NUL character, which no file can have; give another.") from error
+def _as_user_error(error: Exception) -> UserError | None:
+    """The UserError for an error of the file system, an impossible name or too little memory; None for any other."""
+    if isinstance(error, UserError):
+        return error
+    if isinstance(error, OSError) and isinstance(error.filename, (str, bytes)) and explain(error) is None:
+        return UserError(f"{os.fsdecode(error.filename)}: {error.strerror}.")
+    if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and "can't allocate memory" in str(error)):
+        return UserError("there is too little memory for this; give smaller sizes, or fewer of them.")
+    if isinstance(error, UnicodeEncodeError):
+        return UserError(f"{error.object!r}: no file can have this name.")
+    if isinstance(error, ValueError) and "embedded null" in str(error):
+        return UserError("a name holds a NUL character, which no file can have; give another.")
+    return None
 
 
 def lost_contact(error: BaseException) -> str:
     """The message for a failed collective."""
-    reason = str(error).splitlines()[0]
     return (
-        f"rank {distributed.rank()}: another rank ended, or did not answer within --timeout ({reason}); its own "
-        "output says why. --resume auto continues from the last checkpoint."
+        f"rank {distributed.rank()}: another rank ended, or did not answer within --timeout ({first_line(error)}); its "
+        "own output says why. --resume auto continues from the last checkpoint."
     )
-
-
-def _wait_for_rank_0() -> None:
-    """Let rank 0 print before any rank exits: as soon as one has, torchrun ends all others, including rank 0."""
-    if distributed.in_process_group():
-        distributed.barrier()
-    elif distributed.launched_rank() != 0:
-        time.sleep(GRACE_SECONDS)  # rank 0 meets the same error, exits, and torchrun ends this process sooner
 
 
 def _leave_at_once() -> None:
@@ -195,10 +171,7 @@ def _leave_at_once() -> None:
     os._exit(EXIT_CODE)
 
 
-# From glibc's malloc.h.
-M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
-DEFAULTS = {M_TRIM_THRESHOLD: 128 * 1024, M_MMAP_MAX: 65536}
-KEEP = {M_TRIM_THRESHOLD: -1, M_MMAP_MAX: 0}
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # from glibc's malloc.h
 
 
 def keep_freed_memory(keep: bool = True) -> None:
@@ -210,5 +183,5 @@ def keep_freed_memory(keep: bool = True) -> None:
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
-        for parameter, value in (KEEP if keep else DEFAULTS).items():
-            mallopt(parameter, value)
+        mallopt(M_TRIM_THRESHOLD, -1 if keep else 128 * 1024)
+        mallopt(M_MMAP_MAX, 0 if keep else 65536)

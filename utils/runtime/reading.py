@@ -13,31 +13,28 @@ MOST_DEEP = 100  # levels of nested lists and objects
 
 
 def open_regular(path: str | Path) -> BinaryIO:
-    """Open a regular file for reading, without ever waiting for the other end of a pipe.
-
-    Raises OSError for anything else, including a name that no file can have.
-    """
+    """Open a regular file for reading. Raises OSError for anything else, also for a name that no file can have."""
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        return open(path, "rb", opener=without_waiting)
     except ValueError:  # a NUL character, or a surrogate that stands for no byte
         raise OSError(errno.EINVAL, "no file can have this name", str(path)) from None
+
+
+def without_waiting(path: str, flags: int) -> int:
+    """For `open(..., opener=without_waiting)`: raises OSError for pipes and devices, instead of waiting for them."""
+    descriptor = os.open(path, flags | os.O_NONBLOCK, 0o666)
     mode = os.fstat(descriptor).st_mode
-    if stat.S_ISREG(mode):
-        return os.fdopen(descriptor, "rb")
+    if stat.S_ISREG(mode) or stat.S_ISDIR(mode):  # `open` itself refuses folders
+        return descriptor
     os.close(descriptor)
-    if stat.S_ISDIR(mode):
-        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
-    raise OSError(errno.EINVAL, "not a regular file", str(path))
+    raise OSError(errno.EINVAL, "not a regular file", path)
 
 
 def read_bytes(path: str | Path, most: int | None = MOST_BYTES) -> bytes:
     """The content of a regular file. Raises OSError as `open_regular` does, and for more than `most` bytes."""
     with open_regular(path) as file:
-        if most is None:
-            return file.read()
-        size = os.fstat(file.fileno()).st_size
-        content = file.read(most + 1) if size <= most else b""
-    if max(size, len(content)) > most:
+        content = file.read(-1 if most is None else most + 1)
+    if most is not None and len(content) > most:
         raise OSError(errno.EFBIG, f"has more than the {most} bytes expected here", str(path))
     return content
 
@@ -53,14 +50,13 @@ def parse_json(content: bytes | str) -> Any:
         value = json.loads(content, parse_int=_parse_int)
     except RecursionError:
         raise ValueError("nested too deeply") from None
-    pending = [(value, 0)]
-    while pending:
-        container, depth = pending.pop()
-        if depth > MOST_DEEP:
-            raise ValueError("nested too deeply")
-        items = container.values() if isinstance(container, dict) else container if isinstance(container, list) else ()
-        pending += [(item, depth + 1) for item in items if isinstance(item, (dict, list))]
-    return value
+    level: list[Any] = [[value]]
+    for _ in range(MOST_DEEP + 1):
+        containers = [item.values() if isinstance(item, dict) else item for item in level]
+        level = [item for items in containers for item in items if isinstance(item, (dict, list))]
+        if not level:
+            return value
+    raise ValueError("nested too deeply")
 
 
 def _parse_int(text: str) -> int:

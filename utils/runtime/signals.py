@@ -59,15 +59,15 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.asked: str | None = None
-        self.former: dict = {}  # the previous handlers; empty unless entered
+        self.previous_handlers: dict = {}  # by signal; empty unless entered
         self._patience: float | None = None  # seconds that a wait may last after a signal; None while nothing waits
 
     def __enter__(self) -> "StopRequest":
-        self.former = {number: signal.signal(number, self._record) for number in stopping_signals()}
+        self.previous_handlers = {number: signal.signal(number, self._record) for number in stopping_signals()}
         return self
 
     def __exit__(self, *_: object) -> None:
-        for number, handler in self.former.items():
+        for number, handler in self.previous_handlers.items():
             signal.signal(number, handler)
 
     def wait_for(self, get: Callable[[], Result], seconds: float, patience: float) -> Result:

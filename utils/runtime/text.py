@@ -11,22 +11,13 @@ from typing import Any, TextIO
 
 LONGEST = 2000  # characters of a printed line
 LONGEST_NAME = 60  # characters of a name in a list of names
-MARKS = {  # byte order marks, the longer ones first: UTF-32's begins like UTF-16's
-    codecs.BOM_UTF32_LE: "utf-32",
-    codecs.BOM_UTF32_BE: "utf-32",
-    codecs.BOM_UTF16_LE: "utf-16",
-    codecs.BOM_UTF16_BE: "utf-16",
-}
 # First characters of cells that a spreadsheet may run as a formula, and the apostrophe that marks such cells here.
 FORMULA = tuple("=+-@\t\r\n'\uff1d\uff0b\uff0d\uff20")
 
 
 def printable(text: str) -> str:
     """The text with escapes for control characters and for bytes that are not text."""
-    if text.isprintable():
-        return text
-    escaped = (letter if letter.isprintable() else letter.encode("unicode_escape").decode() for letter in text)
-    return "".join(escaped)
+    return "".join(letter if letter.isprintable() else letter.encode("unicode_escape").decode() for letter in text)
 
 
 def as_line(text: str) -> str:
@@ -92,9 +83,10 @@ def decode_text(data: bytes) -> str:
 
     Bytes that are not UTF-8 become surrogates, as in file names. Raises ValueError for UTF-16 without a mark.
     """
-    for mark, encoding in MARKS.items():
-        if data.startswith(mark):
-            return data.decode(encoding)
+    if data.startswith((codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)):  # before UTF-16, whose mark it begins with
+        return data.decode("utf-32")
+    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        return data.decode("utf-16")
     data = data.removeprefix(codecs.BOM_UTF8)
     if b"\0" in data:
         raise ValueError("it holds zero bytes, as UTF-16 does; save it as UTF-8")

@@ -13,7 +13,7 @@ from huggingface_hub.utils import logging as hub_logging
 from timm.models._hub import load_model_config_from_hf, load_model_config_from_path
 
 from utils.runtime.command_line import absolute
-from utils.runtime.errors import UserError
+from utils.runtime.errors import UserError, first_line
 
 HUB = ("hf-hub:", "hf_hub:")
 FOLDER = "local-dir:"
@@ -41,11 +41,6 @@ def model_name(text: str) -> str:
     return f"{FOLDER}{absolute(text.removeprefix(FOLDER))}" if text.startswith(FOLDER) else text
 
 
-def first_line(error: BaseException) -> str:
-    """The first line of an error's message, or the name of its type."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
-
-
 def read_source(name: str, flag: str = "--model") -> Source:
     """Read the config.json of a source from its folder, the hub's cache, or the hub.
 
@@ -59,8 +54,8 @@ def read_source(name: str, flag: str = "--model") -> Source:
             config, architecture, model_args = read(location)
         source = Source(timm_name, architecture, dict(model_args or {}), dict(config))
     except Exception as error:  # the hub's client raises many kinds, and a config may contain anything
-        reason = first_line(error)
-        raise UserError(f"{flag} {name}: its config.json cannot be read ({reason}). {_advice(name)}") from None
+        message = f"{flag} {name}: its config.json cannot be read ({first_line(error)}). {_advice(name)}"
+        raise UserError(message) from None
     if not isinstance(architecture, str) or not timm.is_model(architecture):
         raise UserError(f"{flag} {name}: its config.json names {reprlib.repr(architecture)}, which timm does not have.")
     return source

@@ -10,8 +10,8 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from utils.checkpoints.checkpoint import StateDict
-from utils.runtime.errors import UserError
-from utils.training.model_sources import OWN_WEIGHTS, first_line, is_source, quiet_hub, read_source
+from utils.runtime.errors import UserError, first_line
+from utils.training.model_sources import OWN_WEIGHTS, is_source, quiet_hub, read_source
 
 MOST_LISTED = 6
 
@@ -172,11 +172,6 @@ def set_training_mode(model: nn.Module, backbone_frozen: bool = False) -> None:
     if backbone_frozen:
         for name in head_names(model):
             model.get_submodule(name).train()
-
-
-def compile_in_place(module: nn.Module, device: torch.device) -> None:
-    """torch.compile without renaming keys; with CUDA graphs on a GPU, where small batches would wait for the host."""
-    module.compile(mode="reduce-overhead" if device.type == "cuda" else None)
 
 
 def synchronize_batch_norm(model: nn.Module, device: torch.device) -> nn.Module:

@@ -11,7 +11,7 @@ from PIL import Image
 
 from utils.results.log import read_log
 from utils.runtime import distributed, progress
-from utils.runtime.errors import UserError
+from utils.runtime.errors import UserError, first_line
 from utils.runtime.files import remove_temporaries, write_atomically
 from utils.training.evaluation import Predictions
 
@@ -114,8 +114,7 @@ def warning_of(name: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        reason = (str(error).splitlines() or [""])[0] or type(error).__name__
-        progress.say(f"warning: {name} could not be written ({reason}); the training continues.")
+        progress.say(f"warning: {name} could not be written ({first_line(error)}); the training continues.")
 
 
 def check_installed() -> None:
@@ -125,10 +124,9 @@ def check_installed() -> None:
     try:
         import torch.utils.tensorboard  # noqa: F401
     except Exception as error:  # a broken package can raise anything
-        reason = (str(error).splitlines() or [""])[0] or type(error).__name__
         raise UserError(
-            f"--tensorboard: the package tensorboard cannot be imported ({reason}). Install it with pip install "
-            "tensorboard, or leave it out with --no-tensorboard."
+            f"--tensorboard: the package tensorboard cannot be imported ({first_line(error)}). Install it with pip "
+            "install tensorboard, or leave it out with --no-tensorboard."
         ) from None
 
 

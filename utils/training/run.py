@@ -25,8 +25,8 @@ from utils.runtime import distributed, progress
 from utils.runtime.errors import agreed
 from utils.runtime.processes import join_processes
 from utils.runtime.progress import Position
-from utils.training import build, models, output_dir
-from utils.training.compiling import check_compiler
+from utils.training import build, output_dir
+from utils.training.compiling import check_compiler, compile_in_place
 from utils.training.evaluation import Predictions, measure, predict
 from utils.training.meters import RunningMean
 from utils.training.monitor import Monitor
@@ -240,7 +240,7 @@ def use_cache_and_compile(run: Run, networks: Sequence[nn.Module]) -> None:
     data_splits.use_cache(run.args, run.splits, run.device)
     if run.args.compile:
         for network in networks:
-            models.compile_in_place(network, run.device)
+            compile_in_place(network, run.device)
 
 
 def build_saver(run: Run, training: Training) -> Saver:

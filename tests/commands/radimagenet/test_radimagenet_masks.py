@@ -3,14 +3,10 @@
 import hashlib
 import io
 import tarfile
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from PIL import Image
 
 from tests.conftest import MakesAFolder
@@ -25,10 +21,6 @@ def npy(array: np.ndarray) -> bytes:
     file = io.BytesIO()
     np.save(file, array)
     return file.getvalue()
-
-
-def uniform(*colour: int) -> Image.Image:
-    return Image.new("RGB", (30, 20), colour)
 
 
 def filled(dtype: str, *values: float) -> np.ndarray:
@@ -49,19 +41,10 @@ def filled(dtype: str, *values: float) -> np.ndarray:
     ],
 )
 def test_masks_are_added_by_hand(colour, mask, corrected):
-    image = correct(uniform(*colour), read_mask(npy(mask), "mask"))
+    image = correct(Image.new("RGB", (30, 20), colour), read_mask(npy(mask), "mask"))
     assert image.size == (224, 224)
     assert image.mode == ("L" if len(set(corrected)) == 1 else "RGB")
     assert (np.asarray(image.convert("RGB")) == corrected).all()
-
-
-def test_masks_are_added_pixel_by_pixel():
-    pixels = np.random.default_rng(0).integers(0, 256, (224, 224), dtype=np.uint8)
-    mask = np.zeros((224, 224), np.uint8)
-    mask[3, 200], pixels[3, 200] = 7, 251
-    corrected = np.asarray(correct(Image.fromarray(pixels).convert("RGB"), mask))
-    pixels[3, 200] = 2  # 258 modulo 256
-    assert np.array_equal(corrected, pixels)
 
 
 @pytest.mark.parametrize(
@@ -74,15 +57,6 @@ def test_resizing_gives_the_pixels_of_opencv(shape, digest):
     assert hashlib.sha256(resize(pixels).tobytes()).hexdigest()[:16] == digest
 
 
-@settings(max_examples=30, deadline=None)
-@given(st.tuples(st.integers(1, 700), st.integers(1, 700)))
-def test_resizing_is_bilinear_without_antialiasing(shape):
-    pixels = np.random.default_rng(shape).integers(0, 256, (*shape, 3), dtype=np.uint8)
-    exact = torch.from_numpy(pixels).permute(2, 0, 1)[None].double()
-    exact = torch.nn.functional.interpolate(exact, (224, 224), mode="bilinear")[0].permute(1, 2, 0).numpy()
-    assert np.abs(resize(pixels) - exact).max() < 1.01  # OpenCV's fixed point truncates
-
-
 ZEROS = npy(np.zeros((224, 224)))
 
 
@@ -90,17 +64,13 @@ ZEROS = npy(np.zeros((224, 224)))
     ("data", "message"),
     [
         (npy(np.zeros((223, 224))), r"has the shape \(223, 224\); expected \(224, 224\)"),
-        (npy(np.zeros((3, 224, 224))), "has the shape"),
         (npy(np.zeros((224, 224), bool)), "has the dtype bool"),
         (npy(np.zeros((224, 224), np.uint16)), "has the dtype uint16"),
-        (npy(np.zeros((224, 224), complex)), "has the dtype complex128"),
-        (npy(np.full((224, 224), np.nan)), "not finite"),
         (npy(np.full((224, 224), -np.inf, np.float16)), "not finite"),
         (ZEROS[:-1], "not a readable array"),
         (ZEROS.replace(b"(224, 224)", b"(2**9, 1)"), "not a readable array"),
         (ZEROS.replace(b"(224, 224), }  ", b"(10**12,), } "), "not a readable array"),
         (b"", "not a readable array"),
-        (b"PK\x03\x04", "not a readable array"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -127,10 +97,9 @@ def masks(source: Path, tmp_path: Path) -> Path:
     return folder
 
 
-def pack_masks(masks: Path, archive: Path, name: Callable[[str], str] = lambda name: name) -> Path:
+def pack_masks(masks: Path, archive: Path) -> Path:
     with tarfile.open(archive, "w:gz", compresslevel=1) as tar:
-        for path in sorted(masks.iterdir(), reverse=True):
-            tar.add(path, name(path.name))
+        tar.add(masks, "correction_masks")
     return archive
 
 
@@ -145,7 +114,7 @@ def test_corrected_images_are_the_same_from_folder_and_archive(source, masks, ou
             assert np.array_equal(np.asarray(Image.open(io.BytesIO(data))), pixels.clip(0, 255))
         else:
             assert data == plain[name]
-    packed = pack_masks(masks, tmp_path / "masks.tar.gz", lambda name: f"correction_masks/{name}")
+    packed = pack_masks(masks, tmp_path / "masks.tar.gz")
     archive = pack(source, tmp_path / "images.tar.gz")
     ways = [{"source": source, "correction_masks": packed}, {"archive": archive, "correction_masks": masks}]
     for number, arguments in enumerate(ways):
@@ -197,7 +166,7 @@ def test_bad_masks_and_images_are_named(source, masks, output, tmp_path):
     (masks / "val0.npy").write_bytes(b"no mask" * 300_000)
     assert "val0.npy: not a readable array" in fails_with(masks, output=tmp_path / "new")
     packed = pack_masks(masks, tmp_path / "masks.tar.gz")
-    assert "masks.tar.gz: val0.npy: not a readable array" in fails_with(packed, output=tmp_path / "new")
+    assert "masks.tar.gz: correction_masks/val0.npy: not a readable" in fails_with(packed, output=tmp_path / "new")
     np.save(masks / "val0.npy", np.zeros((224, 224)))
     (source / "radiology_ai/US/liver/val0.png").write_text("no image")
     archive = pack(source, tmp_path / "images.tar")
