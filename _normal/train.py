@@ -73,7 +73,7 @@ def train_one_epoch(
         update(loss, guard.check(loss, step, batch.indices), epoch, step)
         meters.update(train_loss=loss, train_top1=batch_accuracy(logits, batch.targets))
         if progress.is_due(step):
-            guard.raise_if_found(epoch)
+            guard.raise_if_non_finite(epoch)
             update.raise_if_collapsed()
             data.bad_images.share()
             progress.show(step, meters.read())

@@ -15,13 +15,13 @@ from utils.training.model_sources import model_name
 
 SCRIPT = "_policy_gradient"
 
-IGNORED_FLAGS = {
+LEARNING_FLAGS = ("policy_model", "policy_lr", "head_weight", "policy_sign", "baseline", "entropy_weight")
+MASK_FLAGS = ("objective", "masks_per_image", "grid", "kernel", "sigma", "mask_range", "mask_fade_epochs")
+IGNORED_FLAGS = {  # by --mask-policy
+    "learned": (),
     "prior": ("policy_model",),
-    "uniform": ("policy_model", "policy_lr", "head_weight", "policy_sign", "baseline", "entropy_weight"),
-    "none": (
-        *("policy_model", "policy_lr", "head_weight", "policy_sign", "baseline", "entropy_weight"),
-        *("objective", "masks_per_image", "grid", "kernel", "sigma", "mask_range", "mask_fade_epochs"),
-    ),
+    "uniform": LEARNING_FLAGS,
+    "none": LEARNING_FLAGS + MASK_FLAGS,
 }
 
 
@@ -61,13 +61,14 @@ def build_parser() -> arguments.Parser:
 def check_flags(args: argparse.Namespace, given: dict[str, Any], weights: Weights | None) -> None:
     """Print which flags the chosen --mask-policy ignores; raise UserError for masks that do not fit the images.
 
-    given: the values typed; weights: what --test-only evaluates. Without a policy in them, no masks are drawn.
+    given: the values that were typed; weights: the file that --test-only evaluates. Without a policy in the file, no
+    masks are drawn.
     """
-    masks = args.mask_policy != "none" and (weights is None or weights.policy_net is not None)
-    ignored = [arguments.flag(name) for name in IGNORED_FLAGS.get(args.mask_policy, ()) if name in given]
+    draws_masks = args.mask_policy != "none" and (weights is None or weights.policy_net is not None)
+    ignored = [arguments.flag(name) for name in IGNORED_FLAGS[args.mask_policy] if name in given]
     if ignored:
         say(f"--mask-policy {args.mask_policy}: {' '.join(ignored)} without effect.")
-    if masks:
+    if draws_masks:
         for size in (args.val_crop_size,) if args.test_only else (args.train_crop_size, args.val_crop_size):
             check_mask_size(size, args.grid, args.kernel, args.sigma)
         check_mask_range(*args.mask_range)

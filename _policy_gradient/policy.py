@@ -167,8 +167,8 @@ def sample_action(
     log_odds = _sample_log_odds(concentrations.detach())  # (B*K, G*G)
     cells = torch.sigmoid(log_odds).clamp(SAMPLE_MARGIN, 1 - SAMPLE_MARGIN)
     log_cells = F.logsigmoid(torch.stack([log_odds, -log_odds]))  # (2, B*K, G*G)
-    at = torch.stack([cells.log(), torch.log1p(-cells)]) if clamped_density else log_cells
-    return Action(cells, *_log_prob_and_entropy(concentrations, at), log_cells)
+    evaluated_at = torch.stack([cells.log(), torch.log1p(-cells)]) if clamped_density else log_cells
+    return Action(cells, *_log_prob_and_entropy(concentrations, evaluated_at), log_cells)
 
 
 @torch.no_grad()

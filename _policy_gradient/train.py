@@ -87,7 +87,7 @@ def train_one_epoch(
         top1 = batch_accuracy(logits, targets)
         meters.update(train_loss=loss, train_cross_entropy=cross_entropy.mean(), train_top1=top1, **health)
         if progress.is_due(step):
-            guard.raise_if_found(epoch)
+            guard.raise_if_non_finite(epoch)
             update.raise_if_collapsed()
             data.bad_images.share()
             progress.show(step, meters.read())

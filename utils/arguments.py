@@ -10,6 +10,7 @@ from typing import Any
 from utils.runtime.command_line import Parser
 from utils.runtime.errors import UserError
 
+AUTO = "auto"  # the value of --resume for the newest checkpoint of --output-dir
 # What a resumed run may change, because training does not depend on it. `epochs` rebuilds the schedule; for `exclude`
 # and `data_path` the remaining images are compared.
 FREE_ON_RESUME = {
@@ -31,13 +32,12 @@ FREE_ON_FINETUNE = {
 }  # fmt: skip
 # What an evaluation may choose although the file says otherwise: it affects which images are read, not their pixels.
 FREE_ON_EVALUATION = {"upper_8_bits"}
-
-
-LARGEST = {  # far above what any run uses, and below what exhausts the memory or processes of a machine
-    **{"epochs": 100_000, "workers": 1_024, "batch_size": 1_000_000, "masks_per_image": 10_000, "ra_reps": 1_000},
-    **{"train_crop_size": 8_192, "val_resize_size": 8_192, "val_crop_size": 8_192, "grid": 1_024, "kernel": 8_191},
-    **{"images_per_class": 100_000, "jobs": 1_024, "resamples": 1_000_000},
-}
+# Far above what any run uses, and below what exhausts the memory or processes of a machine.
+LARGEST = {
+    "epochs": 100_000, "workers": 1_024, "batch_size": 1_000_000, "masks_per_image": 10_000, "ra_reps": 1_000,
+    "train_crop_size": 8_192, "val_resize_size": 8_192, "val_crop_size": 8_192, "grid": 1_024, "kernel": 8_191,
+    "images_per_class": 100_000, "jobs": 1_024, "resamples": 1_000_000,
+}  # fmt: skip
 
 
 def parse_given(parser: Parser, argv: Sequence[str] | None = None) -> dict[str, Any]:
@@ -192,6 +192,3 @@ def _namespace(values: dict[str, Any]) -> argparse.Namespace:
     if args.test_only and not (args.resume or getattr(args, "finetune", None)):
         raise UserError("--test-only: name the weights to evaluate with --resume FILE.")
     return args
-
-
-AUTO = "auto"

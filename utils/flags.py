@@ -14,10 +14,7 @@ from utils.training.model_sources import model_name
 Number = TypeVar("Number", int, float)
 _SHORT = reprlib.Repr()
 _SHORT.maxstring = 80
-SMALLEST_NUMBER, LARGEST_NUMBER = (
-    1e-37,
-    1e37,
-)  # beyond these, float32 holds only 0 and infinity
+SMALLEST_NUMBER, LARGEST_NUMBER = 1e-37, 1e37  # beyond these, float32 holds only 0 and infinity
 
 
 def _number(kind: type[Number], is_allowed: Callable[[Number], bool], expected: str) -> Callable[[str], Number]:

@@ -111,7 +111,7 @@ def guard(output: Path) -> None:
         weights.append(model.weight.detach().clone())
         meters.update(rank=torch.tensor(float(distributed.rank())))
     try:
-        finite.raise_if_found(epoch=4)
+        finite.raise_if_non_finite(epoch=4)
         report = None
     except NonFiniteLoss as error:
         report = str(error), error.batch

@@ -42,11 +42,11 @@ def test_the_guard_names_the_epoch_and_the_images_of_the_first_bad_step():
     guard = make_guard()
     for step, value in enumerate((1.0, -3e38, 0.0)):
         assert not guard.check(torch.tensor(value), step, torch.tensor([step, 9]))
-    guard.raise_if_found(7)
+    guard.raise_if_non_finite(7)
     for step, value in ((3, math.inf), (4, 1.0), (5, math.nan)):
         assert guard.check(torch.tensor(value), step, torch.tensor([step, 8])).item() is not math.isfinite(value)
     with pytest.raises(NonFiniteLoss, match=r"not finite at epoch 7, step 3;") as caught:
-        guard.raise_if_found(7)
+        guard.raise_if_non_finite(7)
     assert caught.value.agreed
     assert caught.value.batch == [{"rank": 0, "loss_is_finite": False, "images": ["image_3.png", "image_8.png"]}]
 
@@ -55,7 +55,7 @@ def test_the_guard_sees_a_bad_step_0():
     guard = make_guard()
     guard.check(torch.tensor(math.nan), 0, INDICES)
     with pytest.raises(NonFiniteLoss, match=r"epoch 2, step 0;"):
-        guard.raise_if_found(2)
+        guard.raise_if_non_finite(2)
 
 
 def test_the_guard_forgets_batches_once_they_are_known_to_be_good():
@@ -63,7 +63,7 @@ def test_the_guard_forgets_batches_once_they_are_known_to_be_good():
     for step in range(10):
         guard.check(torch.tensor(1.0), step, INDICES)
     assert len(guard.recent) == 10
-    guard.raise_if_found(0)
+    guard.raise_if_non_finite(0)
     assert not guard.recent
 
 
@@ -282,7 +282,6 @@ def test_on_a_device_that_runs_behind_the_stop_is_read_two_steps_later():
     with StopRequest() as stop:
         guard = make_guard(stop)
         guard.lag = 2
-        guard._to_host = lambda flag: (flag, None)
         stops = []
         for step in range(6):
             if step == 1:

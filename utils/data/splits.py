@@ -47,9 +47,9 @@ def open_splits(args: argparse.Namespace, trained_classes: list[str] | None = No
     root = _data_root(args.data_path)
     evaluated = args.split if args.test_only else "val"
     excluded = read_excluded(Path(args.exclude)) if args.exclude else dict.fromkeys(SPLITS, frozenset())
-    classes, named_by, trained_on = None, root, "'train'"
+    classes, counted_in, trained_on = None, root, "'train'"
     if args.test_only and trained_classes is not None:
-        classes, named_by = trained_classes, source
+        classes, counted_in = trained_classes, source
         trained_on = f"{source}, which was trained on classes of other names"
     elif args.test_only and evaluated != "train":
         with suppress(UserError):  # without a train folder, the classes of the split itself
@@ -73,10 +73,10 @@ def open_splits(args: argparse.Namespace, trained_classes: list[str] | None = No
         _print_split(files)
     if args.exclude:
         _print_excluded(args.exclude, excluded, [split for split in (training, evaluation) if split is not None])
-    number = len(evaluation.classes)
-    if args.num_classes is not None and args.num_classes != number:
+    num_classes = len(evaluation.classes)
+    if args.num_classes is not None and args.num_classes != num_classes:
         raise UserError(
-            f"--num-classes {args.num_classes}: {named_by} has {number} classes; correct or leave out the flag."
+            f"--num-classes {args.num_classes}: {counted_in} has {num_classes} classes; correct or leave out the flag."
         )
     return Splits(training, evaluation, evaluation.classes)
 

@@ -108,7 +108,7 @@ def scheduler(args: argparse.Namespace, optimizer: Optimizer, first_epoch: int) 
     """The classifier's schedule, advanced to `first_epoch`."""
     if args.lr_warmup_epochs >= args.epochs:
         progress.say(
-            f"--lr-warmup-epochs {args.lr_warmup_epochs}: the run has {args.epochs} epochs and ends during the warm-up."
+            f"--lr-warmup-epochs {args.lr_warmup_epochs}: not below --epochs {args.epochs}: the whole run is warm-up."
         )
     return optim.build_scheduler(
         optimizer,

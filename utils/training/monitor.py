@@ -19,6 +19,9 @@ if TYPE_CHECKING:  # both are imported where they are used: they cost a process'
     from matplotlib.figure import Figure
     from torch.utils.tensorboard import SummaryWriter
 
+PLOTS, EVENTS = "plots", "tensorboard"  # the folders in the --output-dir
+POLICY = ("mask_", "policy_", "advantage_", "prior_", "concentrations_")  # prefixes of policy quantities in the log
+
 
 class Monitor:
     """Plots in OUTPUT/plots and events in OUTPUT/tensorboard. Only rank 0 calls the methods."""
@@ -51,7 +54,7 @@ class Monitor:
                 if number.isdecimal() and int(number) >= self.first_epoch:
                     path.unlink()
         if self.events is not None and self.first_epoch == self.epochs:
-            with warning_of("tensorboard"):
+            with warning_of(EVENTS):
                 self.events.write(self.epochs - 1)
                 self.events.close()
         if self.plot_every is None:
@@ -69,12 +72,12 @@ class Monitor:
             return
         done = line["epoch"] + 1
         if self.events is not None:  # first, because drawing takes longest and may fail
-            with warning_of("tensorboard"):
+            with warning_of(EVENTS):
                 self.events.write(line["epoch"])
         if self.plot_every is not None and (done % self.plot_every == 0 or done == self.epochs):
             self._draw_all(predictions, done)
         if self.events is not None:
-            with warning_of("tensorboard"):
+            with warning_of(EVENTS):
                 self.events.write_masks(line["epoch"])
                 if done == self.epochs:
                     self.events.close()
@@ -87,11 +90,11 @@ class Monitor:
             from utils.results import confusion, curves
 
             runs = {self.output_dir.resolve().name: read_log(self.output_dir)}
-            what = f"val, after epoch {epochs_done - 1}"
-            found = predictions.targets.numpy(), predictions.logits.argmax(1).numpy(), self.classes, what
+            title = f"val, after epoch {epochs_done - 1}"
+            targets, predicted = predictions.targets.numpy(), predictions.logits.argmax(1).numpy()
             self._draw("curves.png", curves.learning_curves, runs)
-            self._draw("confusion.png", confusion.confusion_matrix, *found)
-            self._draw("recall.png", confusion.per_class_recall, *found)
+            self._draw("confusion.png", confusion.confusion_matrix, targets, predicted, self.classes, title)
+            self._draw("recall.png", confusion.per_class_recall, targets, predicted, self.classes, title)
             if self.draw_gallery is not None:
                 self._draw("health.png", curves.policy_health, runs)
                 self._draw(f"masks_{epochs_done - 1}.png", self.draw_gallery, epochs_done=epochs_done)
@@ -112,11 +115,6 @@ def warning_of(name: str) -> Iterator[None]:
         yield
     except Exception as error:
         progress.say(f"warning: {name} could not be written ({first_line(error)}); the training continues.")
-
-
-FOLDER = "tensorboard"
-PLOTS = "plots"  # the folder of all plots
-POLICY = ("mask_", "policy_", "advantage_", "prior_", "concentrations_")  # prefixes of policy quantities in the log
 
 
 def check_installed() -> None:
@@ -141,7 +139,7 @@ class Events:
 
     def __init__(self, output_dir: Path, first_epoch: int) -> None:
         """first_epoch: the next one."""
-        self.output_dir, self.folder = output_dir, output_dir / FOLDER
+        self.output_dir, self.folder = output_dir, output_dir / EVENTS
         has_events = any(self.folder.glob("*tfevents*"))
         self.next_epoch = max(first_epoch - 1, 0) if has_events else 0  # the first epoch to write
         self.writer: SummaryWriter | None = None

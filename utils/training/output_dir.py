@@ -83,8 +83,14 @@ def _refuse_live_source(source: Path) -> None:
 
 
 def _refuse_another_run(output_dir: Path, resume: str | None) -> None:
-    """Raise UserError if the folder holds another run; leftovers of a start without a checkpoint do not count."""
-    leftovers = {None: set(), AUTO: {"model_0.pth", checkpoint.BEST}}.get(resume, {checkpoint.BEST})
+    """Raise UserError if the folder holds another run.
+
+    Files of an earlier start that was killed before its first checkpoint here do not count: the best model, which
+    --resume FILE copies first, and with --resume auto also the weights of epoch 0.
+    """
+    leftovers = set() if resume is None else {checkpoint.BEST}
+    if resume == AUTO:
+        leftovers.add("model_0.pth")
     names = (checkpoint.CHECKPOINT, checkpoint.PREVIOUS)
     for path in (*(output_dir / name for name in names), *output_dir.glob("model_*.pth")):
         if path.exists() and path.name not in leftovers:

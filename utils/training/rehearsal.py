@@ -73,7 +73,7 @@ def check_space(output_dir: Path, state: dict[str, Any], epochs_left: int) -> No
             f"{len(data) / 1e9:.2f} GB, {epochs_left} files of weights); free space, or give another --output-dir."
         )
     say(
-        f"one batch was trained and evaluated, and is undone; a checkpoint has {len(data) / 1e6:.1f} MB, the run will "
+        f"one batch was trained and evaluated, then undone; a checkpoint has {len(data) / 1e6:.1f} MB, the run will "
         f"write {needed / 1e9:.2f} GB, {free / 1e9:.1f} GB are free"
     )
 

@@ -315,7 +315,7 @@ def print_network(run: Run, label: str, model_name: str, network: nn.Module, tag
         origin = "none to learn"
     elif run.state is not None:
         origin = f"those of {run.args.resume}"
-    elif run.weights is not None and label == "classifier":
+    elif run.weights is not None:
         origin = f"those of {run.weights.path}"
     else:
         origin = f"timm's {tag}" if tag else f"random (--seed {run.args.seed})"

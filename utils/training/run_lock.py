@@ -124,8 +124,8 @@ def look_at(folder: Path) -> Lock:
 def _identity(file: Path | int) -> tuple[int, int] | None:
     """Device and inode of a path or descriptor; None if there is no such file."""
     with suppress(OSError):
-        found = os.fstat(file) if isinstance(file, int) else os.lstat(file)
-        return found.st_dev, found.st_ino
+        status = os.fstat(file) if isinstance(file, int) else os.lstat(file)
+        return status.st_dev, status.st_ino
     return None
 
 
@@ -133,9 +133,9 @@ def _open(path: Path) -> int:
     """A descriptor of the lock file, created if needed; raises UserError if the file is something else."""
     try:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
-        found = os.fstat(descriptor)
-        ours = stat.S_ISREG(found.st_mode) and found.st_nlink <= 1
-        ours = ours and (found.st_size == 0 or os.pread(descriptor, len(MARK), 0) == MARK)
+        status = os.fstat(descriptor)
+        ours = stat.S_ISREG(status.st_mode) and status.st_nlink <= 1
+        ours = ours and (status.st_size == 0 or os.pread(descriptor, len(MARK), 0) == MARK)
     except OSError as error:
         raise UserError(
             f"{path}: cannot be opened ({error.strerror}); this file locks the folder of a run. Remove it, or give "

@@ -91,7 +91,7 @@ class Saver:
         self.position = position
         stop = guard.stop_agreed()
         if stop or (self.checkpoint_steps is not None and position.step % self.checkpoint_steps == 0):
-            guard.raise_if_found(position.epoch)
+            guard.raise_if_non_finite(position.epoch)
             self._save(stop)
 
     def wait_for_batch(self, get: Callable[[], Item], guard: StepGuard | None = None) -> Item:
@@ -112,7 +112,7 @@ class Saver:
                 "seconds, so the run ends without a new checkpoint. An earlier checkpoint is intact."
             )
         if guard is not None:
-            guard.raise_if_found(self.position.epoch)
+            guard.raise_if_non_finite(self.position.epoch)
         self._save(stop=True)
         raise AssertionError  # not reached
 

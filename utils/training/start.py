@@ -46,6 +46,7 @@ def find_checkpoint(given: dict[str, Any], script: str) -> dict[str, Any]:
 
 
 def _newest_valid(output_dir: Path, script: str) -> str | None:
+    """The path of the newest checkpoint that can be read; None if there is no checkpoint."""
     newest, previous = output_dir / checkpoint.CHECKPOINT, output_dir / checkpoint.PREVIOUS
     try:
         if newest.exists():

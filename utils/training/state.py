@@ -16,7 +16,7 @@ from utils.training.update import GuardedUpdate
 
 
 class TrainingState(NamedTuple):
-    """The modules with a state, by their names in the checkpoint; their update, with the average; and the meters.
+    """What a checkpoint saves. modules: networks and objective, by their names in the checkpoint.
 
     Schedules are not part of it: they follow from the arguments and the epoch.
     """

@@ -29,16 +29,17 @@ class NonFiniteLoss(UserError):
 class StepGuard:
     """One small collective per step: is a loss non-finite on any rank, and was any rank asked to stop?
 
-    `check` never waits for the device. `raise_if_found` does; it is called at print steps and before saves.
+    `check` never waits for the device. `raise_if_non_finite` does; it is called at print steps and before saves.
     """
 
     def __init__(self, device: torch.device, path: Callable[[int], Path], stop: StopRequest) -> None:
         """path: the file of an image, by its index, for the report of a batch."""
         self.path, self.stop = path, stop
-        self.lag, self._to_host = (LAG, _copy_behind) if device.type == "cuda" else (0, lambda flag: (flag, None))
-        # The steps since `raise_if_found` last found nothing: whether a loss was non-finite on any rank, and on this
-        # rank, both bool () on the device; and the indices (B,) of this rank's images.
+        self.lag = LAG if device.type == "cuda" else 0
+        # By step, since the last `raise_if_non_finite`: whether a loss was non-finite on any rank, and on this rank,
+        # both bool () on the device; and the indices (B,) of this rank's images.
         self.recent: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
+        # Whether any rank was asked to stop, bool () on the host once the event has happened; for the last `lag` steps.
         self.stops: deque[tuple[Tensor, torch.cuda.Event | None]] = deque()
         self.flags = {flag: torch.tensor(flag, device=device) for flag in (False, True)}
 
@@ -48,12 +49,12 @@ class StepGuard:
         indices: (B,), this rank's images, on the CPU.
         """
         loss = loss.detach()
-        own = (loss - loss) != 0  # inf - inf is NaN, and NaN != 0; two kernels instead of the five of isfinite
-        flags = torch.stack([own, self.flags[self.stop.asked is not None]])
-        found, stop = (distributed.all_reduce_sum(flags.float()) > 0).unbind()
-        self.recent[step] = found, own, indices
-        self.stops.append(self._to_host(stop))
-        return found
+        non_finite = (loss - loss) != 0  # inf - inf is NaN, and NaN != 0; two kernels instead of the five of isfinite
+        flags = torch.stack([non_finite, self.flags[self.stop.asked is not None]])
+        any_non_finite, stop = (distributed.all_reduce_sum(flags.float()) > 0).unbind()
+        self.recent[step] = any_non_finite, non_finite, indices
+        self.stops.append(_copy_behind(stop) if stop.is_cuda else (stop, None))
+        return any_non_finite
 
     def stop_agreed(self) -> bool:
         """Whether a signal asked any rank to stop; equal on all ranks. To be called once per step."""
@@ -64,23 +65,23 @@ class StepGuard:
             event.synchronize()
         return bool(stop)
 
-    def raise_if_found(self, epoch: int) -> None:
+    def raise_if_non_finite(self, epoch: int) -> None:
         """Raise NonFiniteLoss, on all ranks together, if a loss was non-finite."""
-        found = torch.stack([found for found, _, _ in self.recent.values()]).tolist() if self.recent else []
-        if not any(found):
+        flags = torch.stack([flag for flag, _, _ in self.recent.values()]).tolist() if self.recent else []
+        if not any(flags):
             self.recent.clear()
             return
-        step = list(self.recent)[found.index(True)]
-        _, own, indices = self.recent[step]
-        own = {
+        step = list(self.recent)[flags.index(True)]
+        _, non_finite, indices = self.recent[step]
+        batch = {
             "rank": distributed.rank(),
-            "loss_is_finite": not own.item(),
+            "loss_is_finite": not non_finite.item(),
             "images": [str(self.path(index)) for index in indices.tolist()],
         }
         raise NonFiniteLoss(
             f"the loss was not finite at epoch {epoch}, step {step}; that update was skipped, and nothing has been "
             f"saved since. {ADVICE}",
-            distributed.all_gather_object(own),
+            distributed.all_gather_object(batch),
         )
 
 
