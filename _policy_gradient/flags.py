@@ -30,11 +30,7 @@ def build_parser() -> arguments.Parser:
     add = parser.add_argument_group("policy and mask").add_argument
     add("--mask-policy", default="learned", choices=MASK_POLICIES, help="the method, or one of its controls")
     add("--policy-model", type=model_name, default="resnet10t", help="any timm backbone, for the policy network")
-    add(
-        "--policy-lr",
-        type=positive_float,
-        help="initial learning rate of the policy, with a cosine over all epochs; None: --lr / 10",
-    )
+    add("--policy-lr", type=positive_float, help="initial rate, with a cosine over all epochs; None: --lr / 10")
     add("--head-weight", type=positive_fraction, default=HEAD_WEIGHT, metavar="W", help="weight of the heads in the "
         "log-concentrations; the running prior has 1 - W")  # fmt: skip
     add("--grid", type=positive_int, default=64, help="cells per side of the mask")
@@ -46,12 +42,7 @@ def build_parser() -> arguments.Parser:
         "applied as 1 + w (m - 1), w = 1 - k / (N + 1); 0: none")  # fmt: skip
     add = parser.add_argument_group("objective").add_argument
     add("--objective", default="published", choices=OBJECTIVES, help="the loss; objective.py explains each")
-    add(
-        "--policy-sign",
-        default="cooperative",
-        choices=POLICY_SIGNS,
-        help="whether the policy lowers or raises the loss",
-    )
+    add("--policy-sign", default="cooperative", choices=POLICY_SIGNS, help="the policy lowers or raises the loss")
     add("--baseline", choices=BASELINES, help="baseline of reinforce; None: ema, a moving average; loo: leave-one-out")
     add("--masks-per-image", type=positive_int, default=1, help="masks sampled per image of a batch")
     add("--entropy-weight", type=non_negative_float, default=0.0, help="weight of the entropy bonus of reinforce")

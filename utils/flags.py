@@ -103,18 +103,9 @@ def _add_data_flags(group: argparse._ArgumentGroup) -> None:
     add("--num-classes", type=positive_int, help="checked against the data; default: taken from the data")
     add("--cache-dataset", default="off", choices=("off", "host", "device"), help="decode each image once, into a file "
         "that all processes map; device: also keep the training images in GPU memory")  # fmt: skip
-    add(
-        "--cache-dir",
-        type=expanded,
-        help="folder for the files of --cache-dataset, reused by later runs; on a local disk",
-    )
+    add("--cache-dir", type=expanded, help="folder of the --cache-dataset files, on a local disk; later runs reuse it")
     add("--bad-images", default="error", choices=("error", "skip"), help="stop at an unreadable image, or skip it")
-    add(
-        "--max-bad-images",
-        type=natural,
-        default=100,
-        help="with --bad-images skip: more unreadable images than this end the run",
-    )
+    add("--max-bad-images", type=natural, default=100, help="with --bad-images skip: more of them end the run")
     add("--split", default="val", choices=SPLITS, help="the split that --test-only evaluates")
     add("-b", "--batch-size", "--batch_size", type=positive_int, default=32, help="images per process")
     add("-j", "--workers", type=natural, default=16, help="data loading processes per process; 0: none")
@@ -124,20 +115,8 @@ def _add_data_flags(group: argparse._ArgumentGroup) -> None:
 def add_input_flags(group: argparse._ActionsContainer) -> None:
     """Add the flags of how pixels become the classifier's input."""
     add = group.add_argument
-    add(
-        "--mean",
-        type=pixel_mean,
-        nargs="+",
-        default=[0.3162],
-        help="mean of the pixels, in 0..1; one value, or one per channel",
-    )
-    add(
-        "--std",
-        type=pixel_std,
-        nargs="+",
-        default=[0.3213],
-        help="standard deviation of the pixels; one value, or one per channel",
-    )
+    add("--mean", type=pixel_mean, nargs="+", default=[0.3162], help="pixel mean, 0..1; one value or one per channel")
+    add("--std", type=pixel_std, nargs="+", default=[0.3213], help="pixel standard deviation; likewise")
     add("--train-crop-size", type=positive_int, default=224, help="size of the random resized crop, pixels")
     add("--val-resize-size", type=positive_int, default=256, help="shorter side in evaluation, pixels")
     add("--val-crop-size", type=positive_int, default=224, help="size of the central crop in evaluation, pixels")
@@ -145,13 +124,7 @@ def add_input_flags(group: argparse._ActionsContainer) -> None:
     add("--gray", action=Switch, default=False, help="read images as one channel, expanded to three on the device")
     add("--upper-8-bits", action=Switch, default=False, help="keep the upper 8 bits of PNG and TIFF images with 12 "
         "or 16 bits per channel; without this flag they are refused")  # fmt: skip
-    add(
-        "--backend",
-        type=str.lower,
-        default="pil",
-        choices=transforms.BACKENDS,
-        help="image type that the transforms work on",
-    )
+    add("--backend", type=str.lower, default="pil", choices=transforms.BACKENDS, help="image type of the transforms")
 
 
 def _add_model_flags(group: argparse._ArgumentGroup) -> None:
@@ -177,11 +150,7 @@ def _add_optimisation_flags(group: argparse._ArgumentGroup) -> None:
     add("--lr", type=positive_float, default=0.1, help="initial learning rate")
     add("--momentum", type=momentum, default=0.9, help="momentum of sgd, sgd_nesterov and rmsprop")
     add("--wd", "--weight-decay", dest="weight_decay", type=non_negative_float, default=1e-4, help="weight decay")
-    add(
-        "--norm-weight-decay",
-        type=non_negative_float,
-        help="weight decay of normalisation layers; None: --weight-decay",
-    )
+    add("--norm-weight-decay", type=non_negative_float, help="decay of normalisation layers; None: --weight-decay")
     add("--bias-weight-decay", type=non_negative_float, help="weight decay of biases; None: --weight-decay")
     add(
         "--transformer-embedding-decay",
@@ -198,13 +167,7 @@ def _add_optimisation_flags(group: argparse._ArgumentGroup) -> None:
 
 def _add_schedule_flags(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
-    add(
-        "--lr-scheduler",
-        type=str.lower,
-        default="steplr",
-        choices=optim.SCHEDULERS,
-        help="schedule, stepped once per epoch",
-    )
+    add("--lr-scheduler", type=str.lower, default="steplr", choices=optim.SCHEDULERS, help="stepped once per epoch")
     add("--lr-step-size", type=positive_int, default=30, help="epochs between steps of steplr")
     add("--lr-gamma", type=rate_factor, default=0.1, help="factor of steplr and exponentiallr")
     add("--lr-min", type=non_negative_float, default=0.0, help="final learning rate of cosineannealinglr")
@@ -233,18 +196,10 @@ def _add_run_flags(group: argparse._ArgumentGroup) -> None:
     add("--seed", type=seed, default=0, help="seed of initial weights, order, augmentation and masks")
     add("--use-deterministic-algorithms", action="store_true", help="only algorithms that are repeatable bit for bit")
     add("--print-freq", type=positive_int, default=10, help="steps between progress lines; each waits for the device")
-    add(
-        "--output-dir",
-        type=expanded,
-        help="folder for all files; None: the folder of --resume, else the current one",
-    )
+    add("--output-dir", type=expanded, help="folder for all files; None: that of --resume, else the current one")
     add("--resume", type=expanded, metavar="FILE", help="continue from this checkpoint.pth; auto: from the newest in "
         "--output-dir, if there is one; with --test-only any weights")  # fmt: skip
-    add(
-        "--checkpoint-steps",
-        type=positive_int,
-        help="steps between checkpoints within an epoch; None: only after each epoch",
-    )
+    add("--checkpoint-steps", type=positive_int, help="steps between checkpoints; None: only after each epoch")
     add("--plot-every", type=positive_int, help="epochs between plots in --output-dir/plots; None: no plots")
     add("--tensorboard", action=Switch, default=False, help="also write the log to --output-dir/tensorboard; "
         "needs the package tensorboard")  # fmt: skip
