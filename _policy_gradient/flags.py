@@ -30,7 +30,7 @@ def build_parser() -> arguments.Parser:
     add = parser.add_argument_group("policy and mask").add_argument
     add("--mask-policy", default="learned", choices=MASK_POLICIES, help="the method, or one of its controls")
     add("--policy-model", type=model_name, default="resnet10t", help="any timm backbone, for the policy network")
-    add("--policy-lr", type=positive_float, help="initial rate, with a cosine over all epochs; None: --lr / 10")
+    add("--policy-lr", type=positive_float, help="None: --lr / 10; a cosine over all epochs")
     add("--head-weight", type=positive_fraction, default=HEAD_WEIGHT, metavar="W", help="weight of the heads in the "
         "log-concentrations; the running prior has 1 - W")  # fmt: skip
     add("--grid", type=positive_int, default=64, help="cells per side of the mask")
