@@ -171,6 +171,7 @@ def messages_within(megabytes: int, paths: list[str]) -> list[str]:
     return messages
 
 
+@pytest.mark.slow
 def test_hostile_files_are_refused_within_a_few_megabytes(tmp_path):
     files = {f"{name}.pth": file for name, file in HOSTILE.items()}
     files |= {f"{name}.safetensors": (content, DAMAGED) for name, content in SAFETENSORS.items()}

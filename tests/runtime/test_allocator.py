@@ -23,6 +23,7 @@ def page_faults(keep: bool) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc's allocator")
 def test_freed_memory_is_kept_or_returned():
     pages = 3 * 2 * BLOCK // resource.getpagesize()

@@ -159,7 +159,7 @@ def test_another_world_size_goes_on_from_the_same_image(image_folder, tmp_path, 
     with pytest.raises(Interrupted):
         normal.main([*command, "--resume", "auto"])
     result = run_ranks("_normal/train.py", *command, "--resume", "auto", processes=2)
-    assert "The checkpoint was written by 1 CPU processes, and now there are 2 CPU processes" in result.stdout
+    assert "processes: 1 (CPU) before, now 2 (CPU)" in result.stdout
     assert "the same position in the data" in result.stdout
     assert "epoch 0 [3/3]" in result.stdout
     assert "epoch 1 [2/2]" in result.stdout

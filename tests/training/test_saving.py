@@ -22,6 +22,7 @@ from utils.training.saver import Saver
 DiskUsage = namedtuple("DiskUsage", "total used free")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "flags"),
     [

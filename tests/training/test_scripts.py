@@ -203,6 +203,7 @@ def test_masked_evaluation_uses_the_mean_mask_of_the_images_own_policy(
     assert found["metrics"]["masked"]["loss"] == pytest.approx(loss.item(), rel=1e-5)
 
 
+@pytest.mark.slow
 def test_fine_tuning_from_a_heated_model_onto_other_classes(train, tmp_path, capsys):
     heated = train(policy_gradient, "--epochs", 1, name="heated") / "model_0.pth"
     body = torch.load(heated, weights_only=True)["model"]

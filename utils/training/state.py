@@ -89,16 +89,16 @@ def restore_rng_state(states: list[dict[str, Tensor]]) -> None:
 
 def restore_generators(state: dict[str, Any] | None, seed: int) -> None:
     """Give each rank its own random numbers: the checkpoint's, or a new stream from (seed, rank, position)."""
-    kind = "GPUs" if torch.cuda.is_initialized() else "CPU processes"
+    kind = "GPU" if torch.cuda.is_initialized() else "CPU"
     if state is not None:
-        saved_kind = "GPUs" if all("cuda" in generators for generators in state["rng"]) else "CPU processes"
+        saved_kind = "GPU" if all("cuda" in generators for generators in state["rng"]) else "CPU"
         if (len(state["rng"]), saved_kind) == (distributed.world_size(), kind):
             restore_rng_state(state["rng"])
             return
         progress.say(
-            f"The checkpoint was written by {len(state['rng'])} {saved_kind}, and now there are "
-            f"{distributed.world_size()} {kind}: the run continues from the same weights and the same position in the "
-            "data, but with other global batches and masks, so not bit for bit."
+            f"processes: {len(state['rng'])} ({saved_kind}) before, now {distributed.world_size()} ({kind}). "
+            "The run continues from the same weights and the same position in the data, but with other global batches "
+            "and masks, so not bit for bit."
         )
     start = Position.of(state)
     torch.manual_seed(derive_seed("process", seed, distributed.rank(), start.epoch, start.step))
