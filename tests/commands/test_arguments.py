@@ -18,7 +18,7 @@ def test_defaults_are_the_published_recipe():
     assert (args.mean, args.std, args.seed, args.split, args.mask_policy) == ([0.3162], [0.3213], 0, "val", "learned")
 
 
-def test_a_resumed_run_goes_on_as_it_began():
+def test_a_resumed_run_cannot_change_its_training():
     parser = PARSERS["_normal"]
     began = ("--lr", 0.3, "--epochs", 7, "--workers", 2, "--data-path", "there", "--device", "cpu")
     saved = vars(parse("_normal", *began))

@@ -189,7 +189,7 @@ def test_names_in_lines():
 # --- The command
 
 
-def test_the_policy_before_training_is_built_anew_bit_for_bit(run, image_folder):
+def test_the_policy_before_training_is_rebuilt_bit_for_bit(run, image_folder):
     folder, began = run
     args, state = gallery.read_run(folder / checkpoint.CHECKPOINT, None, "val")
     assert_same(gallery.initial_policy(args, state).state_dict(), began.state_dict())
@@ -216,7 +216,7 @@ def test_the_command_shows_before_and_after(run, image_folder, monkeypatch, caps
             assert np.array_equal(one, other)
 
 
-def test_where_the_first_policy_cannot_be_built_anew_its_prior_is_shown(run, tmp_path, capsys, monkeypatch):
+def test_the_prior_is_shown_if_the_first_policy_cannot_be_rebuilt(run, tmp_path, capsys, monkeypatch):
     state = torch.load(run[0] / "checkpoint.pth", weights_only=True)
     state["policy_net"]["initial_prior"] = torch.zeros(2, 1, 64)
     checkpoint.save(tmp_path / "checkpoint.pth", state)

@@ -57,7 +57,7 @@ def test_log_of_a_sum_of_densities_that_overflow():
     assert mean_log_sum_density(torch.full((1, 2), 200.0)).item() == pytest.approx(200 + math.log(2))
 
 
-def test_published_under_uniform_masks_is_the_cross_entropy_times_the_log_of_the_cells():
+def test_published_under_uniform_masks_scales_the_loss_by_log_cells():
     action = sample_action(torch.zeros(5, 64), torch.zeros(5, 64))
     cross_entropy = torch.rand(5)
     loss = published_loss(cross_entropy, action.log_prob)
@@ -139,7 +139,7 @@ def test_reinforce_gradient_is_exact_at_small_concentrations(log_concentration, 
     assert log_alpha.grad.sum().item() == pytest.approx(-0.25, abs=0.01)
 
 
-def test_densities_are_exact_for_reinforce_and_clamped_for_the_published_objectives():
+def test_densities_are_exact_for_reinforce_and_clamped_for_published():
     assert [Objective(name).clamped_density for name in OBJECTIVES] == [True, True, False]
     torch.manual_seed(0)
     exact = sample_action(torch.full((1, 9999), -5.0), torch.full((1, 9999), -5.0))

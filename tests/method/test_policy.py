@@ -234,7 +234,7 @@ def test_masked_images_are_images_times_their_own_masks():
     assert torch.equal(sample_action(*policy.log_concentrations(*heads), 3).cells, masked.action.cells)
 
 
-def test_faded_masks_are_what_is_applied_and_a_compiled_graph_reads_their_weight_anew():
+def test_faded_masks_are_applied_and_a_graph_rereads_their_weight():
     policy, mask = policy_with([1.0, 0.0, 2.0, 3.0], [0.0, 0.5, 1.0, -3.0]), SmoothMask(8, 2, 3, 1.0, 0.5, 1.5)
     heads, images = (torch.rand(2, 4), torch.rand(2, 4)), torch.rand(2, 3, 8, 8)
     weight, graphs = torch.ones(()), []

@@ -190,7 +190,7 @@ def test_a_model_card_counts_the_absent_classes(lacking, trained, tmp_path):
     assert "AUROC is one-vs-one. Classes without images in this split, which count in no average: 1.\n\n| loss" in card
 
 
-def test_fine_tuning_onto_names_of_another_unicode_form_says_so(tmp_path, capsys):
+def test_fine_tuning_onto_names_of_another_unicode_form_is_explained(tmp_path, capsys):
     names = [unicodedata.normalize(form, "Schädel") for form in ("NFC", "NFD")]
     sets = [
         write_image_folder(tmp_path / form, ("dark", name), images=8) for form, name in zip("CD", names, strict=True)

@@ -135,7 +135,7 @@ def test_a_signal_to_torchrun_saves_a_checkpoint_within_the_epoch(whole, tmp_pat
 
 @pytest.mark.slow
 @pytest.mark.parametrize("fault", [signal.SIGSTOP, signal.SIGKILL])
-def test_no_rank_waits_for_ever_for_another(whole, tmp_path, fault):
+def test_no_rank_waits_forever_for_another(whole, tmp_path, fault):
     folder = tmp_path / "run"
     command = soak.command(whole.data, folder, 2, *AGAIN, "--workers", 0, "--timeout", 8)
     life = WarmLife(command, tmp_path / "output.txt")
@@ -165,7 +165,7 @@ def run_to_its_error(arguments: list[str], capsys: pytest.CaptureFixture) -> str
     return lines[0]
 
 
-def test_a_disk_that_is_full_at_the_start_is_told_of_before_the_first_step(image_folder, tmp_path, capsys):
+def test_a_full_disk_is_reported_before_the_first_step(image_folder, tmp_path, capsys):
     folder = tmp_path / "run"
     with full_disk(1_000_000):
         arguments = [*SMALL_POLICY, "--data-path", image_folder, "--output-dir", folder, "--epochs", 2]

@@ -98,7 +98,7 @@ def without_hard_links(write: Callable[[], None]) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("saved", "hard_links"), [(0, True), (1, True), (2, True), (2, False)])
-def test_a_kill_at_any_system_call_of_a_save_leaves_the_old_or_the_new_checkpoint(tmp_path, saved, hard_links):
+def test_a_kill_at_any_system_call_leaves_a_complete_checkpoint(tmp_path, saved, hard_links):
     before, folder = tmp_path / "before", tmp_path / "run"
     before.mkdir()
     for epoch in range(saved):
@@ -123,7 +123,7 @@ def test_a_kill_at_any_system_call_of_a_save_leaves_the_old_or_the_new_checkpoin
 
 
 @pytest.mark.slow
-def test_a_kill_at_any_system_call_after_a_damage_leaves_the_valid_checkpoint_or_the_new_one(tmp_path):
+def test_a_kill_while_replacing_a_damaged_checkpoint_leaves_a_valid_one(tmp_path):
     before, folder = tmp_path / "before", tmp_path / "run"
     before.mkdir()
     for epoch in range(2):

@@ -129,7 +129,7 @@ def test_moving_average_does_not_share_memory_with_the_model():
     assert average.model.weight.item() == 0.0
 
 
-def test_moving_average_goes_on_from_its_state():
+def test_moving_average_continues_from_its_state():
     settings = {"decay": 0.9, "steps": 1, "epochs": 8, "global_batch": 4}
     model = OneWeight()
     average = MovingAverage(model, **settings)
@@ -168,7 +168,7 @@ def test_it_follows_the_weights_of_a_small_set(train):
     assert log[-1]["val_ema_loss"] != log[-1]["val_loss"]
 
 
-def test_a_memory_longer_than_the_run_is_said_with_figures(train, capsys):
+def test_a_memory_longer_than_the_run_is_reported_with_figures(train, capsys):
     train(normal, "--epochs", 2, "--model-ema", "--model-ema-steps", 1)
     # adjusted: 1 - 0.00002 * 8 * 1 / 2, so 12,500 steps; at the last of the 8 updates 8^(2/3) = 4
     expected = "the average would reach back 12,500 steps, and the run has 8; its warm-up makes it 4 at the end"

@@ -185,7 +185,7 @@ def test_a_schedule_brought_to_an_epoch_is_the_same_to_the_last_bit(name, settin
         assert rates(name, 9, first_epoch=first_epoch, **settings, **warmup) == whole[first_epoch:]
 
 
-def test_a_schedule_built_anew_starts_from_the_initial_rates():
+def test_a_rebuilt_schedule_starts_from_the_initial_rates():
     scheduler, optimizer = schedule_and_optimizer("steplr", 9, **STEP)
     for _ in range(5):
         optimizer.step()

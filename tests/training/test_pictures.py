@@ -75,7 +75,7 @@ def test_pictures_and_events_change_no_bit_of_the_run(name, image_folder, tmp_pa
     assert images(part) == ([] if name == "_normal" else [1])
 
 
-def test_a_last_epoch_that_a_kill_cut_off_is_told_when_the_run_is_started_again(tmp_path):
+def test_the_events_of_a_killed_last_epoch_are_written_on_resume(tmp_path):
     write_log(tmp_path, [{"epoch": 0, "val_f1": 0.5}])
     first = pictures(tmp_path, epochs=2)
     first.events.write(0)

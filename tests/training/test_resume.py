@@ -152,7 +152,7 @@ def test_a_run_resumed_into_another_folder_takes_its_log_and_best_model_along(im
 
 
 @pytest.mark.slow
-def test_another_world_size_goes_on_from_the_same_image(image_folder, tmp_path, stop_at):
+def test_another_world_size_continues_from_the_same_image(image_folder, tmp_path, stop_at):
     """One process did 2 of 4 steps, 16 of 36 images; two processes have one global batch of 16 in the 20 left."""
     stop_at[(0, 1)] = signal.SIGTERM
     command = [*SMALL, "--data-path", str(image_folder), "--epochs", "2", "--output-dir", str(tmp_path)]
@@ -314,7 +314,7 @@ def test_what_cannot_be_resumed_is_refused_and_unharmed(image_folder, tmp_path):
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
 
 
-def test_a_run_that_is_stopped_says_so_once_and_exits_with_75(image_folder, tmp_path, stop_at, capsys):
+def test_a_stopped_run_prints_it_once_and_exits_with_75(image_folder, tmp_path, stop_at, capsys):
     stop_at[(0, 1)] = signal.SIGUSR1
     command = [*SMALL, "--data-path", str(image_folder), "--output-dir", str(tmp_path), "--epochs", "1"]
     with pytest.raises(SystemExit) as caught:

@@ -55,7 +55,7 @@ def test_the_rehearsal_trains_evaluates_and_measures_the_room(image_folder, tmp_
     assert float(measured) == pytest.approx(size / 1e6, rel=0.02, abs=0.06)
 
 
-def test_too_little_room_is_told_of_before_the_first_epoch(image_folder, tmp_path, monkeypatch):
+def test_too_little_disk_space_is_reported_before_the_first_epoch(image_folder, tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda _: DiskUsage(10**9, 10**9 - 10**7, 10**7))
     command = [*SMALL, "--data-path", str(image_folder), "--output-dir", str(tmp_path), "--epochs"]
     message = r"has 0.01 GB free, and the run will write 0.0\d GB \(checkpoints of 0.00 GB, 20 files of weights\)"
@@ -65,7 +65,7 @@ def test_too_little_room_is_told_of_before_the_first_epoch(image_folder, tmp_pat
     normal.main([*command, "1"])  # which needs less than that
 
 
-def test_too_little_memory_is_told_of_in_a_sentence(image_folder, tmp_path, monkeypatch):
+def test_too_little_memory_is_reported_in_a_sentence(image_folder, tmp_path, monkeypatch):
     def too_much(*_, **__):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
 

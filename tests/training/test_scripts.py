@@ -44,7 +44,7 @@ def test_a_pretraining_leaves_the_files_it_promises(train):
     assert all(torch.equal(best[key], value) for key, value in of_best_epoch["model"].items())
 
 
-def test_the_published_loss_is_about_the_log_of_the_cells_times_the_cross_entropy(train):
+def test_the_published_loss_is_about_log_cells_times_the_cross_entropy(train):
     for mask_policy, exact in (("uniform", 1e-6), ("learned", 0.2)):
         line = read_log(train(policy_gradient, "--epochs", 1, "--mask-policy", mask_policy, name=mask_policy))[0]
         assert line["train_loss"] == pytest.approx(math.log(64) * line["train_cross_entropy"], rel=exact)

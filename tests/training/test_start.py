@@ -38,7 +38,7 @@ def test_other_objectives_and_uniform_masks_print_their_names_only(objective, tr
     assert "policy: the same for all images (uniform), 0 parameters; weights: none to learn" in out
 
 
-def test_a_resumed_run_prints_where_it_goes_on(train, capsys):
+def test_a_resumed_run_prints_where_it_continues(train, capsys):
     folder = train(normal, "--epochs", 2, "--checkpoint-steps", 3)
     (folder / "checkpoint_prev.pth").rename(folder / "checkpoint.pth")  # of epoch 1, step 3
     capsys.readouterr()

@@ -40,7 +40,7 @@ def test_a_run_that_goes_to_a_new_folder_takes_its_events_along(image_folder, tm
 
 
 @pytest.mark.slow
-def test_resumed_with_the_flag_for_the_first_time_the_log_so_far_is_told_too(image_folder, tmp_path):
+def test_a_resume_with_the_flag_writes_the_log_so_far(image_folder, tmp_path):
     run_script("_normal", image_folder, tmp_path, "--epochs", "1")
     assert not (tmp_path / "tensorboard").exists()
     flags = ["--epochs", "2", "--resume", "auto"]
