@@ -26,7 +26,7 @@ CLASSES = {
     "us-breast-cyst": 49,
     "us-breast-normal": 213,
 }
-SPLITS = {"train": 1.0, "val": 0.2, "test": 0.2}  # images per training image
+SPLIT_SHARES = {"train": 1.0, "val": 0.2, "test": 0.2}  # images per training image
 
 
 def render(class_name: str, rng: np.random.Generator, size: int = 96) -> np.ndarray:
@@ -49,7 +49,7 @@ def image_counts(scale: float) -> dict[str, dict[str, int]]:
         raise ValueError(f"scale must be above 0 and at most 100, not {scale}")
     return {
         split: {name: max(2, round(count * share * scale)) for name, count in CLASSES.items()}
-        for split, share in SPLITS.items()
+        for split, share in SPLIT_SHARES.items()
     }
 
 
