@@ -223,7 +223,10 @@ def build_training(
     if args.compile:
         check_compiler(device)
     output_dir.begin_run(run.output_dir, run.script, args.resume, run.start, args.epochs)
-    _write_provenance(run)
+    if distributed.is_main_process():
+        description = provenance.describe(run.script, run.argv, device)
+        files = {"train": run.splits.training.files, "val": run.splits.evaluation.files}
+        provenance.write_run(run.output_dir, description, run.start, args.resume, files)
     settings = LoopSettings(
         device,
         build.autocast_dtype(args),
@@ -298,14 +301,6 @@ def rehearse_run(
     )
 
 
-def _write_provenance(run: Run) -> None:
-    """Record this start in run.json, on rank 0."""
-    if distributed.is_main_process():
-        data = {"train": run.splits.training.files, "val": run.splits.evaluation.files}
-        description = provenance.describe(run.script, run.argv, run.device)
-        provenance.write_run(run.output_dir, description, run.start, run.args.resume, data)
-
-
 def print_network(run: Run, label: str, model_name: str, network: nn.Module, tag: str | None = None) -> None:
     """Print a network's model, its size, and the origin of its weights. tag: of timm's pretrained weights."""
     total = sum(parameter.numel() for parameter in network.parameters())
@@ -333,9 +328,7 @@ def print_plan(run: Run, training: Training) -> None:
         f"global batch: {processes} {'process' if processes == 1 else 'processes'} x {args.batch_size} = "
         f"{sampler.global_batch} images; {steps} steps an epoch, {args.epochs} epochs in all"
     )
-    rates = ", ".join(
-        f"{name} {optimizer.param_groups[0]['lr']:g}" for name, optimizer in training.update.optimizers.items()
-    )
+    rates = ", ".join(f"{name.removeprefix('lr_')} {rate:g}" for name, rate in training.learning_rates().items())
     progress.say(
         f"learning rates of epoch {start.epoch}: {rates}; --opt {args.opt}, --lr-scheduler {args.lr_scheduler}"
     )
