@@ -20,6 +20,7 @@ from _policy_gradient.masking import Masking, build_policy
 from utils.data.dataset import Batch, batches
 from utils.data.samplers import TrainingSampler
 from utils.runtime.progress import Position
+from utils.training import run_lock
 from utils.training.evaluation import Predictions
 from utils.training.run import Run, Training, begin, build_classifier, build_evaluation, build_saver
 from utils.training.update import GuardedUpdate
@@ -77,6 +78,7 @@ def build(script: ModuleType, data: Path, output: Path, *flags: object) -> Loop:
         else:
             training, masking = script.prepare(run, classifier), None
             train = partial(script.train_one_epoch, training.network)
+    run_lock.release()  # nothing is saved in the folder
     return Loop(run, training, masking, train, predict, classifier)
 
 
