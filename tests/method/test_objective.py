@@ -89,6 +89,7 @@ def test_normalised_advantage_keeps_signs_and_has_unit_mean_square():
     assert torch.equal(normalize_advantage(torch.zeros(3)), torch.zeros(3))
 
 
+@pytest.mark.slow
 def test_reinforce_is_an_unbiased_gradient_of_the_expected_loss():
     """Two cells with a loss that depends on both: the mean estimate equals finite differences of the exact integral."""
     cells = 2

@@ -29,6 +29,7 @@ def two_ranks(tmp_path_factory):
     return work("gradients", tmp_path_factory.mktemp("gradients") / "two", processes=2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", range(3))
 def test_two_ranks_with_half_the_batch_have_the_gradients_of_one(number, two_ranks):
     objective, mask_policy = worker.SETTINGS[number]
@@ -37,6 +38,7 @@ def test_two_ranks_with_half_the_batch_have_the_gradients_of_one(number, two_ran
     torch.testing.assert_close(two_ranks[str(number)], expected, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_published_gradients_are_the_average_over_ranks(two_ranks, monkeypatch):
     """The loss is a product of two means over a rank's own batch, so its gradient is not the global batch's."""
     by_rank = []
@@ -67,6 +69,7 @@ def test_predictions_and_metrics_do_not_depend_on_the_number_of_processes(image_
         assert result["metrics"] == pytest.approx(one["metrics"], abs=1e-6)
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_not_finite_or_a_signal_on_one_rank_affects_all(tmp_path):
     result = work("guard", tmp_path / "guard", processes=2)
     first, second, third = result["weights"]
