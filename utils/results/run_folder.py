@@ -14,7 +14,18 @@ from torch import Tensor
 from utils.checkpoints.checkpoint import BEST
 from utils.data.folders import ImageFiles
 from utils.results.log import LOG, read_log
-from utils.results.metrics import Metrics, Outcome, format_metrics, per_class_table, prediction_table, table_as_csv
+from utils.results.metrics import (
+    LEVEL,
+    RESAMPLES,
+    Metrics,
+    Outcome,
+    bootstrap_intervals,
+    format_metrics,
+    outcome_of,
+    per_class_table,
+    prediction_table,
+    table_as_csv,
+)
 from utils.results.provenance import RUN
 from utils.results.validation import is_origin, is_status, is_tested, read_checked
 from utils.runtime.errors import UserError
@@ -103,6 +114,8 @@ def write_test_results(
         "classes": len(files.classes),
         "absent_classes": absent,
         "metrics": {name: metrics for name, (_, metrics) in results.items()},
+        "intervals": {name: bootstrap_intervals(outcome_of(*found[:2])) for name, (found, _) in results.items()},
+        "bootstrap": {"level": LEVEL, "resamples": RESAMPLES, "seed": 0},
         "origin": origin,
     }
     write_json(output_dir / METRICS_FILE, summary)

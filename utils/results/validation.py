@@ -57,7 +57,7 @@ def is_status(content: dict[str, Any]) -> bool:
 
 
 def is_tested(content: dict[str, Any]) -> bool:
-    """Whether this is the content of metrics.json; older versions wrote no origin."""
+    """Whether this is the content of metrics.json; older versions wrote neither origin nor intervals."""
     values = [value for metrics in content["metrics"].values() for value in metrics.values()]
     return (
         all(value is None or type(value) in (int, float) for value in values)
@@ -67,7 +67,12 @@ def is_tested(content: dict[str, Any]) -> bool:
         and isinstance(content.get("classes", 0), int)
         and content.get("averaged") in (True, False, None)
         and ("origin" not in content or is_start(content["origin"]))
+        and all(_is_interval(value) for values in content.get("intervals", {}).values() for value in values.values())
     )
+
+
+def _is_interval(value: Any) -> bool:
+    return value is None or (len(value) == 2 and all(type(bound) in (int, float) for bound in value))
 
 
 def _is_count(value: Any) -> bool:
