@@ -46,7 +46,8 @@ def build_parser() -> arguments.Parser:
     )
     add_mask_flags(add_weights_flags(parser))
     add = parser.add_argument
-    add("-o", "--output", type=expanded, default=".", metavar="FOLDER", help="where to create the new folder")
+    add("-o", "--output", type=expanded, default=".", metavar="FOLDER", help="where to create the new folder; made "
+        "if missing")  # fmt: skip
     add("--data-name", help="name of the training data; None: the last part of the training's --data-path")
     add("--license", default="unknown", help="licence of the weights, as the hub names it, such as cc-by-4.0")
     add("--onnx", action="store_true", help="write <name>.onnx too; needs the packages onnx and onnxscript")
@@ -150,9 +151,9 @@ def checksums(folder: Path) -> bytes:
 
 
 def check_target(target: Path, overwrite: bool) -> None:
-    """Raise UserError if the parent is no folder, the target exists without --overwrite, or holds other files."""
-    if not target.parent.is_dir():
-        raise UserError(f"--output {target.parent}: no such folder; create it, or give another one.")
+    """Raise UserError if the parent is a file, the target exists without --overwrite, or holds other files."""
+    if target.parent.exists() and not target.parent.is_dir():
+        raise UserError(f"--output {target.parent}: is not a folder; give another one.")
     check_absent(target, overwrite)
     if not os.path.lexists(target):
         return
@@ -163,8 +164,12 @@ def check_target(target: Path, overwrite: bool) -> None:
 
 
 def write_folder(target: Path, classifier: Classifier, data_name: str, license_name: str, with_onnx: bool) -> None:
-    """Write all files into a folder that appears complete or not at all, in place of a previous export."""
+    """Write all files into a folder that appears complete or not at all, in place of a previous export.
+
+    Missing folders above it are created.
+    """
     name, (model, classes, args, _) = target.name, classifier
+    target.parent.mkdir(parents=True, exist_ok=True)
     training_args = published_args(classifier)
     with tempfile.TemporaryDirectory(prefix=f".{name}-", dir=target.parent) as scratch:
         draft = Path(scratch) / "draft"  # other users cannot enter the scratch folder itself

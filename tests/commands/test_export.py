@@ -243,8 +243,13 @@ def test_an_export_is_replaced_only_with_overwrite(tmp_path, source):
     run_export(source, tmp_path / "out", "--overwrite", "--license", "mit")
     assert contents(folder).keys() == before.keys()
     assert "license: mit\n" in (folder / "README.md").read_text()
-    for output in (tmp_path / "absent", source):
-        with pytest.raises(UserError, match=f"--output {output}: no such folder; create it"):
+
+
+def test_missing_folders_of_the_output_are_created(tmp_path, source):
+    export.main([str(source), "-o", str(tmp_path / "new" / "folder")])
+    assert safetensors_of(tmp_path / "new" / "folder" / "test_resnet_conventional_RIN").exists()
+    for output, problem in ((source, "is not a folder"), (source / "folder", "cannot be written .Not a directory.")):
+        with pytest.raises(UserError, match=rf"{output}.*: {problem}"):
             export.main([str(source), "-o", str(output)])
 
 
