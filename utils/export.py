@@ -35,6 +35,7 @@ from utils.training.model_sources import plain_name
 
 CPU = torch.device("cpu")
 NAME = r"[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?"
+GENERIC = {"data", "dataset", "datasets", "images"}  # folder names that say nothing about the data
 METHODS = {"learned": "gradientp", "prior": "prior", "uniform": "uniform"}
 
 
@@ -220,6 +221,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     classifier = open_classifier(given, CPU)
     classifier.args.model = plain_name(classifier.args.model)
     data_name = choose_data_name(options["data_name"], classifier.weights)
+    if options["data_name"] is None and data_name.lower() in GENERIC:
+        print_line(f"the data set is called {data_name}, after its folder; --data-name NAME gives a better name")
     target = Path(options["output"]) / export_name(classifier, data_name)
     try:
         check_target(target, options["overwrite"])

@@ -187,7 +187,7 @@ def test_a_model_card_counts_the_absent_classes(lacking, trained, tmp_path):
     weights = shutil.copy(trained / "model_0.pth", tmp_path)
     evaluate(Path(weights), lacking, tmp_path)
     card = (run_export(Path(weights), tmp_path / "out") / "README.md").read_text()
-    assert "AUROC is one-vs-one. Classes without images in this split, which count in no average: 1.\n\n| loss" in card
+    assert " No average includes the 1 class without images in this split.\n\n| metric" in card
 
 
 def test_fine_tuning_onto_names_of_another_unicode_form_is_explained(tmp_path, capsys):
@@ -214,6 +214,8 @@ def test_two_processes_give_the_same_as_one(lacking, trained, tmp_path):
     two = json.loads((tmp_path / "two" / "metrics.json").read_text())
     assert two["absent_classes"] == one["absent_classes"] == ["bright"]
     assert two["metrics"]["clean"] == pytest.approx(one["metrics"]["clean"], abs=1e-6)
+    for name, interval in one["intervals"]["clean"].items():
+        assert two["intervals"]["clean"][name] == pytest.approx(interval, abs=1e-6)
     assert (tmp_path / "two" / "per_class.csv").read_bytes() == (tmp_path / "one" / "per_class.csv").read_bytes()
     assert np.array_equal(
         *(read_run_folder(tmp_path / name).evaluations["clean"].outcome.targets for name in ("one", "two"))

@@ -108,6 +108,7 @@ def write_test_results(
         )
     summary = {
         "split": split,
+        "root": str(files.root),
         "images": len(targets),
         "weights": weights,
         "averaged": averaged,

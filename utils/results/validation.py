@@ -57,12 +57,13 @@ def is_status(content: dict[str, Any]) -> bool:
 
 
 def is_tested(content: dict[str, Any]) -> bool:
-    """Whether this is the content of metrics.json; older versions wrote neither origin nor intervals."""
+    """Whether this is the content of metrics.json; older versions wrote no origin, root or intervals."""
     values = [value for metrics in content["metrics"].values() for value in metrics.values()]
     return (
         all(value is None or type(value) in (int, float) for value in values)
         and all(re.fullmatch("[a-z_]+", name) for name in content["metrics"])  # part of the tables' file names
         and all(isinstance(content[name], str) for name in ("split", "weights"))
+        and isinstance(content.get("root", ""), str)
         and isinstance(content.get("absent_classes", []), list)
         and isinstance(content.get("classes", 0), int)
         and content.get("averaged") in (True, False, None)

@@ -60,6 +60,12 @@ def list_names(names: Collection[str], shown: int = 5) -> str:
     return text if len(names) <= shown else f"{text} and {len(names) - shown} more"
 
 
+def count(number: int, noun: str) -> str:
+    """Such as "1 image", "2,000 images" and "3 classes"."""
+    plural = f"{noun}es" if noun.endswith("s") else f"{noun}s"
+    return f"{number:,} {noun if number == 1 else plural}"
+
+
 def canonical(name: str) -> str:
     """The name in Unicode's composed form (NFC), in which names that look the same are equal."""
     return unicodedata.normalize("NFC", name)
