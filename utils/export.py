@@ -28,7 +28,7 @@ from utils.inference.classifier import Classifier, add_mask_flags, add_weights_f
 from utils.inference.model_card import model_card
 from utils.runtime.command_line import expanded
 from utils.runtime.errors import UserError
-from utils.runtime.files import check_absent, write_atomically, write_json
+from utils.runtime.files import check_absent, make_parent, write_atomically, write_json
 from utils.runtime.processes import run_script
 from utils.runtime.text import print_line
 from utils.training.model_sources import plain_name
@@ -152,9 +152,7 @@ def checksums(folder: Path) -> bytes:
 
 
 def check_target(target: Path, overwrite: bool) -> None:
-    """Raise UserError if the parent is a file, the target exists without --overwrite, or holds other files."""
-    if target.parent.exists() and not target.parent.is_dir():
-        raise UserError(f"--output {target.parent}: is not a folder; give another one.")
+    """Raise UserError if the target exists without --overwrite, or holds other files."""
     check_absent(target, overwrite)
     if not os.path.lexists(target):
         return
@@ -170,7 +168,7 @@ def write_folder(target: Path, classifier: Classifier, data_name: str, license_n
     Missing folders above it are created.
     """
     name, (model, classes, args, _) = target.name, classifier
-    target.parent.mkdir(parents=True, exist_ok=True)
+    make_parent(target)
     training_args = published_args(classifier)
     with tempfile.TemporaryDirectory(prefix=f".{name}-", dir=target.parent) as scratch:
         draft = Path(scratch) / "draft"  # other users cannot enter the scratch folder itself

@@ -75,8 +75,8 @@ def _check_one_run(files: list[Weights]) -> None:
     """Raise UserError for files that were trained with different flags of the model."""
     first = files[0]
     for weights in files[1:]:
-        if _is_heated(first) != _is_heated(weights):
-            heated, plain = (first, weights) if _is_heated(first) else (weights, first)
+        if first.is_heated != weights.is_heated:
+            heated, plain = (first, weights) if first.is_heated else (weights, first)
             raise UserError(
                 f"{heated.path}: was trained with masks, and {plain.path} without; average the files of one run only."
             )
@@ -102,10 +102,6 @@ def _repeated(files: list[Weights]) -> dict[str, str]:
 
 def _equal(first: StateDict, second: StateDict) -> bool:
     return all(torch.equal(value, second[key]) for key, value in first.items())
-
-
-def _is_heated(weights: Weights) -> bool:
-    return weights.args.get("grid") is not None and weights.args.get("mask_policy", "learned") != "none"
 
 
 def main(argv: Sequence[str] | None = None) -> None:

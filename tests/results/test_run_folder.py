@@ -9,8 +9,9 @@ import torch
 
 from tests.helpers.finished_runs import START
 from utils.data.folders import ImageFiles
+from utils.results import run_folder
 from utils.results.metrics import bootstrap_intervals, classification_metrics, outcome_metrics, outcome_of
-from utils.results.run_folder import read_run_folder, write_test_results
+from utils.results.run_folder import read_run_folder, read_tested, write_test_results
 from utils.runtime.errors import UserError
 
 TARGETS = torch.tensor([0, 0, 0, 1, 1])
@@ -74,3 +75,12 @@ def test_tables_of_an_earlier_masked_evaluation_are_removed(tmp_path):
     (tmp_path / "per_class_masked.csv").mkdir()
     with pytest.raises(UserError, match=r"per_class_masked\.csv: left by an earlier evaluation, cannot be removed"):
         write(tmp_path, "clean")
+
+
+def test_an_evaluation_that_is_interrupted_leaves_no_metrics_of_another_split(tmp_path, monkeypatch):
+    write(tmp_path, "clean")
+    monkeypatch.setattr(run_folder, "write_json", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        write(tmp_path, "clean")
+    with pytest.raises(UserError, match=r"metrics\.json: no such file; run --test-only with --output-dir"):
+        read_tested(tmp_path, "clean")

@@ -19,7 +19,7 @@ from tests.helpers.exports import run_export
 from tests.helpers.ranks import run_ranks
 from utils import plots, report
 from utils.results.metrics import outcome_metrics
-from utils.results.run_folder import read_run_folder, read_tested
+from utils.results.run_folder import describe_tested, read_run_folder, read_tested
 from utils.runtime.errors import UserError
 
 
@@ -163,12 +163,13 @@ def test_reports_and_plots_of_a_split_without_a_class(lacking, trained, tmp_path
     for name in ("precision", "recall", "f1"):
         lower, upper = intervals[name]["interval"]
         assert lower <= evaluation.metrics[name] <= upper
-    assert read_tested(tmp_path / "run", "clean")[1].endswith("model_0.pth, without images of 1 of 3 classes")
+    _, tested = read_tested(tmp_path / "run", "clean")
+    assert describe_tested(tested, "clean").endswith("model_0.pth, without images of 1 of 3 classes")
     report.main([str(tmp_path / "run")])
     assert "without images of 1 of 3 classes" in (tmp_path / "run" / "report.html").read_text()
     for picture in ("confusion", "recall"):
         plots.main([picture, str(tmp_path / "run")])
-        assert (tmp_path / "run" / "plots" / f"{picture}.png").stat().st_size > 1000
+        assert (tmp_path / "run" / "plots" / f"{picture}_test.png").stat().st_size > 1000
 
 
 def test_the_policy_script_and_its_gallery_cope_with_a_missing_class(lacking, tmp_path):

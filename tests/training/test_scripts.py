@@ -151,7 +151,7 @@ def test_test_only_repeats_the_last_validation(train, image_folder, capsys):
     line = read_log(folder)[0]
     evaluate_only(policy_gradient, "--resume", folder / "checkpoint.pth", data=image_folder)
     found = json.loads((folder / "metrics.json").read_text())
-    assert (found["split"], found["images"]) == ("val", 21)
+    assert (found["split"], found["images"], found["heated"]) == ("val", 21, True)
     for name, value in found["metrics"]["clean"].items():
         assert value == pytest.approx(line[f"val_{name}"], rel=1e-6, abs=1e-6)
     assert found["metrics"]["masked"]["loss"] != found["metrics"]["clean"]["loss"]
@@ -174,6 +174,7 @@ def test_test_only_repeats_the_last_validation(train, image_folder, capsys):
     flags = ("--finetune", folder / "model_0.pth", "--output-dir", folder / "plain")
     evaluate_only(normal, *flags, data=image_folder)
     again = json.loads((folder / "plain" / "metrics.json").read_text())
+    assert again["heated"]
     assert again["metrics"]["clean"] == pytest.approx(found["metrics"]["clean"], rel=1e-6, abs=1e-6)
     evaluate_only(policy_gradient, "--resume", folder / "model_0.pth", "--split", "test", data=image_folder)
     assert "holds no policy" in capsys.readouterr().out

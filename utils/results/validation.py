@@ -6,6 +6,7 @@ from pathlib import Path
 from types import NoneType
 from typing import Any
 
+from utils.data.folders import SPLITS
 from utils.runtime.reading import read_json
 
 
@@ -67,6 +68,8 @@ def is_tested(content: dict[str, Any]) -> bool:
         and isinstance(content.get("absent_classes", []), list)
         and isinstance(content.get("classes", 0), int)
         and content.get("averaged") in (True, False, None)
+        and content.get("heated") in (True, False, None)
+        and content["split"] in SPLITS
         and ("origin" not in content or is_start(content["origin"]))
         and all(_is_interval(value) for values in content.get("intervals", {}).values() for value in values.values())
     )

@@ -201,6 +201,7 @@ def test(
             split=run.args.split,
             weights=run.weights.path,
             averaged=run.weights.averaged,
+            heated=run.weights.is_heated,
             origin=origin,
         )
     run.bad_images.say_count()
