@@ -82,6 +82,6 @@ def write_run(folder: Path, epochs: int = 3, tested: bool = True, policy: bool =
 def undrawn(monkeypatch):
     """Report pages without drawing their pictures, which takes most of the time. Import the fixture to use it."""
     monkeypatch.setattr(report, "picture", lambda figure, title: {"source": "", "title": title})
-    monkeypatch.setattr(report, "responsive_picture", lambda draw, logs, title: {"source": "", "title": title})
+    monkeypatch.setattr(report, "responsive_picture", lambda draw, logs, groups, title: {"source": "", "title": title})
     for name in ("confusion_matrix", "per_class_recall"):
         monkeypatch.setattr(report, name, lambda *_: None)

@@ -159,9 +159,8 @@ def test_reports_and_plots_of_a_split_without_a_class(lacking, trained, tmp_path
     evaluation = run.evaluations["clean"]
     measured = outcome_metrics(evaluation.outcome)
     assert {name: evaluation.metrics[name] for name in measured} == pytest.approx(measured, rel=1e-5)
-    intervals = report.with_intervals(evaluation)
     for name in ("precision", "recall", "f1"):
-        lower, upper = intervals[name]["interval"]
+        lower, upper = run.tested["intervals"]["clean"][name]
         assert lower <= evaluation.metrics[name] <= upper
     _, tested = read_tested(tmp_path / "run", "clean")
     assert describe_tested(tested, "clean").endswith("model_0.pth, without images of 1 of 3 classes")
