@@ -11,6 +11,8 @@ import pytest
 import torch
 
 from tests.conftest import write_image
+from tests.helpers.audits import picture, put
+from tests.helpers.audits import run as audit_images
 from tests.helpers.finished_runs import CLASSES, undrawn, write_run, write_test  # noqa: F401
 from utils import report
 from utils.results.templates import three_digits
@@ -297,5 +299,11 @@ def test_a_page_works_in_a_browser(browser, tmp_path):
     assert (
         driver.execute_script("return document.querySelector('table.classes th[aria-sort]').ariaSort") == "descending"
     )
+    for name in ("train/a/0", "train/b/0", "train/b/1", "val/a/0", "val/b/0"):
+        put(tmp_path / "data" / f"{name}.png", picture(len(name) + ord(name[-3])))
+    audit_images(tmp_path / "data", tmp_path)
+    driver = browser(tmp_path / "out" / "report.html", 400)
+    assert driver.get_log("browser") == []
+    assert driver.execute_script("return document.documentElement.scrollWidth") <= 400
     pdf = base64.b64decode(driver.execute_cdp_cmd("Page.printToPDF", {})["data"])
     assert pdf.startswith(b"%PDF")

@@ -13,6 +13,7 @@ import numpy as np
 
 from utils.arguments import check_limits
 from utils.audit import outputs
+from utils.audit.findings import findings
 from utils.audit.images import measure_all
 from utils.audit.report import as_text, sections
 from utils.audit.rule import take_census
@@ -53,9 +54,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         )
     heading = f"{root}: {len(census.records)} images in {len(census.classes)} classes"
     content = sections(census, search)
-    text = as_text(heading, content)
+    found = findings(census)
+    text = as_text(heading, found, content)
     write_atomically(output / "report.txt", text.encode())
-    write_atomically(output / "report.html", outputs.page(heading, content, census, options.upper_8_bits))
+    write_atomically(output / "report.html", outputs.page(heading, found, content, census, options.upper_8_bits))
     write_atomically(output / "images.csv", outputs.images_csv(census))
     write_atomically(output / "duplicates.csv", outputs.duplicates_csv(census))
     print(text)
