@@ -83,9 +83,9 @@ def fallback_fonts(letters: str) -> tuple[str, ...]:
     """
     missing, chosen = set(letters), []
     if missing:
-        fonts = sorted(font_manager.findSystemFonts(), key=_unlike_default)
+        fonts = [font for font in font_manager.findSystemFonts() if "lastresort" not in font.lower()]  # draws boxes
+        fonts.sort(key=_unlike_default)
         while missing:
-            # Of equally good fonts `max` takes the first.
             best = max(fonts, key=lambda font: len(missing & _characters(font)), default=None)
             if best is None or not missing & _characters(best):
                 break
