@@ -74,13 +74,14 @@ def test_an_installed_font_is_used_for_the_characters_it_has(install):
 
 
 def test_the_fonts_with_most_of_the_characters_are_taken_upright_sans_first(install, tmp_path):
-    all_of_one, two = "".join(sorted(signs("STIXGeneral.ttf"))[:2]), min(signs("DejaVuSerif.ttf") - signs("STIXGeneral.ttf"))
+    of_one = "".join(sorted(signs("STIXGeneral.ttf"))[:2])
+    of_both = of_one + min(signs("DejaVuSerif.ttf") - signs("STIXGeneral.ttf"))
     install("LastResortHE-Regular.ttf", "LastResort.ttf")  # a box for every character
-    for font, name in (("STIXGeneral.ttf", "a-serif.ttf"), ("DejaVuSerif.ttf", "b-sans.ttf"), ("STIXGeneral.ttf", "c.ttf"),
-                       ("STIXGeneral.ttf", "d-sans.ttf"), ("STIXGeneral.ttf", "e-sans.ttf")):  # fmt: skip
-        install(font, name)
-    assert figures.fallback_fonts(all_of_one) == (str(tmp_path / "d-sans.ttf"),)
-    assert figures.fallback_fonts(all_of_one + two) == (str(tmp_path / "d-sans.ttf"), str(tmp_path / "b-sans.ttf"))
+    install("DejaVuSerif.ttf", "b-sans.ttf")
+    for name in ("a-serif.ttf", "c.ttf", "e-sans.ttf", "d-sans.ttf"):
+        install("STIXGeneral.ttf", name)
+    assert figures.fallback_fonts(of_one) == (str(tmp_path / "d-sans.ttf"),)
+    assert figures.fallback_fonts(of_both) == (str(tmp_path / "d-sans.ttf"), str(tmp_path / "b-sans.ttf"))
     assert figures.fallback_fonts(NAME[0]) == ()
 
 
