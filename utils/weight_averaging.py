@@ -13,7 +13,7 @@ from utils.checkpoints.verify import check_state_dict
 from utils.flags import Switch
 from utils.runtime.command_line import Parser, expanded
 from utils.runtime.errors import UserError
-from utils.runtime.files import check_absent
+from utils.runtime.files import check_absent, make_parent
 from utils.runtime.processes import run_script
 from utils.runtime.text import print_line, printable
 
@@ -115,8 +115,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = parser.parse_args(argv)
     output = Path(options.output)
     check_absent(output, options.overwrite)
-    if not output.parent.is_dir():
-        raise UserError(f"--output {output.parent}: no such folder; create it, or give another one.")
+    make_parent(output)
     targets = [os.path.realpath(path) for path in options.files]
     for number, path in enumerate(options.files):
         if targets[number] in targets[:number]:  # also under another name

@@ -23,7 +23,7 @@ def evaluate_only(script, *flags, data):
 def test_a_pretraining_leaves_the_files_it_promises(train):
     folder = train(policy_gradient, "--epochs", 2)
     expected = {"checkpoint.pth", "checkpoint_prev.pth", "log.jsonl", "run.json", "status.json"}
-    expected |= {"model_0.pth", "model_1.pth", "model_best.pth"}
+    expected |= {"model_0.pth", "model_1.pth"}
     assert {path.name for path in folder.iterdir()} == expected
     state = torch.load(folder / "checkpoint.pth", weights_only=True)
     assert (state["epoch"], state["step"], state["script"]) == (2, 0, "_policy_gradient")
@@ -39,9 +39,29 @@ def test_a_pretraining_leaves_the_files_it_promises(train):
     assert "val_auroc" in lines[1]
     assert "val_auroc" not in lines[0]
     assert state["best_f1"] == max(line["val_f1"] for line in lines)
+
+
+@pytest.mark.parametrize(("script", "flags"), [(normal, ()), (policy_gradient, ("--mask-policy", "none"))])
+def test_the_best_model_is_that_of_the_epoch_with_the_highest_macro_f1(script, flags, train, capsys):
+    folder = train(script, *flags, "--epochs", 2)
+    lines = read_log(folder)
     best = torch.load(folder / "model_best.pth", weights_only=True)["model"]
     of_best_epoch = torch.load(folder / f"model_{int(lines[1]['val_f1'] > lines[0]['val_f1'])}.pth", weights_only=True)
     assert all(torch.equal(best[key], value) for key, value in of_best_epoch["model"].items())
+    output = capsys.readouterr().out
+    assert (
+        f"Best macro F1 on val: {max(line['val_f1'] for line in lines):.4f}, in {folder / 'model_best.pth'}" in output
+    )
+    assert "(best)" in output
+
+
+def test_a_pretraining_on_masked_images_chooses_no_best_model(train, capsys):
+    """It would be chosen on clean images, which the classifier has not been trained on."""
+    folder = train(policy_gradient, "--epochs", 1, "--mask-policy", "uniform")
+    assert not (folder / "model_best.pth").exists()
+    output = capsys.readouterr().out
+    assert "(best)" not in output
+    assert "Average the weights of the last epochs" in output
 
 
 def test_the_published_loss_is_about_log_cells_times_the_cross_entropy(train):

@@ -20,7 +20,7 @@ from utils.data.folders import LAYOUT, SPLITS, ImageFiles, find_classes
 from utils.flags import natural, non_negative_float
 from utils.runtime.command_line import Parser, expanded
 from utils.runtime.errors import UserError
-from utils.runtime.files import check_absent, write_atomically
+from utils.runtime.files import check_absent, make_parent, write_atomically
 from utils.runtime.processes import run_script
 from utils.runtime.text import print_line
 
@@ -111,8 +111,7 @@ def _check_output(root: Path, output: Path, list_path: Path | None, files: list[
         if files[0].root == root and root.name not in SPLITS:
             raise UserError(f"--exclude-list: {root} has no folder {', '.join(SPLITS)} for the training to read.")
         check_absent(list_path, overwrite and not list_path.is_dir(), "--exclude-list")
-        if not list_path.parent.is_dir() and list_path.parent != output:
-            raise UserError(f"{list_path.parent}: no such folder.")
+        make_parent(list_path, "--exclude-list")
     try:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
