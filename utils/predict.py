@@ -30,7 +30,7 @@ from utils.inference.classifier import Classifier, add_weights_flags, open_class
 from utils.runtime.command_line import expanded
 from utils.runtime.distributed import resolve_device
 from utils.runtime.errors import UserError
-from utils.runtime.files import check_absent, opened_atomically
+from utils.runtime.files import check_absent, make_parent, opened_atomically
 from utils.runtime.node_limits import shared_memory_problem
 from utils.runtime.processes import run_script
 from utils.runtime.text import csv_table, printable
@@ -211,6 +211,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     output = None if options["output"] is None else Path(options["output"])
     if output is not None:
         check_absent(output, options["overwrite"])
+        make_parent(output)
     elif sys.stdout is None:
         raise UserError("stdout is closed: open it, or give --output FILE.")
     try:

@@ -150,8 +150,10 @@ def test_an_existing_output_is_replaced_only_with_overwrite(run, tmp_path, image
     assert output.read_text() == "precious"
     assert run(image, "-o", output, "--overwrite") == ""
     assert output.read_text() == run(image)
-    with pytest.raises(UserError, match=r"absent/out.csv: cannot be written \(No such file or directory\)"):
-        run(image, "-o", tmp_path / "absent" / "out.csv")
+    run(image, "-o", tmp_path / "new" / "out.csv")
+    assert (tmp_path / "new" / "out.csv").read_text() == output.read_text()
+    with pytest.raises(UserError, match=r"out.csv: cannot be created \(File exists\); give another --output"):
+        run(image, "-o", output / "out.csv")
 
 
 def test_names_need_not_be_text(tmp_path, image_folder, capsys):

@@ -341,9 +341,11 @@ def test_damaged_files_end_a_command_with_one_sentence(run, name, content, comma
 
 
 def test_a_bad_output_ends_with_exit_code_2(run, capsys):
-    for output, message in (("a.jpg", "expected a name that ends in"), ("none/a.png", "is not a folder")):
+    for output, message in (("a.jpg", "expected a name that ends in"), ("log.jsonl/a.png", "cannot be created")):
         with pytest.raises(SystemExit) as end:
             run_script(lambda path=run / output: plots.main(["curves", str(run), "-o", str(path)]))
         assert end.value.code == 2
         printed = capsys.readouterr().err
-        assert printed.startswith("error: --output ") and message in printed and printed.count("\n") == 1
+        assert printed.startswith("error: ") and message in printed and printed.count("\n") == 1
+    plots.main(["curves", str(run), "-o", str(run / "new" / "folder" / "a.png")])
+    assert (run / "new" / "folder" / "a.png").is_file()

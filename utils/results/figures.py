@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 
 from utils.runtime.errors import UserError
-from utils.runtime.files import check_absent, write_atomically
+from utils.runtime.files import check_absent, make_parent, write_atomically
 from utils.runtime.text import printable
 
 # The colours of Okabe and Ito, which colour-blind readers can tell apart, without yellow.
@@ -83,9 +83,9 @@ def fallback_fonts(letters: str) -> tuple[str, ...]:
     """
     missing, chosen = set(letters), []
     if missing:
-        fonts = sorted(font_manager.findSystemFonts(), key=_unlike_default)
+        fonts = [font for font in font_manager.findSystemFonts() if "lastresort" not in font.lower()]  # draws boxes
+        fonts.sort(key=_unlike_default)
         while missing:
-            # Of equally good fonts `max` takes the first.
             best = max(fonts, key=lambda font: len(missing & _characters(font)), default=None)
             if best is None or not missing & _characters(best):
                 break
@@ -145,16 +145,14 @@ FORMATS = {".png": as_png, ".svg": as_svg}
 def output_path(given: str | None, default: Path, overwrite: bool) -> Path:
     """The path of a command's picture: --output if given, or the default, which is always replaced.
 
-    Raises UserError for a name that ends in neither .png nor .svg, and for an --output in a missing folder or, without
-    `overwrite`, an --output that exists.
+    Raises UserError for a name that ends in neither .png nor .svg and, without `overwrite`, an --output that exists.
     """
     path = default if given is None else Path(given)
     if path.suffix.lower() not in FORMATS:
         raise UserError(f"--output {path}: expected a name that ends in {' or '.join(FORMATS)}.")
     if given is not None:
-        if not path.parent.is_dir():
-            raise UserError(f"--output {path}: {path.parent} is not a folder; create it first.")
         check_absent(path, overwrite)
+        make_parent(path)
     return path
 
 
