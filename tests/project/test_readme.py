@@ -1,14 +1,10 @@
-"""What the README says can be typed and is run: its command block, shortened, the recipes, and other ways to start."""
+"""What the README says can be typed and is run: its command blocks, shortened, and other ways to start."""
 
 import importlib
 import json
-import os
 import re
 import shutil
-import signal
 import socket
-import subprocess
-import time
 from pathlib import Path
 
 import pytest
@@ -23,7 +19,7 @@ from tests.helpers.ranks import PATIENCE, run_torchrun, start_torchrun
 from utils.phantoms import dataset as phantoms
 from utils.results.log import read_log
 
-README, RECIPES = ((ROOT / name).read_text() for name in ("README.md", "RECIPES.md"))
+README = (ROOT / "README.md").read_text()
 MINI_RIN = ROOT.parent / "shared" / "data" / "mini-rin"
 
 
@@ -108,17 +104,6 @@ def test_the_readme_is_short():
     assert len(README.split()) <= 1200
 
 
-def test_every_logged_name_is_explained(image_folder, tmp_path):
-    policy_gradient.main([*SMALL_POLICY, "--epochs", "1", "--amp", "--amp-dtype", "fp16", "--mask-fade-epochs", "1",
-                          "--data-path", str(image_folder), "--output-dir", str(tmp_path)])  # fmt: skip
-    table = README.split("## What is logged")[1].split("## Measured")[0]
-    for name in read_log(tmp_path)[0]:
-        if name.startswith("val_"):
-            assert re.search(rf"\b{name.removeprefix('val_')}\b", table), name
-        elif name != "epoch":
-            assert f"`{name}`" in table, name
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(("run", "processes", "batch"), [(run_script, 1, 8), (run_torchrun, 3, 2)])
 def test_from_the_root_with_any_number_of_processes(run, processes, batch, image_folder, tmp_path):
@@ -181,52 +166,3 @@ def test_the_route_learns_real_images(tmp_path):
         [*common, "--finetune", heated, "--epochs", "2", "--lr", "0.01", "--output-dir", str(tmp_path / "fine")]
     )
     assert read_log(tmp_path / "fine")[-1]["val_top1"] > 0.6
-
-
-COMMANDS = {
-    "scontrol": 'if [ "$1" = show ]; then echo node1; else echo "scontrol $*" >> "$TOLD"; fi',
-    "srun": 'trap "echo TERM >> $TOLD; exit 1" TERM; echo "srun $*" >> "$TOLD"; touch "$TOLD.started"; '
-    "while true; do sleep 0.05; done",
-}
-
-
-def test_the_slurm_job_ends_its_run_gently_and_queues_itself_again(tmp_path):
-    """The recipe's batch file, with commands of our own in the place of Slurm's, under the signal that Slurm sends."""
-    block = re.search(r"in the place of Slurm's. -->\n```bash\n(.*?)```", RECIPES, re.DOTALL)[1]
-    for name, body in COMMANDS.items():
-        (tmp_path / name).write_text(f"#!/bin/bash\n{body}\n")
-        (tmp_path / name).chmod(0o755)
-    told = tmp_path / "told"
-    environment = {
-        **os.environ,
-        **{"PATH": f"{tmp_path}:{os.environ['PATH']}", "TOLD": str(told)},
-        **{"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "node[1-2]", "SLURM_NNODES": "2"},
-    }
-    job = subprocess.Popen(["bash", "-c", block], env=environment)
-    while not (tmp_path / "told.started").exists():
-        time.sleep(0.05)
-    job.send_signal(signal.SIGUSR1)
-    job.wait(timeout=60)
-    started, ended, requeued = told.read_text().splitlines()
-    assert started.startswith("srun torchrun --nnodes=2 --nproc_per_node=8")
-    assert started.endswith("--resume auto --checkpoint-steps 1000")
-    assert (ended, requeued) == ("TERM", "scontrol requeue 7")
-
-
-def test_the_demo_runs_the_commands_of_the_example(tmp_path):
-    """demo.sh, with commands in the place of the real ones that only write down how they were called."""
-    for name in ("python", "torchrun", "cp"):
-        (tmp_path / name).write_text(f'#!/bin/bash\necho "{name} $*" >> "$TOLD"\n')
-        (tmp_path / name).chmod(0o755)
-    told, output = tmp_path / "told", tmp_path / "demo"
-    environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "TOLD": str(told)}
-    subprocess.run(["bash", ROOT / "demo.sh", output], env=environment, check=True, capture_output=True)
-    expected = re.findall(r"```bash\n(.*?)```", (ROOT / "EXAMPLE.md").read_text(), re.DOTALL)
-    lines = "".join(expected).replace("\\\n", " ").splitlines()
-    assert [line.split() for line in told.read_text().replace(str(output), "demo").splitlines()] == [
-        line.split() for line in lines
-    ]
-    output.mkdir()
-    again = subprocess.run(["bash", ROOT / "demo.sh", output], env=environment, capture_output=True, text=True)
-    assert again.returncode == 2
-    assert "already exists; remove it" in again.stderr

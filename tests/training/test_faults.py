@@ -109,11 +109,14 @@ def test_torchrun_brings_all_back_after_a_rank_was_killed(whole, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
-def test_a_signal_to_torchrun_saves_a_checkpoint_within_the_epoch(whole, tmp_path, number):
+@pytest.mark.parametrize(
+    ("number", "options"),
+    [(signal.SIGTERM, []), (signal.SIGHUP, []), (signal.SIGUSR1, ["--signals-to-handle=SIGTERM,SIGINT,SIGUSR1"])],
+)
+def test_a_signal_to_torchrun_saves_a_checkpoint_within_the_epoch(whole, tmp_path, number, options):
     folder = tmp_path / "run"
     command = soak.command(whole.data, folder, 2, *AGAIN, "--workers", 1)
-    life = TorchrunLife(command, tmp_path / "torchrun.txt")
+    life = TorchrunLife(command, tmp_path / "torchrun.txt", *options)
     try:
         assert watch(life, folder, Aim(steps=STEPS + 2)), life.output.read_text()
         os.kill(life.process.pid, number)
