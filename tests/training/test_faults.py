@@ -59,7 +59,7 @@ def assert_equals(whole: Whole, folder: Path) -> None:
     tally = Tally()
     tally.compare(whole.folder, folder)
     assert tally.differences == []
-    assert tally.files == EPOCHS + 3  # weights of each epoch and of the best, checkpoint, log
+    assert tally.files == EPOCHS + 2  # weights of each epoch, checkpoint, log
     assert status_of(folder)["status"] == "finished"
 
 
@@ -185,7 +185,7 @@ def test_a_full_disk_is_reported_before_the_first_step(image_folder, tmp_path, c
 
 @pytest.mark.slow
 def test_a_disk_that_fills_up_harms_no_checkpoint(image_folder, tmp_path, capsys, monkeypatch):
-    """The writes of 2 epochs of 4 steps: checkpoint, checkpoint, weights, best weights, checkpoint, checkpoint, ..."""
+    """The writes of 2 epochs of 4 steps: checkpoint, checkpoint, weights, checkpoint, checkpoint, ..."""
 
     def arguments(folder: Path, *flags: object) -> list[str]:
         paths = ("--data-path", image_folder, "--output-dir", folder)
@@ -202,7 +202,7 @@ def test_a_disk_that_fills_up_harms_no_checkpoint(image_folder, tmp_path, capsys
 
     whole = tmp_path / "whole"
     policy_gradient.main(arguments(whole))
-    for write, position in ((3, (0, 4)), (6, (1, 0))):
+    for write, position in ((3, (0, 4)), (5, (1, 0))):
         part = tmp_path / f"write_{write}"
         with monkeypatch.context() as patch:
             patch.setattr(checkpoint, "save", fill_up_at(write))
