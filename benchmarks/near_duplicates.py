@@ -15,11 +15,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageEnhance
 
-from utils.audit.__main__ import BLANK_BELOW
+from utils.audit.__main__ import BLANK_BELOW, open_files
 from utils.audit.duplicates import CORRELATION, correlations, near_groups, near_pairs
 from utils.audit.images import FREQUENCIES, descriptor, measure_all
 from utils.audit.rule import Census, take_census
-from utils.data.folders import SPLITS, ImageFiles
 from utils.data.images import read_image
 from utils.flags import natural, positive_int
 from utils.runtime.command_line import Parser, expanded_path
@@ -100,7 +99,7 @@ ALTERATIONS: dict[str, Alteration] = {
 
 def main(argv: Sequence[str] | None = None) -> None:
     options = _parser().parse_args(argv)
-    files = [ImageFiles.find(options.data / name) for name in SPLITS if (options.data / name).is_dir()]
+    files = open_files(options.data)
     measured = [measure_all(split, 0) for split in files]
     records = np.concatenate([split.records for split in measured])
     errors = [error for split in measured for error in split.errors]
@@ -190,14 +189,14 @@ def draw_pairs(census: Census, pairs: list[tuple[float, int, int]], path: Path) 
 def timed_search(count: int) -> str:
     """Time and memory of the search among generated descriptors, of which every hundredth is a copy of the one before.
 
-    There are CENTRES kinds of images; two of one kind correlate by one half, copies by CORRELATION or more.
+    There are CENTRES kinds of images; two of one kind correlate by one half.
     """
     rng = np.random.default_rng(0)
     centres = rng.normal(size=(CENTRES, FREQUENCIES**2)).astype(np.float32)
     descriptors = np.empty((count, FREQUENCIES**2), np.int8)
     for start in range(0, count, CENTRES):
         vectors = centres + rng.normal(size=centres.shape).astype(np.float32)
-        vectors[1::100] = vectors[::100] + rng.normal(scale=0.1, size=vectors[::100].shape)
+        vectors[1::100] = vectors[::100] + rng.normal(scale=0.1, size=vectors[::100].shape)  # correlates by 0.998
         block = descriptors[start : start + CENTRES]
         block[:] = np.round(127 / np.abs(vectors).max(axis=1, keepdims=True) * vectors)[: len(block)]
     start = time.perf_counter()

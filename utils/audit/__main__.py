@@ -37,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise UserError(f"--correlation {options.correlation:g}: expected a number from {LEAST_CORRELATION:g} to 1.")
     root, output = Path(os.path.abspath(options.data)), Path(os.path.abspath(options.output))
     list_path = Path(os.path.abspath(options.exclude_list)) if options.exclude_list else None
-    files = _open(root)
+    files = open_files(root)
     _check_output(root, output, list_path, files, options.overwrite)
     measured = [measure_all(split, options.workers, options.upper_8_bits) for split in files]
     records = np.concatenate([split.records for split in measured])
@@ -91,7 +91,7 @@ def _parser() -> Parser:
     return parser
 
 
-def _open(root: Path) -> list[ImageFiles]:
+def open_files(root: Path) -> list[ImageFiles]:
     """The splits train, val and test of a folder, or the folder itself as the only split."""
     if not root.is_dir():
         raise UserError(f"{root}: no such folder; expected {LAYOUT}.")
