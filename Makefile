@@ -15,8 +15,8 @@ $(VENV)/runtime: requirements.txt
 	$(BIN)/pip install --quiet -r requirements.txt
 	touch $@
 
-$(VENV)/development: $(VENV)/runtime requirements-dev.txt
-	$(BIN)/pip install --quiet -r requirements-dev.txt
+$(VENV)/development: $(VENV)/runtime pyproject.toml
+	$(BIN)/pip install --quiet --editable '.[dev]'
 	touch $@
 
 check: lint

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The worked example of EXAMPLE.md: generated images, audited; a classifier pretrained on masked images by two CPU
+# The worked example of docs/example.md: generated images, audited; a classifier pretrained on masked images by two CPU
 # processes, averaged, fine-tuned, tested; a report, weights to pass on, and what they say of single images.
 # Usage: demo.sh OUTPUT. A new run starts in a new folder: remove OUTPUT first, or name another.
 set -euo pipefail

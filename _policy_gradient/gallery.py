@@ -1,7 +1,7 @@
 """The mask gallery: `python -m _policy_gradient.gallery RUN --data-path DATA`, or --plot-every during training.
 
-A row for each example image: the image, the means of the prior and of the image's own distribution, sampled cells, the
-smooth mask and the masked image, before training and as of the checkpoint.
+A block before training and one as of the checkpoint. In each a row per example image: the image, the means of the
+prior, how much the image's own means differ from them, a sampled mask, and the masked image.
 """
 
 import argparse
@@ -153,23 +153,21 @@ def draw_stages(
     title: str,
     mask_range: Sequence[float] = (0, 1),
 ) -> "Figure":
-    """The gallery: one row per image with the outputs of each stage. A bare (G, G) array is shown as prior's means."""
-    from utils.results.mask_gallery import Column, Row, draw_gallery
+    """The gallery: a block per stage, a row per image. For a bare (G, G) array only the prior's means are shown."""
+    from utils.results.mask_gallery import Row, draw_gallery
 
-    columns = [Column("", "image", "image")]
-    pictures = [as_pixels(normalize(examples.images), normalize)]
+    images = as_pixels(normalize(examples.images), normalize)
+    blocks = {}
     for name, stage in stages.items():
-        columns.append(Column(name, "prior's means", "means"))
         if isinstance(stage, np.ndarray):
-            pictures.append(stage[None].repeat(len(examples.indices), axis=0))
+            blocks[f"{name}, only the prior"] = [Row("", stage)]
             continue
-        columns.append(Column(name, "image's means", "means"))
-        columns.append(Column(name, "sampled cells", "cells"))
-        columns.append(Column(name, "smooth mask", "mask"))
-        columns.append(Column(name, r"image $\times$ mask", "image"))
-        pictures += stage
-    rows = [Row(name, row) for name, row in zip(examples.names, zip(*pictures, strict=True), strict=True)]
-    return draw_gallery(columns, rows, title, mask_middle=sum(mask_range) / 2)
+        arrays = zip(images, stage.prior, stage.means - stage.prior, stage.masks, stage.masked, strict=True)
+        blocks[name] = [
+            Row(path, prior, image, difference, mask, masked)
+            for path, (image, prior, difference, mask, masked) in zip(examples.names, arrays, strict=True)
+        ]
+    return draw_gallery(blocks, title, mask_middle=sum(mask_range) / 2)
 
 
 def draw_policy(
@@ -232,7 +230,8 @@ def compute_stages(
 
 def read_run(path: Path, data_path: str | None, split: str) -> tuple[argparse.Namespace, dict[str, Any]]:
     """The arguments and state of a checkpoint, to show this split on the CPU; raises UserError for unfit files."""
-    state = checkpoint.read_checkpoint(path, SCRIPT)
+    advice = f"give a run of {SCRIPT}/train.py, or its {checkpoint.CHECKPOINT}: only these hold masks to show"
+    state = checkpoint.read_checkpoint(path, SCRIPT, advice)
     if "policy_net" not in state:
         raise UserError(f"{path}: is of a run with --mask-policy none, which has no masks to show.")
     given = {"resume": str(path)} | ({} if data_path is None else {"data_path": data_path})
@@ -264,7 +263,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--classes", help="names with commas between; default: all, or 16 evenly chosen ones")
     parser.add_argument("--images-per-class", type=positive_int, default=1, help="the first ones; default: 1")
     parser.add_argument(
-        "-o", "--output", type=expanded, help="a .png or .svg file; default: plots/masks.png next to the checkpoint"
+        "-o",
+        "--output",
+        type=expanded,
+        help="a .png or .svg file; default: plots/masks_SPLIT.png next to the checkpoint",
     )
     parser.add_argument("--overwrite", action="store_true", help="replace an existing file")
     options = parser.parse_args(argv)
@@ -272,7 +274,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     arguments.check_limits(vars(options))
     path = checkpoint_of(options.run)
-    output = output_path(options.output, path.parent / "plots" / "masks.png", options.overwrite)
+    output = output_path(options.output, path.parent / "plots" / f"masks_{options.split}.png", options.overwrite)
     args, state = read_run(path, options.data_path, options.split)
     with redirect_stdout(sys.stderr):  # only the picture's path goes to stdout
         split = open_splits(args, state["classes"], str(path)).evaluation

@@ -67,7 +67,7 @@ def draw_masks(
 def policy_health(policy: Policy, masked: MaskedImages, advantage: Tensor) -> dict[str, Tensor]:
     """Scalars () for the log: is the policy learning, and are its masks image-specific?
 
-    advantage: (B*K,). The README explains each quantity.
+    advantage: (B*K,). docs/logging.md explains each quantity.
     """
     log_concentrations, action, masks, _ = masked
     means = torch.sigmoid(log_concentrations[0] - log_concentrations[1])  # (B, G*G)

@@ -142,7 +142,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     training, masking = prepare(run, classifier, policy)
     train = partial(train_one_epoch, training.network, masking, training.update)
-    with build_saver(run, training) as saver:
+    with build_saver(run, training, keep_best=masking is None) as saver:
         rehearse_run(run, training, train, evaluate, saver)
         monitor = build_monitor(run, gallery_of(run, policy))
         evaluate = partial(evaluate, stop_if_asked=saver.stop_if_asked, wait=saver.wait_for_batch)

@@ -28,13 +28,14 @@ from utils.inference.classifier import Classifier, add_mask_flags, add_weights_f
 from utils.inference.model_card import model_card
 from utils.runtime.command_line import expanded
 from utils.runtime.errors import UserError
-from utils.runtime.files import check_absent, write_atomically, write_json
+from utils.runtime.files import check_absent, make_parent, write_atomically, write_json
 from utils.runtime.processes import run_script
 from utils.runtime.text import print_line
 from utils.training.model_sources import plain_name
 
 CPU = torch.device("cpu")
 NAME = r"[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?"
+GENERIC = {"data", "dataset", "datasets", "images"}  # folder names that say nothing about the data
 METHODS = {"learned": "gradientp", "prior": "prior", "uniform": "uniform"}
 
 
@@ -46,7 +47,8 @@ def build_parser() -> arguments.Parser:
     )
     add_mask_flags(add_weights_flags(parser))
     add = parser.add_argument
-    add("-o", "--output", type=expanded, default=".", metavar="FOLDER", help="where to create the new folder")
+    add("-o", "--output", type=expanded, default=".", metavar="FOLDER", help="where to create the new folder; made "
+        "if missing")  # fmt: skip
     add("--data-name", help="name of the training data; None: the last part of the training's --data-path")
     add("--license", default="unknown", help="licence of the weights, as the hub names it, such as cc-by-4.0")
     add("--onnx", action="store_true", help="write <name>.onnx too; needs the packages onnx and onnxscript")
@@ -150,9 +152,7 @@ def checksums(folder: Path) -> bytes:
 
 
 def check_target(target: Path, overwrite: bool) -> None:
-    """Raise UserError if the parent is no folder, the target exists without --overwrite, or holds other files."""
-    if not target.parent.is_dir():
-        raise UserError(f"--output {target.parent}: no such folder; create it, or give another one.")
+    """Raise UserError if the target exists without --overwrite, or holds other files."""
     check_absent(target, overwrite)
     if not os.path.lexists(target):
         return
@@ -163,8 +163,12 @@ def check_target(target: Path, overwrite: bool) -> None:
 
 
 def write_folder(target: Path, classifier: Classifier, data_name: str, license_name: str, with_onnx: bool) -> None:
-    """Write all files into a folder that appears complete or not at all, in place of a previous export."""
+    """Write all files into a folder that appears complete or not at all, in place of a previous export.
+
+    Missing folders above it are created.
+    """
     name, (model, classes, args, _) = target.name, classifier
+    make_parent(target)
     training_args = published_args(classifier)
     with tempfile.TemporaryDirectory(prefix=f".{name}-", dir=target.parent) as scratch:
         draft = Path(scratch) / "draft"  # other users cannot enter the scratch folder itself
@@ -215,6 +219,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     classifier = open_classifier(given, CPU)
     classifier.args.model = plain_name(classifier.args.model)
     data_name = choose_data_name(options["data_name"], classifier.weights)
+    if options["data_name"] is None and data_name.lower() in GENERIC:
+        print_line(f"the data set is called {data_name}, after its folder; --data-name NAME gives a better name")
     target = Path(options["output"]) / export_name(classifier, data_name)
     try:
         check_target(target, options["overwrite"])

@@ -1,18 +1,20 @@
 """Pictures of runs: learning curves, the policy's health, confusion matrix, and the recall of each class.
 
 `python -m utils.plots curves RUN [RUN ...]`, `health RUN [RUN ...]`, `confusion RUN` and `recall RUN`; for the masks
-there is `python -m _policy_gradient.gallery RUN`. Lines differ in colour (Okabe and Ito's, distinct to colour-blind
-readers), style and marker, so that they can be told apart in grey print.
+there is `python -m _policy_gradient.gallery RUN`. Lines differ in colour, style and marker, so that they can be told
+apart in grey print. Runs that differ only in their seed share a line, their mean, and a band. Names in Chinese,
+Japanese or Korean need an installed font that has them, such as Noto Sans CJK; without one they are drawn as escapes.
 """
 
 from collections.abc import Sequence
 from pathlib import Path
 
-from utils.results.confusion import confusion_matrix, per_class_recall
+from utils.results.confusion import HEATED, confusion_matrix, per_class_recall
 from utils.results.curves import Runs, learning_curves, policy_health
 from utils.results.figures import output_path, write_figure
 from utils.results.log import LOG, read_log
-from utils.results.run_folder import read_tested
+from utils.results.provenance import same_but_seed
+from utils.results.run_folder import describe_tested, read_tested
 from utils.runtime.command_line import Parser, expanded
 from utils.runtime.errors import UserError
 from utils.runtime.processes import run_script
@@ -43,7 +45,7 @@ def build_parser() -> Parser:
         command.add_argument("run", type=expanded, metavar="RUN", help=text)
         command.add_argument("--masked", action="store_true", help="show the evaluation with masks")
     for command in commands.choices.values():
-        text = "a .png or .svg file; default: RUN/plots/PICTURE.png"
+        text = "a .png or .svg file; default: RUN/plots/PICTURE.png, with the evaluated split in the name"
         command.add_argument("-o", "--output", type=expanded, help=text)
         command.add_argument("--overwrite", action="store_true", help="replace an existing --output")
     return parser
@@ -52,16 +54,22 @@ def build_parser() -> Parser:
 def main(argv: Sequence[str] | None = None) -> None:
     options = build_parser().parse_args(argv)
     if options.picture in LOG_PICTURES:
-        folder, name = Path(options.runs[0]), options.picture
+        default = Path(options.runs[0]) / "plots" / f"{options.picture}.png"
+        output = output_path(options.output, default, options.overwrite)
+        figure = LOG_PICTURES[options.picture](read_logs(options.runs), groups=same_but_seed(options.runs))
     else:
-        folder, name = Path(options.run), options.picture + ("_masked" if options.masked else "")
-    output = output_path(options.output, folder / "plots" / f"{name}.png", options.overwrite)
-    if options.picture in LOG_PICTURES:
-        figure = LOG_PICTURES[options.picture](read_logs(options.runs))
-    else:
-        (_, table, outcome), what = read_tested(folder, "masked" if options.masked else "clean")
+        folder, result = Path(options.run), "masked" if options.masked else "clean"
+        (_, table, outcome), tested = read_tested(folder, result)
+        name = "_".join([options.picture, tested["split"], *(["masked"] if options.masked else [])])
+        output = output_path(options.output, folder / "plots" / f"{name}.png", options.overwrite)
         classes = [row["class"] for row in table]
-        figure = CLASS_PICTURES[options.picture](outcome.targets, outcome.predictions, classes, what)
+        figure = CLASS_PICTURES[options.picture](
+            outcome.targets,
+            outcome.predictions,
+            classes,
+            describe_tested(tested, result),
+            HEATED if tested.get("heated") else "",
+        )
     write_figure(output, figure)
     print_line(output)
 

@@ -7,11 +7,12 @@ unreadable image is named on stderr, and the exit code is then 2 (see --bad-imag
 import json
 import os
 import signal
+import stat
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 from torch import Tensor
@@ -29,7 +30,7 @@ from utils.inference.classifier import Classifier, add_weights_flags, open_class
 from utils.runtime.command_line import expanded
 from utils.runtime.distributed import resolve_device
 from utils.runtime.errors import UserError
-from utils.runtime.files import check_absent, opened_atomically
+from utils.runtime.files import check_absent, make_parent, opened_atomically
 from utils.runtime.node_limits import shared_memory_problem
 from utils.runtime.processes import run_script
 from utils.runtime.text import csv_table, printable
@@ -170,6 +171,14 @@ def as_json(rows: Iterator[Row], classes: list[str], top: int, width: int) -> It
 FORMATS = {"table": as_table, "csv": as_csv, "json": as_json}
 
 
+def is_file(stream: TextIO) -> bool:
+    """Whether the stream goes to a file other than that of stderr. A pipe may end in the terminal, next to stderr."""
+    with suppress(OSError, ValueError):  # a stream without a descriptor
+        status = os.fstat(stream.fileno())
+        return stat.S_ISREG(status.st_mode) and not os.path.samestat(status, os.fstat(sys.stderr.fileno()))
+    return False
+
+
 def write_lines(lines: Iterator[str], output: Path | None) -> None:
     """Write to the file, completely or not at all, or to stdout line by line; a closed pipe (head) ends the command."""
     if output is not None:
@@ -202,6 +211,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     output = None if options["output"] is None else Path(options["output"])
     if output is not None:
         check_absent(output, options["overwrite"])
+        make_parent(output)
     elif sys.stdout is None:
         raise UserError("stdout is closed: open it, or give --output FILE.")
     try:
@@ -222,7 +232,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     classes = classifier.classes
     top = min(options["top"] or (TABLE_TOP if options["format"] == "table" else len(classes)), len(classes))
-    show_bar = output is not None or not sys.stdout.isatty()
+    show_bar = output is not None or is_file(sys.stdout)
     rows = predicted_rows(classifier, loader, paths, top, device, report, show_bar)
     width = max(len(printable(path)) for path in paths)
     write_lines(FORMATS[options["format"]](rows, classes, top, width), output)

@@ -3,48 +3,62 @@
 The page is self-contained: it loads nothing from a network, opens from the disk, and prints.
 """
 
+import itertools
 import math
 import os
+import shlex
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
 
+from utils.checkpoints.checkpoint import BEST
 from utils.results import templates
 from utils.results.confusion import confusion_matrix, count_pairs, per_class_recall
-from utils.results.curves import Runs, learning_curves, policy_health
+from utils.results.curves import learning_curves, policy_health
 from utils.results.figures import as_svg
-from utils.results.metrics import LEVEL, METRIC_TITLES, Outcome, bootstrap_intervals
+from utils.results.metrics import LEVEL, METRIC_TITLES, Outcome
+from utils.results.provenance import same_but_seed
 from utils.results.run_folder import RESULT_TITLES, Evaluation, RunFolder, describe_tested, read_run_folder
 from utils.runtime.command_line import Parser, expanded_path
 from utils.runtime.errors import UserError
-from utils.runtime.files import write_atomically
+from utils.runtime.files import make_parent, write_atomically
 from utils.runtime.processes import run_script
 from utils.runtime.reading import open_regular, read_bytes
-from utils.runtime.text import print_line
+from utils.runtime.text import count, describe_seconds, print_line
 from utils.training import run_lock
 
-RESAMPLES = 1000
+# Macro recall is left out: it is the balanced accuracy.
+TITLES = {name: title for name, title in METRIC_TITLES.items() if name != "recall"}
+HEADLINE = "f1"  # the metric of the summary, by which the best epoch is chosen
+FEW_IMAGES, FEW_PER_CLASS = 500, 10  # below this a warning
+SCORES = ("precision", "recall", "f1")
 MARK = b'<meta name="generator" content="utils.report">'  # in the head of a page that may be replaced
 
 
-def page(runs: list[RunFolder]) -> bytes:
-    """The report of one or several runs, as HTML."""
+def page(runs: list[RunFolder], now: datetime | None = None) -> bytes:
+    """The report of one or several runs, as HTML. now: when it is written, for the age of the runs."""
+    now = now or datetime.now().astimezone()
     names = short_names([run.folder for run in runs])
+    name_of = {str(run.folder): name for name, run in zip(names, runs, strict=True)}
     logs = {name: run.log for name, run in zip(names, runs, strict=True) if run.log}
+    groups = [[name_of[folder] for folder in group] for group in same_but_seed(list(name_of))]
+    groups = [group for group in groups if all(name in logs for name in group)]
     class_lists = {tuple(row["class"] for row in result.table) for run in runs for result in run.evaluations.values()}
+    described = [describe_run(name, run, now) for name, run in zip(names, runs, strict=True)]
     return templates.render(
         "report.html",
         same_classes=len(class_lists) < 2,
         title=f"Report of {names[0]}" if len(runs) == 1 else f"Report of {len(runs)} runs",
-        runs=[describe_run(name, run) for name, run in zip(names, runs, strict=True)],
-        metric_titles=METRIC_TITLES,
-        level=f"{LEVEL:.0%}",
-        resamples=RESAMPLES,
-        curves=responsive_picture(learning_curves, logs, "Learning curves"),
-        health=responsive_picture(policy_health, logs, "The policy over the epochs"),
+        written=describe_time(now.isoformat()),
+        runs=described,
+        metric_titles=TITLES,
+        level=f"{100 * LEVEL:.0f} %",
+        curves=responsive_picture(learning_curves, logs, groups, "Learning curves"),
+        health=responsive_picture(policy_health, logs, groups, "Health of the policy"),
     )
 
 
@@ -55,26 +69,116 @@ def short_names(folders: list[Path]) -> list[str]:
     return [os.path.relpath(path, common) for path in paths]
 
 
-def describe_run(name: str, run: RunFolder) -> dict[str, Any]:
+def describe_run(name: str, run: RunFolder, now: datetime) -> dict[str, Any]:
     """The values of a run for the template."""
     data = run.origin.get("data", {})
+    evaluations = [
+        describe_evaluation(result, describe_tested(run.tested, result), run, evaluation)
+        for result, evaluation in run.evaluations.items()
+    ]
+    starts = [*run.origin.get("starts", []), *([run.tested["origin"]] if "origin" in run.tested else [])]
     return {
         "name": name,
         "folder": str(run.folder),
-        "status": status(run),
-        "notes": run.notes + missing_files(run),
-        "starts": [*run.origin.get("starts", []), *([run.tested["origin"]] if "origin" in run.tested else [])],
+        "what": describe_training(run),
+        "state": describe_state(run, now),
+        "result": headline(run, evaluations),
+        "best": best_validation(run) if evaluations else None,
+        "warnings": warnings(run),
+        "starts": [start | {"when": describe_time(start["time"], now)} for start in starts],
         "data": data,
         "classes": sorted(set().union(*(split["images"] for split in data.values()))),
-        "last": run.log[-1] if run.log else {},
-        "best": max(run.log, key=validation_f1) if run.log else {},
         "tested": run.tested,
-        "evaluations": [
-            describe_evaluation(RESULT_TITLES.get(result, result), describe_tested(run.tested, result), evaluation)
-            for result, evaluation in run.evaluations.items()
-        ],
+        "evaluations": evaluations,
         "galleries": mask_galleries(run.folder),
     }
+
+
+# Summary
+
+
+def is_heated(run: RunFolder) -> bool:
+    """Whether the run, or the weights that it tested, saw masked images only."""
+    heated = run.tested.get("heated")
+    return any("mask_mean" in line for line in run.log) if heated is None else heated
+
+
+def describe_training(run: RunFolder) -> str:
+    """A sentence on what was trained, such as "Fine-tuning of resnet50 from a.pth on 800 images of 12 classes."."""
+    starts = run.origin.get("starts")
+    if not starts:
+        return "Unknown training: there is no run.json."
+    try:
+        script, *words = shlex.split(starts[0]["command"])
+    except ValueError:  # not a command
+        return "Unknown training: run.json holds no command."
+    words = [part for word in words for part in word.split("=", 1)]
+    flags = dict(itertools.pairwise([*words, ""]))
+    model = f" of {flags['--model']}" if "--model" in flags else ""
+    if "_policy_gradient" in script:
+        kind = f"Pretraining{model} " + (
+            "without masks" if flags.get("--mask-policy") == "none" else "on masked images"
+        )
+    elif "--finetune" in flags:
+        kind = f"Fine-tuning{model} from {flags['--finetune']}"
+    else:
+        kind = f"Training{model} " + (
+            f"from pretrained weights ({flags['--weights']})" if "--weights" in flags else "from scratch"
+        )
+    images = run.origin["data"].get("train", {}).get("images", {})
+    return f"{kind}; {count(sum(images.values()), 'training image')}, {count(len(images), 'class')}."
+
+
+def describe_state(run: RunFolder, now: datetime) -> str:
+    """A sentence on how far the run came."""
+    epochs = f"{count(len(run.log), 'epoch')} in the log"
+    saved_status = run.status.get("status")
+    lock = run_lock.look_at(run.folder)
+    holder = f" ({lock.holder})" if lock.holder else ""
+    if saved_status is None and lock.held:
+        return f"Running{holder}: nothing is saved yet; {epochs}."
+    if saved_status is None:
+        return f"Unknown: there is no status.json; {epochs}."
+    epoch, step = run.status.get("epoch", 0), run.status.get("step", 0)
+    done = count(epoch, "epoch") + (f" and {count(step, 'step')}" if step else "")
+    saved = f"{epochs}; last saved after {done}, {describe_time(run.status.get('time', ''), now)}"
+    if lock.held:  # status.json may be from an earlier start
+        return f"Running{holder}; {saved}."
+    if saved_status == "running" and lock.held is None:
+        return f"Running, or killed{holder}: the lock of its folder cannot be tested here; {saved}."
+    if saved_status == "running":
+        return f"Killed{holder}: it no longer holds the lock of its folder; {saved}."
+    message = run.status.get("message") if saved_status == "failed" else None
+    return f"{saved_status.capitalize()}; {saved}." + (f" {message}" if message else "")
+
+
+def describe_time(text: str, now: datetime | None = None) -> str:
+    """An ISO time as "2026-11-29 06:09 UTC", and how long before `now` that was; another text as it is."""
+    try:
+        time = datetime.fromisoformat(text)
+        shown = f"{time:%Y-%m-%d %H:%M} {time.tzname() or ''}".rstrip()
+        seconds = None if now is None else (now - time).total_seconds()
+    except (ValueError, TypeError, OverflowError):  # no time, or one without its zone
+        return text
+    return shown if seconds is None or seconds < 0 else f"{shown} ({describe_seconds(seconds)} before this report)"
+
+
+def headline(run: RunFolder, evaluations: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """The metric of the summary: of the test, else the best of the validations; None without either."""
+    title = TITLES[HEADLINE]
+    for evaluation in evaluations:
+        if HEADLINE in evaluation["metrics"]:
+            return {"title": title, "of": evaluation["what"], **evaluation["metrics"][HEADLINE]}
+    if best := best_validation(run):
+        of = f"val, without masks, best of {count(len(run.log), 'epoch')} (epoch {best['epoch']})"
+        return {"title": title, "of": of, "value": best["val_f1"], "interval": None}
+    return None
+
+
+def best_validation(run: RunFolder) -> dict[str, Any] | None:
+    """The line of the log with the highest macro F1 on val; None without any."""
+    best = max(run.log, key=validation_f1, default={})
+    return best if math.isfinite(validation_f1(best)) else None
 
 
 def validation_f1(line: dict[str, Any]) -> float:
@@ -83,52 +187,73 @@ def validation_f1(line: dict[str, Any]) -> float:
     return value if isinstance(value, (int, float)) and math.isfinite(value) else -math.inf
 
 
-def status(run: RunFolder) -> str:
-    """A sentence on how far the run came."""
-    epochs = f"{len(run.log)} {'epoch' if len(run.log) == 1 else 'epochs'} in the log"
-    saved_status = run.status.get("status")
-    lock = run_lock.look_at(run.folder)
-    holder = f" ({lock.holder})" if lock.holder else ""
-    if saved_status is None and lock.held:
-        return f"Running{holder}: nothing is saved yet; {epochs}."
-    if saved_status is None:
-        return f"Unknown: there is no status.json; {epochs}."
-    done = f"{run.status.get('epoch')} epochs and {run.status.get('step')} steps"
-    saved = f"last saved after {done}, {run.status.get('time')}"
-    if lock.held:  # status.json may be from an earlier start
-        return f"Running{holder}; {epochs}; {saved}."
-    if saved_status == "running" and lock.held is None:
-        return f"Running, or killed{holder}: the lock of its folder cannot be tested here; {epochs}; {saved}."
-    if saved_status == "running":
-        return f"Killed{holder}: it no longer holds the lock of its folder; {epochs}; {saved}."
-    message = run.status.get("message") if saved_status == "failed" else None
-    return f"{saved_status.capitalize()}; {epochs}; {saved}." + (f" {message}" if message else "")
-
-
-def missing_files(run: RunFolder) -> list[str]:
-    """Sentences on what the page lacks, and which command adds it."""
-    notes = []
-    if not run.log:
-        notes.append("No epoch has finished yet: there are no learning curves.")
+def warnings(run: RunFolder) -> list[tuple[str, str]]:
+    """What a reader of the numbers must know: a few words, and a sentence."""
+    found = [("Unreadable file", note) for note in run.notes]
+    if run_lock.look_at(run.folder).held:
+        found.append(("Unfinished", "The training is still running."))
+    elif run.status.get("status") not in (None, "finished"):
+        found.append(("Unfinished", "Resume the training with --resume FILE, the checkpoint.pth of this folder."))
+    if is_heated(run):
+        found.append(("Heated model", "Pretrained on masked images, not yet fine-tuned: it is no final classifier."))
     if not run.tested:
-        notes.append("Not tested yet: train.py --test-only --resume FILE writes metrics.json and its tables.")
+        sentence = "train.py --test-only --resume FILE --split test measures the test split."
+        found.append(("Not tested", sentence))
+    elif run.tested["split"] == "val":
+        chosen = ", and the epoch was chosen by them" if Path(run.tested["weights"]).name == BEST else ""
+        sentence = f"The results are those of val{chosen}; --test-only with --split test measures the test split."
+        found.append(("Validation, not test", sentence))
+    for evaluation in list(run.evaluations.values())[:1]:
+        found += few_images(evaluation)
+        if not run.tested.get("intervals"):
+            found.append(("No intervals", "An older version wrote metrics.json; run --test-only again."))
     if not run.origin:
-        notes.append("No run.json: the command, versions and data of this run are unknown.")
-    return notes
+        found.append(("No run.json", "The command, versions and data of this run are unknown."))
+    if not run.log:
+        found.append(("No log", "No epoch has finished yet: there are no learning curves."))
+    return found
 
 
-def describe_evaluation(title: str, what: str, evaluation: Evaluation) -> dict[str, Any]:
+def few_images(evaluation: Evaluation) -> list[tuple[str, str]]:
+    """A warning about small numbers of evaluated images, if they are small."""
+    images = len(evaluation.outcome.targets)
+    numbers = [int(row["images"]) for row in evaluation.table]
+    small = [number for number in numbers if 0 < number < FEW_PER_CLASS]
+    sentences = []
+    if images < FEW_IMAGES:
+        sentences.append(f"{count(images, 'image')} in all: see the intervals.")
+    if small:
+        classes = "1 class has" if len(small) == 1 else f"{len(small)} classes have"
+        sentences.append(
+            f"{classes} fewer than {FEW_PER_CLASS} (the smallest: {min(small)}): too few for a result per class."
+        )
+    return [("Few images", " ".join(sentences))] if sentences else []
+
+
+# Sections
+
+
+def describe_evaluation(name: str, what: str, run: RunFolder, evaluation: Evaluation) -> dict[str, Any]:
     """Metrics with intervals, the per-class table with the commonest confusion of each class, and two pictures."""
     classes = [row["class"] for row in evaluation.table]
+    title = RESULT_TITLES.get(name, name)
     outcome = evaluation.outcome
     confused = commonest_confusions(outcome, classes)
     arguments = (outcome.targets, outcome.predictions, classes, what)
+    intervals = run.tested.get("intervals", {}).get(name, {})
     return {
         "title": title,
         "what": what,
         "images": len(outcome.targets),
-        "metrics": with_intervals(evaluation),
-        "table": [row | {"confused": text} for row, text in zip(evaluation.table, confused, strict=True)],
+        "metrics": {
+            metric: {"value": evaluation.metrics[metric], "interval": intervals.get(metric)}
+            for metric in TITLES
+            if evaluation.metrics.get(metric) is not None
+        },
+        "table": [
+            row | {"images": int(row["images"]), "confused": text} | {score: as_number(row[score]) for score in SCORES}
+            for row, text in zip(evaluation.table, confused, strict=True)
+        ],
         "pictures": [
             picture(confusion_matrix(*arguments), f"Confusion matrix, {title}"),
             picture(per_class_recall(*arguments), f"Recall of each class, {title}"),
@@ -136,14 +261,9 @@ def describe_evaluation(title: str, what: str, evaluation: Evaluation) -> dict[s
     }
 
 
-def with_intervals(evaluation: Evaluation) -> dict[str, dict[str, Any]]:
-    """{metric: {"value": as in metrics.json, "interval": (lower, upper) or None}} for the metrics that are defined."""
-    intervals = bootstrap_intervals(evaluation.outcome, RESAMPLES)
-    return {
-        name: {"value": evaluation.metrics[name], "interval": intervals.get(name)}
-        for name in METRIC_TITLES
-        if evaluation.metrics.get(name) is not None
-    }
+def as_number(cell: str) -> float | None:
+    """A cell of per_class.csv; None for an empty one."""
+    return float(cell) if cell else None
 
 
 def commonest_confusions(outcome: Outcome, classes: Sequence[str]) -> list[str]:
@@ -170,12 +290,17 @@ def picture(figure: Figure, title: str) -> dict[str, str]:
     return {"source": templates.data_uri(as_svg(figure), "image/svg+xml"), "title": title}
 
 
-def responsive_picture(draw: Callable[..., Figure], logs: Runs, title: str) -> dict[str, str] | None:
+def responsive_picture(
+    draw: Callable[..., Figure], logs: dict[str, list[dict]], groups: list[list[str]], title: str
+) -> dict[str, str] | None:
     """A picture with panels in three columns, and one in a single column for narrow screens; None without such data."""
     try:
-        wide, narrow = (picture(draw(logs, columns=columns), title) for columns in (3, 1))
+        figures = [draw(logs, columns=columns, groups=groups) for columns in (3, 1)]
     except UserError:
         return None
+    for figure in figures:
+        figure.suptitle("")  # the page has this heading
+    wide, narrow = (picture(figure, title) for figure in figures)
     return {**wide, "narrow": narrow["source"]}
 
 
@@ -202,8 +327,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     check_output(output)
     if len({folder.resolve() for folder in folders}) < len(folders):
         raise UserError("OUTPUT: a folder is given twice; give each run once.")
+    if options.output:
+        make_parent(output)
     write_atomically(output, page([read_run_folder(folder) for folder in folders]))
-    print_line(f"{output}: {len(folders)} {'run' if len(folders) == 1 else 'runs'}")
+    print_line(f"{output}: {count(len(folders), 'run')}")
 
 
 if __name__ == "__main__":

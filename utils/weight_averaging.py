@@ -13,7 +13,7 @@ from utils.checkpoints.verify import check_state_dict
 from utils.flags import Switch
 from utils.runtime.command_line import Parser, expanded
 from utils.runtime.errors import UserError
-from utils.runtime.files import check_absent
+from utils.runtime.files import check_absent, make_parent
 from utils.runtime.processes import run_script
 from utils.runtime.text import print_line, printable
 
@@ -75,8 +75,8 @@ def _check_one_run(files: list[Weights]) -> None:
     """Raise UserError for files that were trained with different flags of the model."""
     first = files[0]
     for weights in files[1:]:
-        if _is_heated(first) != _is_heated(weights):
-            heated, plain = (first, weights) if _is_heated(first) else (weights, first)
+        if first.is_heated != weights.is_heated:
+            heated, plain = (first, weights) if first.is_heated else (weights, first)
             raise UserError(
                 f"{heated.path}: was trained with masks, and {plain.path} without; average the files of one run only."
             )
@@ -104,10 +104,6 @@ def _equal(first: StateDict, second: StateDict) -> bool:
     return all(torch.equal(value, second[key]) for key, value in first.items())
 
 
-def _is_heated(weights: Weights) -> bool:
-    return weights.args.get("grid") is not None and weights.args.get("mask_policy", "learned") != "none"
-
-
 def main(argv: Sequence[str] | None = None) -> None:
     parser = Parser(__doc__, prog="python -m utils.weight_averaging")
     add = parser.add_argument
@@ -119,8 +115,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = parser.parse_args(argv)
     output = Path(options.output)
     check_absent(output, options.overwrite)
-    if not output.parent.is_dir():
-        raise UserError(f"--output {output.parent}: no such folder; create it, or give another one.")
+    make_parent(output)
     targets = [os.path.realpath(path) for path in options.files]
     for number, path in enumerate(options.files):
         if targets[number] in targets[:number]:  # also under another name

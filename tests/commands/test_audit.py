@@ -13,6 +13,7 @@ from tests.helpers.audits import picture, put, run, table
 from utils import arguments
 from utils.audit import __main__ as audit
 from utils.audit import outputs
+from utils.audit.findings import CHECK, Finding
 from utils.audit.images import RECORD, measure_all
 from utils.audit.report import Section, as_text
 from utils.data.folders import ImageFiles, read_excluded
@@ -159,6 +160,15 @@ def test_a_single_split_may_be_audited(planted, tmp_path):
     }
 
 
+def test_the_page_begins_with_findings_and_the_worst_groups(audited):
+    page = (audited / "out" / "report.html").read_text()
+    order = ["<h2>Findings</h2>", ">Problem.</strong> 1 image of test (11.11%) is a copy of images of val", ">Check.",
+             ">Copies</h2>", "Group 0:", ">Blank images</h2>", ">Splits</h2>", ">Unreadable files</h2>"]  # fmt: skip
+    places = [page.index(text) for text in order]
+    assert places == sorted(places)
+    assert page.count("Blank images</h2>") == 1
+
+
 def test_the_page_shows_a_limited_number_of_groups_and_images(planted, tmp_path, monkeypatch):
     monkeypatch.setattr(outputs, "SHOWN_GROUPS", 2)
     monkeypatch.setattr(outputs, "SHOWN_IMAGES", 2)
@@ -199,7 +209,8 @@ def test_hostile_names_are_harmless_in_every_file(tmp_path, capsys):
 def test_numbers_are_aligned_to_the_right_and_texts_to_the_left():
     section = Section("Title", [], ["name", "count", "why"], [["a", "0.5", "x"], ["bcd", 100, "yz"]])
     assert section.numeric() == [False, True, False]
-    assert as_text("Head", [section]).splitlines()[3:] == [
+    assert as_text("Head", [Finding(CHECK, "1 thing.")], [section]).splitlines()[2:] == [
+        *("Findings", "  Check: 1 thing.", "", "Title"),
         "  name  count  why",
         "  a       0.5  x",
         "  bcd     100  yz",
@@ -224,8 +235,8 @@ def test_bad_input_is_one_sentence(planted, tmp_path):
     refuse(planted, "-o", planted / "audit", match="audit: is inside the image folder")
     refuse(planted, "-o", planted, match="is inside the image folder")
     refuse(planted, "-o", out, "--correlation", 0.5, match="--correlation 0.5: expected a number from 0.8 to 1")
-    refuse(planted, "-o", out, "--exclude-list", tmp_path / "no" / "list", match="no: no such folder")
     (tmp_path / "list").write_text("mine")
+    refuse(planted, "-o", out, "--exclude-list", tmp_path / "list" / "new", match="list: cannot be created")
     refuse(planted, "-o", out, "--exclude-list", tmp_path / "list", match="list: already exists; give another --excl")
     refuse(planted, "-o", out, "--exclude-list", tmp_path, "--overwrite", match="already exists; give another --excl")
     refuse(planted / "train" / "..", "-o", tmp_path / "list", match="list: cannot be created")

@@ -174,9 +174,19 @@ def test_weights_of_other_code_need_a_data_name(tmp_path):
     assert (exported.classes, exported.args["model"]) == (["dark", "bright", "striped"], "test_resnet")
     heated = run_export(source, tmp_path / "heated", *known, "--data-name", "RIN", *MASKS)
     assert heated.name == "test_resnet_gradientp_RIN_8_8_k5_s2"
-    assert "pretrained on images of RIN multiplied by noise masks" in (heated / "README.md").read_text()
+    assert (
+        "pretrained on images of the data set `RIN`, multiplied\nby noise masks" in (heated / "README.md").read_text()
+    )
     with pytest.raises(UserError, match=r"^--grid: a heated model has .*; give all three\."):
         run_export(source, tmp_path / "none", *known, "--grid", 8)
+
+
+def test_a_folder_name_that_says_nothing_is_pointed_out(tmp_path, capsys):
+    source = write_checkpoint(tmp_path / "model_0.pth", "--data-path", "/scratch/Data")
+    run_export(source, tmp_path / "out")
+    assert "the data set is called Data, after its folder; --data-name NAME gives a better" in capsys.readouterr().out
+    run_export(source, tmp_path / "named", "--data-name", "RIN")
+    assert "after its folder" not in capsys.readouterr().out
 
 
 def test_the_data_name_comes_from_the_flag_or_the_data_path(source):
@@ -243,8 +253,13 @@ def test_an_export_is_replaced_only_with_overwrite(tmp_path, source):
     run_export(source, tmp_path / "out", "--overwrite", "--license", "mit")
     assert contents(folder).keys() == before.keys()
     assert "license: mit\n" in (folder / "README.md").read_text()
-    for output in (tmp_path / "absent", source):
-        with pytest.raises(UserError, match=f"--output {output}: no such folder; create it"):
+
+
+def test_missing_folders_of_the_output_are_created(tmp_path, source):
+    export.main([str(source), "-o", str(tmp_path / "new" / "folder")])
+    assert safetensors_of(tmp_path / "new" / "folder" / "test_resnet_conventional_RIN").exists()
+    for output, problem in ((source, "File exists"), (source / "folder", "Not a directory")):
+        with pytest.raises(UserError, match=rf"{output}: cannot be created \({problem}\); give another --output\."):
             export.main([str(source), "-o", str(output)])
 
 

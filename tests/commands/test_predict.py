@@ -5,6 +5,7 @@ import io
 import json
 import os
 import shutil
+from contextlib import ExitStack
 
 import numpy as np
 import pytest
@@ -149,8 +150,10 @@ def test_an_existing_output_is_replaced_only_with_overwrite(run, tmp_path, image
     assert output.read_text() == "precious"
     assert run(image, "-o", output, "--overwrite") == ""
     assert output.read_text() == run(image)
-    with pytest.raises(UserError, match=r"absent/out.csv: cannot be written \(No such file or directory\)"):
-        run(image, "-o", tmp_path / "absent" / "out.csv")
+    run(image, "-o", tmp_path / "new" / "out.csv")
+    assert (tmp_path / "new" / "out.csv").read_text() == output.read_text()
+    with pytest.raises(UserError, match=r"out.csv: cannot be created \(File exists\); give another --output"):
+        run(image, "-o", output / "out.csv")
 
 
 def test_names_need_not_be_text(tmp_path, image_folder, capsys):
@@ -179,11 +182,24 @@ def test_a_table_has_an_aligned_line_per_image_for_any_name(run, tmp_path, image
     assert len({line[width:] for line in lines}) == 1  # all are the same image
 
 
-def test_no_bar_is_drawn_among_rows_in_a_terminal(weights, image_folder, capsys, monkeypatch):
-    for in_terminal in (True, False):
-        monkeypatch.setattr("sys.stdout.isatty", lambda in_terminal=in_terminal: in_terminal)
+@pytest.mark.parametrize(("stdout", "stderr", "has_bar"), [("pipe", "file", False), ("file", "other file", True),
+    ("file", "file", False)])  # fmt: skip
+def test_no_bar_is_drawn_among_rows(weights, image_folder, tmp_path, monkeypatch, stdout, stderr, has_bar):
+    """A pipe may lead back to the terminal of stderr, and 2>&1 into one file."""
+    with ExitStack() as stack:
+        streams = {}
+        for name in (stdout, stderr):
+            path = tmp_path / name
+            if name == "pipe":
+                reading, writing = os.pipe()
+                streams[name] = stack.enter_context(os.fdopen(writing, "w"))
+                stack.callback(os.close, reading)
+            else:
+                streams[name] = stack.enter_context(path.open("a"))
+        monkeypatch.setattr("sys.stdout", streams[stdout])
+        monkeypatch.setattr("sys.stderr", streams[stderr])
         command.main([str(weights), str(image_folder / "test"), "--workers", "0", "--device", "cpu"])
-        assert ("images" in capsys.readouterr().err) != in_terminal
+    assert ("images/s" in (tmp_path / stderr).read_text()) == has_bar
 
 
 @pytest.mark.parametrize(("policy", "is_heated"), [("learned", True), ("none", False)])

@@ -3,6 +3,7 @@
 import base64
 import json
 import shutil
+from datetime import datetime
 from pathlib import Path
 
 import numpy as np
@@ -10,8 +11,11 @@ import pytest
 import torch
 
 from tests.conftest import write_image
+from tests.helpers.audits import picture, put
+from tests.helpers.audits import run as audit_images
 from tests.helpers.finished_runs import CLASSES, undrawn, write_run, write_test  # noqa: F401
 from utils import report
+from utils.results.templates import three_digits
 from utils.runtime.errors import UserError
 
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
@@ -24,9 +28,11 @@ def page_of(*folders: Path) -> str:
 
 def test_a_page_of_a_finished_run(tmp_path):
     page = page_of(write_run(tmp_path / "run"))
-    for text in ("Report of run", "Finished; 3 epochs in the log", "0.6667", "_policy_gradient/train.py --lr 0.1",
+    for text in ("Report of run", "Finished; 3 epochs in the log", "0.667", "_policy_gradient/train.py --lr 0.1",
                  "torch 2.14.1", "commit 0123456789ab", "8 processes on a GPU", "/data/train",
-                 "highest macro F1 0.6250 after epoch 1", "The policy over the epochs", "a 95% percentile bootstrap",
+                 "Pretraining on masked images; 97 training images, 3 classes.", "Health of the policy",
+                 "its 95 % bootstrap",
+                 "Highest macro F1 on val: 0.625, after epoch 1.", "test, without masks, weights model_best.pth",
                  '<td>train</td><td class="number">97</td><td class="number">3</td> <td class="number">7</td>',
                  '<td>us-breast-cyst</td><td class="number">7</td>'):  # fmt: skip
         assert text in page, text
@@ -36,18 +42,120 @@ def test_a_page_of_a_finished_run(tmp_path):
         assert external not in page.replace("http://www.w3.org", ""), external
 
 
-def test_metrics_have_intervals_and_classes_their_commonest_confusion(tmp_path):
+def describe(folder: Path) -> dict:
+    now = datetime.fromisoformat("2026-11-25T13:30:00+00:00")
+    return report.describe_run("run", report.read_run_folder(folder), now)
+
+
+def test_metrics_have_the_intervals_of_the_file_and_classes_their_commonest_confusion(tmp_path):
     run = report.read_run_folder(write_run(tmp_path / "run"))
     run.evaluations["clean"].metrics["auroc"] = None
-    evaluation = report.describe_run("run", run)["evaluations"][0]
+    run.tested["intervals"]["clean"]["top1"] = [0.25, 0.75]
+    evaluation = report.describe_run("run", run, datetime.now().astimezone())["evaluations"][0]
     assert [row["confused"] for row in evaluation["table"]] == [
         "us-breast-cyst (1)", "ct-head-normal (1)", "ct-head-normal (2)"
     ]  # fmt: skip
     metrics = evaluation["metrics"]
-    assert list(metrics) == ["top1", "top5", "balanced_accuracy", "precision", "recall", "f1", "loss"]
-    assert metrics["top1"]["value"] == 8 / 12
-    lower, upper = metrics["top1"]["interval"]
-    assert lower == pytest.approx(5 / 12, abs=0.1) and upper == pytest.approx(11 / 12, abs=0.1)
+    assert list(metrics) == ["top1", "top5", "balanced_accuracy", "precision", "f1", "loss"]
+    assert metrics["top1"] == {"value": 8 / 12, "interval": [0.25, 0.75]}
+
+
+# Summary
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_the_summary_shows_the_test_else_the_best_validation(tmp_path):
+    run = describe(write_run(tmp_path / "tested"))
+    assert run["result"]["of"] == "test, without masks, weights model_best.pth"
+    precision, recall = (5 / 8, 2 / 2, 1 / 2), (5 / 6, 2 / 3, 1 / 3)
+    f1 = sum(2 * p * r / (p + r) for p, r in zip(precision, recall, strict=True)) / 3
+    assert run["result"]["value"] == pytest.approx(f1)
+    assert run["result"]["interval"][0] < f1 < run["result"]["interval"][1]
+    untested = describe(write_run(tmp_path / "untested", tested=False))
+    assert (untested["result"]["value"], untested["result"]["interval"]) == (0.625, None)
+    assert untested["result"]["of"] == "val, without masks, best of 3 epochs (epoch 1)"
+    assert run["state"].endswith("last saved after 3 epochs, 2026-11-23 11:00 UTC (2 days 2 h before this report).")
+    assert [start["when"] for start in run["starts"]] == ["2026-11-23 10:00 UTC (2 days 3 h before this report)"] * 2
+
+
+def labels(folder: Path, **changes: object) -> list[str]:
+    """The labels of the warnings. changes: of metrics.json."""
+    content = json.loads((folder / "metrics.json").read_text())
+    (folder / "metrics.json").write_text(json.dumps(content | changes))
+    return [label for label, _ in describe(folder)["warnings"]]
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_the_summary_warns(tmp_path):
+    heated, plain = write_run(tmp_path / "heated"), write_run(tmp_path / "plain", policy=False)
+    assert labels(heated) == ["Heated model", "Few images"]
+    assert labels(heated, heated=False) == labels(plain) == ["Few images"]
+    assert labels(plain, split="val", intervals={}) == ["Validation, not test", "Few images", "No intervals"]
+    warnings = dict(describe(plain)["warnings"])
+    assert warnings["Validation, not test"].startswith("The results are those of val, and the epoch was chosen by them")
+    assert warnings["Few images"] == (
+        "12 images in all: see the intervals. 3 classes have fewer than 10 (the smallest: 3): too few for a result per "
+        "class."
+    )
+    many = torch.eye(2).repeat(300, 1)
+    write_test(plain, many, torch.tensor([0, 1] * 300), ["a", "b"])
+    assert labels(plain) == []
+    status = {"status": "interrupted", "epoch": 1, "step": 2, "message": "", "time": "no time"}
+    (plain / "status.json").write_text(json.dumps(status))
+    assert labels(plain) == ["Unfinished"]
+    assert (
+        describe(plain)["state"] == "Interrupted; 3 epochs in the log; last saved after 1 epoch and 2 steps, no time."
+    )
+
+
+@pytest.mark.parametrize(
+    ("command", "what"),
+    [
+        ("_normal/train.py --model resnet18 --finetune a/b.pth", "Fine-tuning of resnet18 from a/b.pth"),
+        (
+            "_normal/train.py --model=resnet18 --weights a1_in1k",
+            "Training of resnet18 from pretrained weights (a1_in1k)",
+        ),
+        ("_normal/train.py", "Training from scratch"),
+        ("_policy_gradient/train.py --mask-policy none", "Pretraining without masks"),
+        ("_policy_gradient/train.py --mask-policy uniform", "Pretraining on masked images"),
+        ("", None),
+        ("'", None),
+    ],
+)
+def test_the_summary_says_what_was_trained(tmp_path, command, what):
+    run = report.read_run_folder(write_run(tmp_path / "run"))
+    run.origin["starts"][0]["command"] = command
+    described = report.describe_training(run)
+    expected = "Unknown training: run.json holds no command."
+    assert described == (expected if what is None else f"{what}; 97 training images, 3 classes.")
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("2026-11-25T13:29:15+00:00", "2026-11-25 13:29 UTC (45 s before this report)"),
+        ("2026-11-25T12:20:00+01:00", "2026-11-25 12:20 UTC+01:00 (2 h 10 min before this report)"),
+        ("2027-01-01T00:00:00+00:00", "2027-01-01 00:00 UTC"),
+        ("2026-11-25T13:29:15", "2026-11-25T13:29:15"),
+        ("yesterday", "yesterday"),
+        ("9999-99-99", "9999-99-99"),
+    ],
+)
+def test_times_are_absolute_and_relative(text, shown):
+    assert report.describe_time(text, datetime.fromisoformat("2026-11-25T13:30:00+00:00")) == shown
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [(0.66667, "0.667"), (0.031249, "0.0312"), (1.0, "1.00"), (0, "0"), (5312.4, "5,312"), (1.5e-7, "1.50e-07"),
+     (None, "\N{EN DASH}"), ("x", "\N{EN DASH}")],
+)  # fmt: skip
+def test_numbers_have_three_digits(value, shown):
+    assert three_digits(value) == shown
+
+
+# Sections
 
 
 def test_the_galleries_before_training_and_of_the_last_epoch(tmp_path):
@@ -66,6 +174,7 @@ def test_several_runs_share_a_table_and_curves(tmp_path):
     page = page_of(*runs)
     assert "Report of 2 runs" in page
     assert page.count("<td>a/run</td>") == page.count("<td>b/run</td>") == 1
+    assert page.count("<h2>a/run</h2>") == 1 and '<a href="#run-2">b/run</a>' in page
     assert page.count('alt="Learning curves"') == 1
 
 
@@ -78,7 +187,7 @@ def test_an_interrupted_run_shows_what_it_has(tmp_path):
         log.write('{"epoch": 1, "train_lo')
     page = page_of(folder)
     assert "Killed: it no longer holds the lock of its folder; 1 epoch in the log; last saved after 0 epochs" in page
-    assert "Not tested yet" in page
+    assert "<strong>Not tested.</strong>" in page
     for name in ("log.jsonl", "status.json"):
         (folder / name).unlink()
     page = page_of(folder)
@@ -176,9 +285,13 @@ def test_a_page_works_in_a_browser(browser, tmp_path):
         assert driver.execute_script("return document.documentElement.scrollWidth") <= width
         shown = driver.execute_script("return [...document.images].map(i => i.complete && i.naturalWidth > 0)")
         assert len(shown) == 4 and all(shown)  # curves, the policy, confusion, recall
+        hints = driver.execute_script("return [...document.querySelectorAll('.scroll')].map(box => "
+            "[box.scrollWidth > box.clientWidth + 1, box.classList.contains('wide')])")  # fmt: skip
+        assert all(overflows == hinted for overflows, hinted in hints)
+        assert any(hinted for _, hinted in hints) == (width == 400)
     column = "return [...document.querySelectorAll('table.classes tbody tr')].map(row => row.cells[{}].textContent)"
     button = "document.querySelectorAll('table.classes th button')[{}].click()"
-    for cell, ascending in ((3, ["0.333333", "0.666667", "0.833333"]), (1, ["3", "3", "6"]), (0, CLASSES)):
+    for cell, ascending in ((3, ["0.333", "0.667", "0.833"]), (1, ["3", "3", "6"]), (0, CLASSES)):
         driver.execute_script(button.format(cell))
         assert driver.execute_script(column.format(cell)) == ascending
         driver.execute_script(button.format(cell))
@@ -186,5 +299,11 @@ def test_a_page_works_in_a_browser(browser, tmp_path):
     assert (
         driver.execute_script("return document.querySelector('table.classes th[aria-sort]').ariaSort") == "descending"
     )
+    for name in ("train/a/0", "train/b/0", "train/b/1", "val/a/0", "val/b/0"):
+        put(tmp_path / "data" / f"{name}.png", picture(len(name) + ord(name[-3])))
+    audit_images(tmp_path / "data", tmp_path)
+    driver = browser(tmp_path / "out" / "report.html", 400)
+    assert driver.get_log("browser") == []
+    assert driver.execute_script("return document.documentElement.scrollWidth") <= 400
     pdf = base64.b64decode(driver.execute_cdp_cmd("Page.printToPDF", {})["data"])
     assert pdf.startswith(b"%PDF")

@@ -86,10 +86,12 @@ def test_an_existing_file_is_replaced_only_with_overwrite(tmp_path):
     assert_equal_states(read_weights(output).model, network().state_dict())
 
 
-def test_a_missing_folder_and_a_missing_file_are_errors(tmp_path):
+def test_a_missing_folder_is_made_and_a_missing_file_is_an_error(tmp_path):
     source = write_weights(tmp_path / "model_0.pth", weight=torch.ones(2))
-    with pytest.raises(UserError, match="absent: no such folder; create it"):
-        average(source, name="absent/average.pth")
+    average(source, name="new/folder/average.pth")
+    assert torch.equal(read_weights(tmp_path / "new" / "folder" / "average.pth").model["weight"], torch.ones(2))
+    with pytest.raises(UserError, match=r"model_0\.pth/folder: cannot be created \(Not a directory\)"):
+        average(source, name="model_0.pth/folder/average.pth")
     with pytest.raises(UserError, match=r"model_1\.pth: no such file"):
         average(source, tmp_path / "model_1.pth")
 

@@ -10,7 +10,14 @@ import torch
 
 from experiments.plan import FINISHED, folder_of_run
 from utils import report
-from utils.results.metrics import classification_metrics, per_class_table, prediction_table, table_as_csv
+from utils.results.metrics import (
+    bootstrap_intervals,
+    classification_metrics,
+    outcome_of,
+    per_class_table,
+    prediction_table,
+    table_as_csv,
+)
 
 START = {
     "command": "_normal/train.py --lr 0.1",
@@ -44,6 +51,7 @@ def write_test(
     (folder / "predictions.csv").write_bytes(table_as_csv(prediction_table(logits, targets, classes, names)))
     metrics = {"clean": classification_metrics(logits, targets, auroc=True)}
     content = {"split": "test", "images": len(targets), "weights": "model_best.pth", "metrics": metrics}
+    content["intervals"] = {"clean": bootstrap_intervals(outcome_of(logits, targets), 200)}
     (folder / "metrics.json").write_text(json.dumps(content | {"origin": START | start}))
 
 
@@ -74,7 +82,6 @@ def write_run(folder: Path, epochs: int = 3, tested: bool = True, policy: bool =
 def undrawn(monkeypatch):
     """Report pages without drawing their pictures, which takes most of the time. Import the fixture to use it."""
     monkeypatch.setattr(report, "picture", lambda figure, title: {"source": "", "title": title})
-    monkeypatch.setattr(report, "responsive_picture", lambda draw, logs, title: {"source": "", "title": title})
-    monkeypatch.setattr(report, "RESAMPLES", 2)
+    monkeypatch.setattr(report, "responsive_picture", lambda draw, logs, groups, title: {"source": "", "title": title})
     for name in ("confusion_matrix", "per_class_recall"):
         monkeypatch.setattr(report, name, lambda *_: None)

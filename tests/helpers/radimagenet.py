@@ -47,6 +47,21 @@ def write_source(root: Path) -> Path:
     return root
 
 
+def as_distributed(data: Path, root: Path) -> Path:
+    """The images of data/<split>/<modality>-<anatomy>-<label>, laid out and listed like RadImageNet in `root`."""
+    names: dict[str, list[str]] = {split: [] for split in COUNTS}
+    for split, filenames in names.items():
+        for image in sorted((data / split).glob("*/*")):
+            modality, rest = image.parent.name.split("-", 1)
+            folder = f"US/{rest}" if modality == "us" else f"{modality.upper()}/{rest.replace('-', '/')}"
+            filename = f"radiology_ai/{folder}/{split}{image.name}"
+            filenames.append(filename)
+            (root / filename).parent.mkdir(parents=True, exist_ok=True)
+            os.link(image, root / filename)
+    write_lists(root, names)
+    return root
+
+
 def contents(root: Path) -> dict[str, bytes]:
     """All files of the three splits by relative path, hidden ones included."""
     return {

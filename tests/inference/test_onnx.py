@@ -21,7 +21,7 @@ def test_missing_packages_are_reported_before_anything_is_done(tmp_path, monkeyp
 @pytest.mark.slow
 def test_onnx_gives_torchs_logits_for_any_batch_size(tmp_path, monkeypatch, capsys):
     for package in ("onnx", "onnxscript", "onnxruntime"):
-        pytest.importorskip(package, reason="one of the optional packages in requirements-dev.txt is missing")
+        pytest.importorskip(package, reason="one of the packages of the extra onnx is missing")
     import onnxruntime
 
     images = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(1))

@@ -19,7 +19,7 @@ from utils.data.dataset import ImageFolder
 from utils.data.transforms import Normalize, evaluation_transform
 from utils.results import figures
 from utils.results.figures import in_lines
-from utils.results.mask_gallery import Column, Row, draw_gallery
+from utils.results.mask_gallery import Row, draw_gallery
 from utils.runtime.errors import UserError
 
 MASK, NORMALIZE = SmoothMask(32, 8, 5, 2.0), Normalize([0.3], [0.25])
@@ -130,28 +130,28 @@ def test_a_compiled_policy_is_run_as_it_is(split):
 
 def test_the_figure_holds_the_arrays(split):
     chosen = choose_examples(split)
-    stage = run_policy(policy_of("prior"), MASK, NORMALIZE, chosen, 1, 2)
-    first_prior = np.full((8, 8), 0.25)
-    figure = draw_stages(chosen, {"before": first_prior, "after": stage}, NORMALIZE, "$title_")
-    pictures = [axes for axes in figure.axes if axes.images]
-    assert len(pictures) == 3 * 7
-    titles = ["image", *["prior's means"] * 2, "image's means", "sampled cells", "smooth mask", r"image $\times$ mask"]
-    assert [axes.get_title() for axes in pictures] == titles + [""] * 14
-    assert [axes.get_ylabel() for axes in pictures[::7]] == chosen.names
-    row = [axes.images[0] for axes in pictures[7:14]]
-    shown = [np.asarray(picture.get_array()) for picture in row]
+    stage = run_policy(policy_of("learned"), MASK, NORMALIZE, chosen, 1, 2)
+    figure = draw_stages(chosen, {"before": np.full((8, 8), 0.25), "after": stage}, NORMALIZE, "$title_")
+    first, *pictures = [axes for axes in figure.axes if axes.images]
+    assert np.array_equal(first.images[0].get_array(), np.full((8, 8), 0.25))
+    assert len(pictures) == 3 * 5
+    headings = ["image", "prior's means", "image's means\n$-$ prior's means", "sampled mask", r"image $\times$ mask"]
+    assert [axes.get_title() for axes in [first, *pictures]] == [headings[1], *headings] + [""] * 10
+    assert [axes.get_ylabel() for axes in pictures[::5]] == chosen.names
+    row = [axes.images[0] for axes in pictures[5:10]]
     pixels = chosen.images[1].permute(1, 2, 0).numpy() / 255
-    expected = [pixels, first_prior, *(array[1] for array in stage)]
-    for one, other in zip(shown, expected, strict=True):
-        assert np.allclose(one, other, atol=1e-6)
-    low, high = row[1].get_clim()
-    assert (low, high) == row[2].get_clim() == row[3].get_clim() == (0.25, 0.75)  # shared, symmetric about 0.5
-    assert row[4].get_clim() == (0, 1)
+    expected = [pixels, stage.prior[1], stage.means[1] - stage.prior[1], stage.masks[1], stage.masked[1]]
+    for picture, array in zip(row, expected, strict=True):
+        assert np.allclose(picture.get_array(), array, atol=1e-6)
+    assert first.images[0].get_clim() == row[1].get_clim() == (0.25, 0.75)  # shared, symmetric about 0.5
+    largest = np.abs(stage.means - stage.prior).max()
+    assert 0.001 < largest < 0.25  # far smaller than the scale of the means
+    assert row[2].get_clim() == pytest.approx((-largest, largest))
     reach = np.abs(stage.masks - 0.5).max()
-    assert row[5].get_clim() == pytest.approx((0.5 - reach, 0.5 + reach))
-    assert [text.get_text() for text in figure.texts] == ["", "before", "after", r"\$title_"]
-    ends = [[tick.get_text() for tick in axes.get_xticklabels()] for axes in figure.axes[21:]]
-    assert ends[:2] == [["0.25", "0.50", "0.75"], ["0.00", "0.50", "1.00"]]
+    assert row[3].get_clim() == pytest.approx((0.5 - reach, 0.5 + reach))
+    assert [text.get_text() for text in figure.texts] == ["before, only the prior", "after", r"\$title_"]
+    ends = [[tick.get_text() for tick in axes.get_xticklabels()] for axes in figure.axes[16:]]
+    assert ends[:2] == [["0.25", "0.50", "0.75"], [f"\N{MINUS SIGN}{largest:.3f}", "0", f"+{largest:.3f}"]]
 
 
 def test_masks_of_another_range_are_shown_as_applied(split):
@@ -161,22 +161,23 @@ def test_masks_of_another_range_are_shown_as_applied(split):
     assert np.array_equal(stage.cells, plain.cells)
     assert np.allclose(stage.masks, 0.5 + 1.5 * plain.masks, atol=1e-6)
     figure = gallery.draw_policy(policy, split, mask, NORMALIZE, seed=0, epochs_done=1)
-    row = [axes.images[0] for axes in figure.axes[:6]]
-    assert np.array_equal(np.asarray(row[4].get_array()), stage.masks[0])
+    row = [axes.images[0] for axes in figure.axes[:5]]
+    assert np.array_equal(np.asarray(row[3].get_array()), stage.masks[0])
     reach = np.abs(stage.masks - 1.25).max()
-    assert row[4].get_clim() == pytest.approx((1.25 - reach, 1.25 + reach))  # about the middle of the range
+    assert row[3].get_clim() == pytest.approx((1.25 - reach, 1.25 + reach))  # about the middle of the range
     assert row[1].get_clim() == pytest.approx((0.49, 0.51))
-    ends = [[tick.get_text() for tick in axes.get_xticklabels()] for axes in figure.axes[18:]]
-    assert [middle for _, middle, _ in ends] == ["0.50", "0.50", "1.25"]
+    assert row[2].get_clim() == (-0.001, 0.001)  # of pictures all alike
+    middles = [axes.get_xticklabels()[1].get_text() for axes in figure.axes[15:]]
+    assert middles == ["0.50", "0", "1.25"]
 
 
 def test_pictures_do_not_overlap():
-    pictures = [np.full((4, 4), 0.5)] * 3
-    columns = [Column("", "a", "cells"), Column("one", "b", "mask"), Column("two", "c", "means")]
-    figure = draw_gallery(columns, [Row("x", pictures), Row("y", pictures)], "")
+    picture = np.full((4, 4), 0.5)
+    row = Row("x", picture, picture, picture, picture, picture)
+    figure = draw_gallery({"one": [row, row], "two": [row, row, row]}, "")
     boxes = [axes.get_position() for axes in figure.axes]
+    assert len(boxes) == 5 * 5 + 3
     assert not any(one.overlaps(other) for i, one in enumerate(boxes) for other in boxes[:i])
-    assert figure.axes[2].images[0].get_clim() == (0.49, 0.51)  # of pictures all alike
 
 
 def test_names_in_lines():
@@ -224,6 +225,7 @@ def test_the_prior_is_shown_if_the_first_policy_cannot_be_rebuilt(run, tmp_path,
     draw = gallery.draw_stages
     monkeypatch.setattr(gallery, "draw_stages", lambda *args: drawn.append(args) or draw(*args))
     gallery.main([str(tmp_path)])
+    assert (tmp_path / "plots" / "masks_val.png").exists()
     assert "first weights cannot be rebuilt" in capsys.readouterr().out
     stages = drawn[0][1]
     assert np.array_equal(stages["before training"], np.full((8, 8), 0.5))
@@ -232,9 +234,18 @@ def test_the_prior_is_shown_if_the_first_policy_cannot_be_rebuilt(run, tmp_path,
 
 def test_what_has_no_masks_to_show_is_one_sentence(run, image_folder, tmp_path):
     folder = run[0]
+    advice = "give a run of _policy_gradient/train.py, or its checkpoint.pth: only these hold masks to show"
+
+    def write_checkpoint(folder):
+        path = folder / "normal.pth"
+        state = torch.load(run[0] / "checkpoint.pth", weights_only=True)
+        checkpoint.save(path, state | {"script": "_normal"})
+        return path
+
     for source, message in (
         (tmp_path, r"checkpoint.pth: no such file"),
-        (folder / "model_0.pth", "holds weights but no full training state"),
+        (folder / "model_0.pth", f"holds weights but no full training state; {advice}"),
+        (write_checkpoint(tmp_path), f"is a checkpoint of _normal/train.py; {advice}"),
     ):
         with pytest.raises(UserError, match=message):
             gallery.main([str(source), "-o", str(tmp_path / "x.png")])

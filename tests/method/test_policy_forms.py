@@ -74,7 +74,7 @@ def test_the_gallery_takes_range_and_head_weight_from_the_file(train, tmp_path, 
     monkeypatch.setattr(figures, "write_figure", lambda path, figure: drawn.append(figure))
     gallery.main([str(folder), "-o", str(tmp_path / "x.png")])
     titles = [axes.get_title() for axes in drawn[0].axes]
-    masks = drawn[0].axes[titles.index("smooth mask")].images[0].get_array()
+    masks = drawn[0].axes[titles.index("sampled mask")].images[0].get_array()
     assert 0.5 < masks.min() < 1 < masks.max() < 2  # not faded
     args, _ = gallery.read_run(folder / checkpoint.CHECKPOINT, None, "val")
     assert (args.mask_range, args.head_weight, args.mask_fade_epochs) == ([0.5, 2.0], 0.5, 1)

@@ -18,11 +18,11 @@ LAYERS = (  # a package imports only itself and layers before its own
     ("utils.flags",),
     ("utils.inference",),
     (*(f"utils.{name}" for name in COMMANDS), "_policy_gradient", "_normal"),
-    ("benchmarks", "experiments"),
+    ("benchmarks", "experiments", "figures"),
 )
 LAYER_OF = {package: number for number, packages in enumerate(LAYERS) for package in packages}
 TAKE_NAMESPACE = ("training.build", "training.run", "data.splits", "arguments", "flags", "runtime.command_line")
-FOLDERS = ("utils", "_policy_gradient", "_normal", "benchmarks", "experiments")
+FOLDERS = ("utils", "_policy_gradient", "_normal", "benchmarks", "experiments", "figures")
 FILES = [path for folder in FOLDERS for path in sorted((ROOT / folder).rglob("*.py"))]
 TREES = {".".join(path.relative_to(ROOT).with_suffix("").parts): ast.parse(path.read_text()) for path in FILES}
 MODULES = [name for name in TREES if not name.endswith("__init__")]

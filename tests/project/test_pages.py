@@ -1,4 +1,4 @@
-"""What the pages say: commands that are parsed, links that lead somewhere, and lists that are those of the code."""
+"""All pages: commands that are parsed, links that lead somewhere."""
 
 import argparse
 import importlib
@@ -9,8 +9,6 @@ import pytest
 
 from tests.conftest import ROOT
 from tests.helpers.markdown import anchors, command_lines, faults
-from tests.helpers.parsing import PARSERS, declared, is_test
-from utils import arguments
 
 README = (ROOT / "README.md").read_text()
 OWN = ("_normal", "_policy_gradient", "utils", "benchmarks", "experiments")  # packages whose commands are parsed
@@ -22,27 +20,6 @@ PAGES = sorted(
     if not top.name.startswith(".")
     for path in ([top] if top.is_file() else top.rglob("*"))
     if path.suffix == ".md" and not set(path.relative_to(ROOT).parts) & set(NOT_PAGES)
-)
-
-
-def section(page, heading):
-    """The text under a heading, up to the next one of its level."""
-    return page.split(f"\n## {heading}\n")[1].split("\n## ")[0]
-
-
-def flags_in(text):
-    return set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]*", text))
-
-
-# All flags of torchvision's references/classification/train.py.
-TORCHVISION = {"-b", "-j"} | flags_in(
-    "--data-path --model --device --batch-size --epochs --workers --opt --lr --momentum --wd --weight-decay "
-    "--norm-weight-decay --bias-weight-decay --transformer-embedding-decay --label-smoothing --mixup-alpha "
-    "--cutmix-alpha --lr-scheduler --lr-warmup-epochs --lr-warmup-method --lr-warmup-decay --lr-step-size --lr-gamma "
-    "--lr-min --print-freq --output-dir --resume --start-epoch --cache-dataset --sync-bn --test-only --auto-augment "
-    "--ra-magnitude --augmix-severity --random-erase --amp --world-size --dist-url --model-ema --model-ema-steps "
-    "--model-ema-decay --use-deterministic-algorithms --interpolation --val-resize-size --val-crop-size "
-    "--train-crop-size --clip-grad-norm --ra-sampler --ra-reps --weights --backend --use-v2"
 )
 
 
@@ -95,9 +72,11 @@ def commands_of(page):
     for folder, words in command_lines(page, ROOT):
         own = [word for word in words if word not in ("...", "&")]
         for index, word in enumerate(own):
-            if word == "-m" and own[index + 1].split(".")[0] in OWN:
-                yield own[index + 1], own[index + 2 :]
-            elif word.endswith(".py"):
+            if word == "-m":
+                if own[index + 1].split(".")[0] in OWN:
+                    yield own[index + 1], own[index + 2 :]
+                break
+            if word.endswith(".py"):
                 file = (folder / word).relative_to(ROOT).with_suffix("")
                 yield ".".join(file.parts), own[index + 1 :]
                 break  # what follows are its arguments
@@ -144,45 +123,6 @@ def test_every_shell_script_and_make_target_of_the_pages_exists(name):
             assert words[1] in targets
         if words[:1] == ["bash"]:
             assert (folder / words[1]).is_file()
-
-
-def test_each_promise_names_a_test_that_exists():
-    named = re.findall(r"`(test_\w+\.py)(?:::(test_\w+))?`", section(README, "What it promises"))
-    assert len(named) >= 12
-    for file, function in named:
-        assert is_test(file, function), (file, function)
-
-
-def test_the_messages_of_the_troubleshooting_are_those_of_the_code():
-    foreign = ("DataLoader worker is killed by signal: ", "Address already in use", "ChildFailedError")
-    sources = [path.read_text() for folder in OWN for path in (ROOT / folder).rglob("*.py")]
-    code = re.sub(r'"\s*\n\s*f?"', "", "\n".join(sources))  # strings over several lines, joined
-    rows = re.findall(r"^\| ([^|]*)\|", section((ROOT / "RECIPES.md").read_text(), "Troubleshooting"), re.MULTILINE)
-    messages = [message for row in rows for message in re.findall(r"\*([^*]+)\*", row)]
-    assert len(messages) >= 8
-    assert [message for message in messages if not message.startswith(foreign) and message not in code] == []
-
-
-def test_every_flag_stands_in_the_table():
-    table = section(README, "Flags")
-    for name in declared():
-        assert f"--{name.replace('_', '-')}" in table.replace("`", " "), name
-
-
-def test_the_flags_of_torchvision_that_are_absent_are_listed():
-    for parser in PARSERS.values():
-        ours = {option for action in parser._actions for option in action.option_strings}
-        absent = {flag for flag in TORCHVISION if flag not in ours}
-        assert absent == flags_in(section(README, "Flags").split("Not there:")[1].split("\n\n")[0])
-
-
-def test_what_a_resumed_run_takes_from_its_file_is_listed():
-    text = section(README, "Files of a run").split("**Resuming.**")[1]
-    listed = {begin: flags_in(text.split(begin)[1].split(".")[0]) for begin in ("Never taken from it:", "given again:")}
-    expected = arguments.OF_EACH_START - {"resume"}
-    assert listed["Never taken from it:"] == {arguments.flag(name) for name in expected}
-    expected = arguments.FREE_ON_RESUME - arguments.OF_EACH_START - {"finetune"}  # refused with --resume
-    assert listed["given again:"] == {arguments.flag(name) for name in expected}
 
 
 def test_the_citation_is_the_entry_that_the_authors_ask_for():

@@ -1,8 +1,10 @@
-"""The lists of packages: what is imported is named, and what is named is pinned."""
+"""requirements.txt and the extras of pyproject.toml name every imported package; constraints.txt pins them."""
 
 import ast
 import re
 import sys
+import tomllib
+from collections.abc import Iterable
 from functools import cache
 from importlib.metadata import packages_distributions
 
@@ -13,15 +15,28 @@ from packaging.utils import canonicalize_name
 from tests.conftest import ROOT
 
 OPTIONAL = {"tensorboard", "onnx", "onnxruntime", "onnxscript"}  # imported by the code, listed for development only
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 CODE = ("_normal", "_policy_gradient", "benchmarks", "experiments", "figures", "utils")
 NOT_THIRD_PARTY = {*CODE, "tests", "conftest", *sys.stdlib_module_names}
 
 
+def by_name(lines: Iterable[str]) -> dict[str, Requirement]:
+    return {canonicalize_name(requirement.name): requirement for requirement in map(Requirement, lines)}
+
+
 def named_in(file: str) -> dict[str, Requirement]:
-    """The requirements of a file, by name, without those of the files that it includes."""
+    """The requirements of a file, by name."""
     lines = [line.partition("#")[0].strip() for line in (ROOT / file).read_text().splitlines()]
-    found = [Requirement(line) for line in lines if line and not line.startswith("-")]
-    return {canonicalize_name(requirement.name): requirement for requirement in found}
+    return by_name(filter(None, lines))
+
+
+def extra(name: str) -> dict[str, Requirement]:
+    """The requirements of an extra, by name, with those of the extras that it names."""
+    found = by_name(PROJECT["optional-dependencies"][name])
+    if own := found.pop(PROJECT["name"], None):
+        for other in own.extras:
+            found |= extra(other)
+    return found
 
 
 @cache
@@ -49,11 +64,12 @@ def test_every_package_that_the_code_imports_is_named(folder):
 
 
 def test_every_package_that_the_tests_import_is_named():
-    assert imported_by("tests") <= named_in("requirements.txt").keys() | named_in("requirements-dev.txt").keys()
+    assert imported_by("tests") <= named_in("requirements.txt").keys() | extra("dev").keys()
 
 
 def test_optional_packages_are_installed_for_development_only():
-    assert named_in("requirements-dev.txt").keys() >= OPTIONAL
+    assert extra("tensorboard").keys() | extra("onnx").keys() == OPTIONAL
+    assert extra("dev").keys() >= OPTIONAL
     assert not named_in("requirements.txt").keys() & OPTIONAL
 
 
@@ -62,10 +78,9 @@ def test_every_requirement_has_a_lower_bound():
         assert {bound.operator for bound in requirement.specifier} == {">="}, requirement
 
 
-@pytest.mark.parametrize("file", ["requirements.txt", "requirements-dev.txt"])
-def test_every_requirement_is_pinned_within_its_bounds(file):
+def test_every_requirement_is_pinned_within_its_bounds():
     pins = named_in("constraints.txt")
-    for name, requirement in named_in(file).items():
+    for name, requirement in (named_in("requirements.txt") | extra("dev")).items():
         (pin,) = pins[name].specifier
         assert pin.operator == "=="
         assert requirement.specifier.contains(pin.version), requirement

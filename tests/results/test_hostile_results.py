@@ -138,7 +138,7 @@ def test_the_best_epoch_has_a_finite_f1(tmp_path):
         lines = [{"epoch": 0, "val_f1": 0.25}, {"epoch": 1, "val_f1": value}, {"epoch": 2}]
         (folder / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
         page = report.page([run_folder.read_run_folder(folder)]).decode()
-        assert "highest macro F1 0.2500 after epoch 0." in " ".join(page.split())
+        assert "Highest macro F1 on val: 0.250, after epoch 0." in " ".join(page.split())
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from tests.helpers.exports import run_export
 from tests.helpers.ranks import run_ranks
 from utils import plots, report
 from utils.results.metrics import outcome_metrics
-from utils.results.run_folder import read_run_folder, read_tested
+from utils.results.run_folder import describe_tested, read_run_folder, read_tested
 from utils.runtime.errors import UserError
 
 
@@ -159,16 +159,16 @@ def test_reports_and_plots_of_a_split_without_a_class(lacking, trained, tmp_path
     evaluation = run.evaluations["clean"]
     measured = outcome_metrics(evaluation.outcome)
     assert {name: evaluation.metrics[name] for name in measured} == pytest.approx(measured, rel=1e-5)
-    intervals = report.with_intervals(evaluation)
     for name in ("precision", "recall", "f1"):
-        lower, upper = intervals[name]["interval"]
+        lower, upper = run.tested["intervals"]["clean"][name]
         assert lower <= evaluation.metrics[name] <= upper
-    assert read_tested(tmp_path / "run", "clean")[1].endswith("model_0.pth, without images of 1 of 3 classes")
+    _, tested = read_tested(tmp_path / "run", "clean")
+    assert describe_tested(tested, "clean").endswith("model_0.pth, without images of 1 of 3 classes")
     report.main([str(tmp_path / "run")])
     assert "without images of 1 of 3 classes" in (tmp_path / "run" / "report.html").read_text()
     for picture in ("confusion", "recall"):
         plots.main([picture, str(tmp_path / "run")])
-        assert (tmp_path / "run" / "plots" / f"{picture}.png").stat().st_size > 1000
+        assert (tmp_path / "run" / "plots" / f"{picture}_test.png").stat().st_size > 1000
 
 
 def test_the_policy_script_and_its_gallery_cope_with_a_missing_class(lacking, tmp_path):
@@ -187,7 +187,7 @@ def test_a_model_card_counts_the_absent_classes(lacking, trained, tmp_path):
     weights = shutil.copy(trained / "model_0.pth", tmp_path)
     evaluate(Path(weights), lacking, tmp_path)
     card = (run_export(Path(weights), tmp_path / "out") / "README.md").read_text()
-    assert "AUROC is one-vs-one. Classes without images in this split, which count in no average: 1.\n\n| loss" in card
+    assert " No average includes the 1 class without images in this split.\n\n| metric" in card
 
 
 def test_fine_tuning_onto_names_of_another_unicode_form_is_explained(tmp_path, capsys):
@@ -214,6 +214,8 @@ def test_two_processes_give_the_same_as_one(lacking, trained, tmp_path):
     two = json.loads((tmp_path / "two" / "metrics.json").read_text())
     assert two["absent_classes"] == one["absent_classes"] == ["bright"]
     assert two["metrics"]["clean"] == pytest.approx(one["metrics"]["clean"], abs=1e-6)
+    for name, interval in one["intervals"]["clean"].items():
+        assert two["intervals"]["clean"][name] == pytest.approx(interval, abs=1e-6)
     assert (tmp_path / "two" / "per_class.csv").read_bytes() == (tmp_path / "one" / "per_class.csv").read_bytes()
     assert np.array_equal(
         *(read_run_folder(tmp_path / name).evaluations["clean"].outcome.targets for name in ("one", "two"))

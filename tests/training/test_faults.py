@@ -59,7 +59,7 @@ def assert_equals(whole: Whole, folder: Path) -> None:
     tally = Tally()
     tally.compare(whole.folder, folder)
     assert tally.differences == []
-    assert tally.files == EPOCHS + 3  # weights of each epoch and of the best, checkpoint, log
+    assert tally.files == EPOCHS + 2  # weights of each epoch, checkpoint, log
     assert status_of(folder)["status"] == "finished"
 
 
@@ -109,11 +109,14 @@ def test_torchrun_brings_all_back_after_a_rank_was_killed(whole, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
-def test_a_signal_to_torchrun_saves_a_checkpoint_within_the_epoch(whole, tmp_path, number):
+@pytest.mark.parametrize(
+    ("number", "options"),
+    [(signal.SIGTERM, []), (signal.SIGHUP, []), (signal.SIGUSR1, ["--signals-to-handle=SIGTERM,SIGINT,SIGUSR1"])],
+)
+def test_a_signal_to_torchrun_saves_a_checkpoint_within_the_epoch(whole, tmp_path, number, options):
     folder = tmp_path / "run"
     command = soak.command(whole.data, folder, 2, *AGAIN, "--workers", 1)
-    life = TorchrunLife(command, tmp_path / "torchrun.txt")
+    life = TorchrunLife(command, tmp_path / "torchrun.txt", *options)
     try:
         assert watch(life, folder, Aim(steps=STEPS + 2)), life.output.read_text()
         os.kill(life.process.pid, number)
@@ -182,7 +185,7 @@ def test_a_full_disk_is_reported_before_the_first_step(image_folder, tmp_path, c
 
 @pytest.mark.slow
 def test_a_disk_that_fills_up_harms_no_checkpoint(image_folder, tmp_path, capsys, monkeypatch):
-    """The writes of 2 epochs of 4 steps: checkpoint, checkpoint, weights, best weights, checkpoint, checkpoint, ..."""
+    """The writes of 2 epochs of 4 steps: checkpoint, checkpoint, weights, checkpoint, checkpoint, ..."""
 
     def arguments(folder: Path, *flags: object) -> list[str]:
         paths = ("--data-path", image_folder, "--output-dir", folder)
@@ -199,7 +202,7 @@ def test_a_disk_that_fills_up_harms_no_checkpoint(image_folder, tmp_path, capsys
 
     whole = tmp_path / "whole"
     policy_gradient.main(arguments(whole))
-    for write, position in ((3, (0, 4)), (6, (1, 0))):
+    for write, position in ((3, (0, 4)), (5, (1, 0))):
         part = tmp_path / f"write_{write}"
         with monkeypatch.context() as patch:
             patch.setattr(checkpoint, "save", fill_up_at(write))

@@ -1,6 +1,9 @@
 """Weights and models from the hub and from folders: built and loaded by timm, without network where possible."""
 
+import http.server
 import json
+import threading
+import time
 from pathlib import Path
 
 import huggingface_hub
@@ -17,7 +20,7 @@ from tests.helpers.states import assert_equal_states
 from utils import arguments, export, predict
 from utils.checkpoints.checkpoint import read_weights
 from utils.runtime.errors import UserError
-from utils.training import start
+from utils.training import model_sources, start
 from utils.training.model_sources import plain_name
 from utils.training.models import create_classifier
 
@@ -127,6 +130,62 @@ def test_without_network_the_error_names_what_is_needed(hub_cache):
     assert "also a resumed one and --test-only" in message
     assert "local-dir:FOLDER" in message
     assert "\n" not in message
+
+
+class SlowHub(http.server.SimpleHTTPRequestHandler):
+    """Serves the folder `net` in its working folder as the repository org/net; answers the first request late."""
+
+    def do_HEAD(self):
+        if self.path == "/":
+            time.sleep(0.5)
+        super().do_HEAD()
+
+    def translate_path(self, path):
+        return super().translate_path(path.replace("/org/net/resolve/main/", "/net/"))
+
+    def end_headers(self):
+        self.send_header("X-Repo-Commit", "0" * 40)
+        self.send_header("ETag", f'"{Path(self.path).name}"')
+        super().end_headers()
+
+    def log_message(self, *_):
+        pass
+
+
+def test_a_slow_hub_is_used(hub_cache, tmp_path, monkeypatch):
+    source = write_source(tmp_path / "net")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(model_sources, "PATIENCE", 0.1)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), SlowHub) as server:
+        address = f"http://127.0.0.1:{server.server_port}"
+        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", address)
+        monkeypatch.setattr(
+            huggingface_hub.constants,
+            "HUGGINGFACE_CO_URL_TEMPLATE",
+            address + "/{repo_id}/resolve/{revision}/{filename}",
+        )
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        try:
+            assert model_sources.hub_problem() is None
+            model = create_classifier("hf-hub:org/net", 3, 32, weights="default")
+        finally:
+            server.shutdown()
+    assert_equal_states(body(model), body(source))
+
+
+@pytest.mark.parametrize("name", ["hf-hub:org/absent", "test_resnet"])
+def test_a_hub_out_of_reach_is_tried_once(hub_cache, monkeypatch, name):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr(time, "sleep", lambda seconds: pytest.fail(f"waits {seconds} s"))
+    with pytest.raises(
+        UserError, match=r"\(http://127.0.0.1:9 cannot be reached \(.*Connection refused\), and the file"
+    ):
+        create_classifier(name, 3, 32, weights="default" if name.startswith("hf-hub:") else "r160_in1k")
+    assert not huggingface_hub.constants.HF_HUB_OFFLINE
+    put_in_cache(hub_cache, "timm/test_resnet.r160_in1k", classes=1000)
+    create_classifier("test_resnet", 3, 32, weights="r160_in1k")
 
 
 @pytest.mark.parametrize(

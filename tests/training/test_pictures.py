@@ -19,7 +19,7 @@ from utils.results.log import read_log, write_log
 from utils.training.evaluation import Predictions
 from utils.training.monitor import Monitor
 
-PICTURES = {"curves.png", "confusion.png", "recall.png"}
+PICTURES = {"curves.png", "confusion_val.png", "recall_val.png"}
 OF_POLICY = PICTURES | {"health.png"}
 
 
@@ -32,7 +32,7 @@ def coarse(monkeypatch):
     """Small pictures, which take less time."""
     number_files_from_zero(monkeypatch)
     monkeypatch.setattr(figures, "DOTS_PER_INCH", 30)
-    monkeypatch.setattr(curves, "CURVES", CURVES[:1])
+    monkeypatch.setattr(curves, "CURVES", CURVES[1:2])
     monkeypatch.setattr(curves, "HEALTH", HEALTH[:1])
     monkeypatch.setattr(gallery, "MOST_CLASSES", 1)
 
@@ -113,12 +113,25 @@ def test_pictures_come_every_so_many_epochs_and_at_the_end(image_folder, tmp_pat
     assert [len(args[0]["run"]) for args in drawn[::3]] == [2, 3]  # epochs in the log
     of_curves, confusion, recall = drawn[3:]
     assert of_curves == ({"run": log},)
-    targets, predictions, classes, what = confusion
+    targets, predictions, classes, what, note = confusion
+    assert note == ""  # not a heated model
     assert what == "val, after epoch 2"
     assert recall == confusion
     assert classes == ["bright", "dark", "striped"]
     assert np.array_equal(targets, np.arange(3).repeat(7))
     assert (targets == predictions).mean() == pytest.approx(log[-1]["val_top1"])
+
+
+def test_pictures_of_a_run_with_masks_say_that_the_model_is_heated(tmp_path, monkeypatch):
+    notes = []
+    draw = class_plots.confusion_matrix
+    monkeypatch.setattr(class_plots, "confusion_matrix", lambda *args: notes.append(args[-1]) or draw(*args))
+    monitor = pictures(tmp_path, tensorboard=False)
+    monitor.draw_gallery = lambda epochs_done: 1 / 0
+    line = {"epoch": 0, "train_loss": 1.0, "val_f1": 0.5}
+    write_log(tmp_path, [line])
+    monitor.show(Predictions(torch.eye(2), torch.tensor([0, 1]), torch.arange(2)), line)
+    assert notes == ["Heated model: pretrained on masked images, not yet fine-tuned; it is no final classifier."]
 
 
 def test_a_picture_that_fails_is_named_and_ends_nothing(tmp_path, monkeypatch, capsys):
@@ -133,7 +146,7 @@ def test_a_picture_that_fails_is_named_and_ends_nothing(tmp_path, monkeypatch, c
         "warning: plots/curves.png could not be written ([Errno 28] No space left on device); the training continues."
         in said
     )
-    assert "warning: plots/recall.png could not be written (division by zero); the training continues." in said
+    assert "warning: plots/recall_val.png could not be written (division by zero); the training continues." in said
     assert said.count("warning:") == 3
 
 

@@ -23,7 +23,7 @@ def evaluate_only(script, *flags, data):
 def test_a_pretraining_leaves_the_files_it_promises(train):
     folder = train(policy_gradient, "--epochs", 2)
     expected = {"checkpoint.pth", "checkpoint_prev.pth", "log.jsonl", "run.json", "status.json"}
-    expected |= {"model_0.pth", "model_1.pth", "model_best.pth"}
+    expected |= {"model_0.pth", "model_1.pth"}
     assert {path.name for path in folder.iterdir()} == expected
     state = torch.load(folder / "checkpoint.pth", weights_only=True)
     assert (state["epoch"], state["step"], state["script"]) == (2, 0, "_policy_gradient")
@@ -39,9 +39,29 @@ def test_a_pretraining_leaves_the_files_it_promises(train):
     assert "val_auroc" in lines[1]
     assert "val_auroc" not in lines[0]
     assert state["best_f1"] == max(line["val_f1"] for line in lines)
+
+
+@pytest.mark.parametrize(("script", "flags"), [(normal, ()), (policy_gradient, ("--mask-policy", "none"))])
+def test_the_best_model_is_that_of_the_epoch_with_the_highest_macro_f1(script, flags, train, capsys):
+    folder = train(script, *flags, "--epochs", 2)
+    lines = read_log(folder)
     best = torch.load(folder / "model_best.pth", weights_only=True)["model"]
     of_best_epoch = torch.load(folder / f"model_{int(lines[1]['val_f1'] > lines[0]['val_f1'])}.pth", weights_only=True)
     assert all(torch.equal(best[key], value) for key, value in of_best_epoch["model"].items())
+    output = capsys.readouterr().out
+    assert (
+        f"Best macro F1 on val: {max(line['val_f1'] for line in lines):.4f}, in {folder / 'model_best.pth'}" in output
+    )
+    assert "(best)" in output
+
+
+def test_a_pretraining_on_masked_images_chooses_no_best_model(train, capsys):
+    """It would be chosen on clean images, which the classifier has not been trained on."""
+    folder = train(policy_gradient, "--epochs", 1, "--mask-policy", "uniform")
+    assert not (folder / "model_best.pth").exists()
+    output = capsys.readouterr().out
+    assert "(best)" not in output
+    assert "Average the weights of the last epochs" in output
 
 
 def test_the_published_loss_is_about_log_cells_times_the_cross_entropy(train):
@@ -131,7 +151,7 @@ def test_test_only_repeats_the_last_validation(train, image_folder, capsys):
     line = read_log(folder)[0]
     evaluate_only(policy_gradient, "--resume", folder / "checkpoint.pth", data=image_folder)
     found = json.loads((folder / "metrics.json").read_text())
-    assert (found["split"], found["images"]) == ("val", 21)
+    assert (found["split"], found["images"], found["heated"]) == ("val", 21, True)
     for name, value in found["metrics"]["clean"].items():
         assert value == pytest.approx(line[f"val_{name}"], rel=1e-6, abs=1e-6)
     assert found["metrics"]["masked"]["loss"] != found["metrics"]["clean"]["loss"]
@@ -154,6 +174,7 @@ def test_test_only_repeats_the_last_validation(train, image_folder, capsys):
     flags = ("--finetune", folder / "model_0.pth", "--output-dir", folder / "plain")
     evaluate_only(normal, *flags, data=image_folder)
     again = json.loads((folder / "plain" / "metrics.json").read_text())
+    assert again["heated"]
     assert again["metrics"]["clean"] == pytest.approx(found["metrics"]["clean"], rel=1e-6, abs=1e-6)
     evaluate_only(policy_gradient, "--resume", folder / "model_0.pth", "--split", "test", data=image_folder)
     assert "holds no policy" in capsys.readouterr().out

@@ -14,6 +14,7 @@ import numpy as np
 from utils.arguments import check_limits
 from utils.audit import outputs
 from utils.audit.duplicates import CORRELATION, RECALL
+from utils.audit.findings import findings
 from utils.audit.images import measure_all
 from utils.audit.report import as_text, sections
 from utils.audit.rule import take_census
@@ -21,7 +22,7 @@ from utils.data.folders import LAYOUT, SPLITS, ImageFiles, find_classes
 from utils.flags import fraction, natural, non_negative_float
 from utils.runtime.command_line import Parser, expanded
 from utils.runtime.errors import UserError
-from utils.runtime.files import check_absent, write_atomically
+from utils.runtime.files import check_absent, make_parent, write_atomically
 from utils.runtime.processes import run_script
 from utils.runtime.text import print_line
 
@@ -51,9 +52,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         )
     heading = f"{root}: {len(census.records)} images in {len(census.classes)} classes"
     content = sections(census, search if options.exact else f"{search} {RECALL}")
-    text = as_text(heading, content)
+    found = findings(census)
+    text = as_text(heading, found, content)
     write_atomically(output / "report.txt", text.encode())
-    write_atomically(output / "report.html", outputs.page(heading, content, census, options.upper_8_bits))
+    write_atomically(output / "report.html", outputs.page(heading, found, content, census, options.upper_8_bits))
     write_atomically(output / "images.csv", outputs.images_csv(census))
     write_atomically(output / "duplicates.csv", outputs.duplicates_csv(census))
     print(text)
@@ -110,8 +112,7 @@ def _check_output(root: Path, output: Path, list_path: Path | None, files: list[
         if files[0].root == root and root.name not in SPLITS:
             raise UserError(f"--exclude-list: {root} has no folder {', '.join(SPLITS)} for the training to read.")
         check_absent(list_path, overwrite and not list_path.is_dir(), "--exclude-list")
-        if not list_path.parent.is_dir() and list_path.parent != output:
-            raise UserError(f"{list_path.parent}: no such folder.")
+        make_parent(list_path, "--exclude-list")
     try:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:

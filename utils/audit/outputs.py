@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from utils.audit.report import Section, kept_sentences
+from utils.audit.findings import Finding
+from utils.audit.report import BLANK, NONE, Section, kept_sentences
 from utils.audit.rule import REASONS, STAYS, Census, evaluated_split
 from utils.data.images import read_image
 from utils.results.templates import data_uri, render
@@ -15,6 +16,7 @@ from utils.runtime.errors import UserError
 from utils.runtime.text import csv_table, printable
 
 SHOWN_GROUPS, SHOWN_IMAGES, SHOWN_BLANK = 40, 8, 16  # with thumbnails
+OPEN_GROUPS = 5  # before the disclosure of the others
 SIDE = 120  # pixels of a thumbnail
 
 RULE = """\
@@ -98,15 +100,18 @@ def exclude_list(census: Census, search: str) -> bytes:
     return "".join(parts).encode(errors="surrogateescape")
 
 
-def page(heading: str, content: list[Section], census: Census, upper_8_bits: bool) -> bytes:
-    """report.html: the sections, and thumbnails of the worst groups and of blank images."""
+def page(heading: str, found: list[Finding], content: list[Section], census: Census, upper_8_bits: bool) -> bytes:
+    """report.html: the findings, thumbnails of the worst groups and of blank images, and the sections."""
     return render(
         "audit.html",
         heading=printable(heading),
-        sections=[_printable(section) for section in content],
+        findings=[finding._replace(sentence=printable(finding.sentence)) for finding in found],
+        sections=[_printable(section) for section in content if section.title != BLANK and section.sentences != NONE],
         groups=[_shown_group(census, number, upper_8_bits) for number in range(len(census.groups))[:SHOWN_GROUPS]],
         all_groups=len(census.groups),
+        open_groups=OPEN_GROUPS,
         blank=[_thumbnail(census, index, upper_8_bits) for index in np.flatnonzero(census.blank)[:SHOWN_BLANK]],
+        all_blank=int(census.blank.sum()),
     )
 
 

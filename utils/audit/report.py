@@ -6,12 +6,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from utils.audit.findings import Finding, leaks
 from utils.audit.rule import REASONS, Census
 from utils.data.folders import LAYOUT
 from utils.runtime.text import explain_forms, list_names, printable
 
 SHOWN_NAMES = 20
 UNREADABLE = "No image can be read."
+BLANK, NONE = "Blank images", ["None."]
 
 
 class Section(NamedTuple):
@@ -45,7 +47,7 @@ def sections(census: Census, search: str) -> list[Section]:
         _duplicates(census, search),
         _left_out(census),
         _named("Unreadable files", census, ~census.readable()),
-        _named("Blank images", census, census.blank),
+        _named(BLANK, census, census.blank),
     ]
 
 
@@ -166,18 +168,10 @@ def _duplicates(census: Census, search: str) -> Section:
 
 
 def _leaks(census: Census) -> list[str]:
-    """For each pair of splits, the number of images of the later one that share a group with the earlier one."""
-    sentences = []
-    for later, name in enumerate(census.splits):
-        in_later = census.split == later
-        for earlier in range(later):
-            groups = np.unique(census.group[census.split == earlier])
-            leaked = (in_later & np.isin(census.group, groups[groups >= 0])).sum()
-            share = leaked / in_later.sum()
-            sentences.append(
-                f"{leaked} images of {name} ({share:.2%}) share a group with one of {census.splits[earlier]}."
-            )
-    return sentences
+    return [
+        f"{number} images of {later} ({share:.2%}) share a group with one of {earlier}."
+        for later, earlier, number, share in leaks(census)
+    ]
 
 
 def _left_out(census: Census) -> Section:
@@ -210,7 +204,7 @@ def _named(title: str, census: Census, mask: np.ndarray) -> Section:
     """The first images of a mask (N,), and the errors of unreadable ones."""
     indices = np.flatnonzero(mask).tolist()
     if not indices:
-        return Section(title, ["None."])
+        return Section(title, NONE)
     more = [f"The first {SHOWN_NAMES} of {len(indices)}; images.csv has all."] if len(indices) > SHOWN_NAMES else []
     rows = []
     for index in indices[:SHOWN_NAMES]:
@@ -219,9 +213,9 @@ def _named(title: str, census: Census, mask: np.ndarray) -> Section:
     return Section(title, more, ["image", "reason"][: len(rows[0])], rows)
 
 
-def as_text(heading: str, content: list[Section]) -> str:
-    """The report for a terminal: aligned columns, without control characters."""
-    lines = [heading]
+def as_text(heading: str, found: list[Finding], content: list[Section]) -> str:
+    """The report for a terminal: findings, then sections with aligned columns, without control characters."""
+    lines = [heading, "", "Findings", *(f"  {severity}: {sentence}" for severity, sentence in found)]
     for section in content:
         lines += ["", section.title, *(f"  {sentence}" for sentence in section.sentences)]
         table = [[printable(str(cell)) for cell in row] for row in (section.head, *section.rows) if row]

@@ -149,14 +149,16 @@ def _read_safetensors(path: Path) -> dict[str, Any]:
     return {"model": tensors} | {name: entries.get(name) for name in ("format_version", "classes", "args")}
 
 
-def read_checkpoint(path: str | Path, script: str) -> dict[str, Any]:
-    """The full state that `script` (a folder name) saved. Raises UserError for any other file."""
+def read_checkpoint(path: str | Path, script: str, advice: str | None = None) -> dict[str, Any]:
+    """The full state that `script` (a folder name) saved. Raises UserError for any other file.
+
+    advice: what to give instead of another file; None: what to do with it in a training.
+    """
     state = read(path)
     if "format_version" not in state or "optimizers" not in state:
-        raise UserError(
-            f"{path}: holds weights but no full training state, so a run cannot resume from it; "
-            f"use {CHECKPOINT}, or start from these weights with _normal/train.py --finetune."
-        )
+        problem = f"{path}: holds weights but no full training state"
+        use = f"use {CHECKPOINT}, or start from these weights with _normal/train.py --finetune"
+        raise UserError(f"{problem}; {advice}." if advice else f"{problem}, so a run cannot resume from it; {use}.")
     verify.check_types(path, state, script=str)
     version = state["format_version"]
     verify.require(path, "format_version", type(version) is int and version >= 1, "a number of 1 or more")
@@ -165,10 +167,9 @@ def read_checkpoint(path: str | Path, script: str) -> dict[str, Any]:
             f"{path}: written by a newer version (format {version}, known up to {FORMAT_VERSION}); update this code."
         )
     if state["script"] != script:
-        raise NotDamaged(
-            f"{path}: is a checkpoint of {state['script']}/train.py, and this is {script}/train.py; "
-            "to continue from its weights use _normal/train.py --finetune."
-        )
+        problem = f"{path}: is a checkpoint of {state['script']}/train.py"
+        use = "to continue from its weights use _normal/train.py --finetune"
+        raise NotDamaged(f"{problem}; {advice}." if advice else f"{problem}, and this is {script}/train.py; {use}.")
     verify.check_full_state(path, state)
     return state
 
@@ -184,6 +185,11 @@ class Weights(NamedTuple):
     full_state: bool  # whether the file is a checkpoint.pth, with optimisers
     averaged: bool | None  # whether these are the file's moving average; None if it holds none
     notes: list[str]  # sentences on the choice among several state dicts
+
+    @property
+    def is_heated(self) -> bool:
+        """Whether the file says that the classifier was trained on masked images."""
+        return self.args.get("grid") is not None and self.args.get("mask_policy", "learned") != "none"
 
 
 def read_weights(path: str | Path, use_ema: bool | None = None) -> Weights:

@@ -7,21 +7,35 @@ from typing import Any, NamedTuple
 from huggingface_hub import ModelCardData
 
 from utils import arguments
+from utils.checkpoints.checkpoint import BEST
 from utils.data.folders import SPLITS
 from utils.flags import shared_parser
 from utils.inference.classifier import Classifier
-from utils.results.metrics import METRIC_NAMES, Metrics
+from utils.results.metrics import LEVEL, METRIC_NAMES, METRIC_TITLES, Intervals, Metrics
+from utils.results.provenance import RUN
+from utils.results.run_folder import METRICS_FILE
 from utils.results.templates import render_markdown
-from utils.runtime.reading import read_json
+from utils.results.validation import is_origin, is_tested, read_checked
+from utils.runtime.text import count
 
 
 class Measured(NamedTuple):
     """Results of --test-only with exactly these weights, on clean images."""
 
     split: str
+    root: Path | None  # folder of the split; None if an older version wrote metrics.json
     images: int
     absent: int  # number of classes without images in the split
     metrics: Metrics
+    intervals: Intervals
+
+
+class Trained(NamedTuple):
+    """How the weights were trained, according to run.json."""
+
+    root: Path  # folder of the training images
+    images: int
+    starts: list[dict[str, Any]]  # as `provenance.describe` returns them
 
 
 def read_measured(weights: Path, averaged: bool | None = None) -> Measured | None:
@@ -30,18 +44,35 @@ def read_measured(weights: Path, averaged: bool | None = None) -> Measured | Non
     averaged: as in `checkpoint.Weights`; the results must be of the same choice. A metrics.json with anything that
     --test-only does not write is ignored.
     """
-    path = weights.parent / "metrics.json"
+    path = weights.parent / METRICS_FILE
+    content = read_checked(path, is_tested)
     try:
-        if path.stat().st_mtime_ns < weights.stat().st_mtime_ns:
+        if not content or path.stat().st_mtime_ns < weights.stat().st_mtime_ns:
             return None
-        content = read_json(path)
         metrics = {name: content["metrics"]["clean"][name] for name in METRIC_NAMES}
-        measured = Measured(content["split"], content["images"], len(content.get("absent_classes", [])), metrics)
+        intervals = content.get("intervals", {}).get("clean", {})
+        root = Path(content["root"]) if "root" in content else None
+        absent = len(content.get("absent_classes", []))
+        measured = Measured(content["split"], root, content["images"], absent, metrics, intervals)
         is_valid = measured.split in SPLITS and type(measured.images) is int and all(map(_is_metric, metrics.values()))
         is_same = content.get("averaged") is averaged and _names(content["weights"], weights)
         return measured if is_valid and is_same else None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, KeyError):
         return None
+
+
+def read_trained(weights: Path, classes: list[str], heated: bool) -> Trained | None:
+    """The training in the run.json next to the weights, if it is one of these classes and of the right script.
+
+    None otherwise: the weights may have been copied to the folder of another run.
+    """
+    content = read_checked(weights.parent / RUN, is_origin)
+    if not content or not content["starts"] or "train" not in content["data"]:
+        return None
+    data, script = content["data"]["train"], "_policy_gradient/" if heated else ""
+    if sorted(data["images"]) != sorted(classes) or not content["starts"][0]["command"].startswith(script):
+        return None
+    return Trained(Path(data["root"]), sum(data["images"].values()), content["starts"])
 
 
 def _names(written: str, weights: Path) -> bool:
@@ -75,7 +106,9 @@ def model_card(
     with_onnx: bool,
 ) -> bytes:
     """The card as UTF-8. training_args: those to publish; img_size: pixels, for models built for one image size."""
-    args, weights = classifier.args, classifier.weights
+    args, weights, path = classifier.args, classifier.weights, Path(classifier.weights.path)
+    measured = read_measured(path, weights.averaged)
+    trained = read_trained(path, classifier.classes, classifier.is_heated)
     return render_markdown(
         "model_card.md",
         front_matter=_front_matter(license_name),
@@ -85,12 +118,55 @@ def model_card(
         args=args,
         architecture=args.model.split(".")[0],
         heated=classifier.is_heated,
+        averaged=weights.averaged,
         recipe=recipe_flags(training_args),
-        measured=read_measured(Path(weights.path), weights.averaged),
+        started_from=training_args.get("finetune"),
+        weights_tag=training_args.get("weights"),
+        starts=_describe_starts(trained.starts, training_args.get("batch_size")) if trained else [],
+        train_images=count(trained.images, "image") if trained else "images",
+        evaluation=_describe_evaluation(measured, trained, path) if measured else "",
+        metrics=_metric_rows(measured) if measured else [],
+        level=f"{LEVEL:.0%}",
         license_name=license_name,
         img_size=img_size,
         with_onnx=with_onnx,
     )
+
+
+def _describe_starts(starts: list[dict[str, Any]], batch_size: Any) -> list[str]:
+    """The processes, hardware, versions and commit of each start of a training that differs from the others."""
+    described = []
+    for start in starts:
+        parts = [f"{count(start['processes'], 'process')} on {start['device']}"]
+        if isinstance(batch_size, int):
+            parts.append(f"global batch {start['processes'] * batch_size:,}")
+        parts += [f"{package} {version}" for package, version in start["versions"].items()]
+        described.append(", ".join([*parts, f"commit {start.get('commit') or 'unknown'}"]))
+    return list(dict.fromkeys(described))
+
+
+def _describe_evaluation(measured: Measured, trained: Trained | None, weights: Path) -> str:
+    """Sentences on what the metrics were measured on."""
+    which = f"a `{measured.split}` split; whether the data set is that of the training is not recorded"
+    if trained is not None and measured.root is not None and measured.root.parent == trained.root.parent:
+        which = f"the `{measured.split}` split of the same data set"
+    images = count(measured.images, "image")
+    sentences = [f"Measured with these weights by `--test-only`, without masks, on {images} of {which}."]
+    if weights.name == BEST and measured.split == "val":
+        sentences.append("The epoch was chosen by its results on this split, so the values are optimistic.")
+    if measured.absent:
+        sentences.append(f"No average includes the {count(measured.absent, 'class')} without images in this split.")
+    return " ".join(sentences)
+
+
+def _metric_rows(measured: Measured) -> list[tuple[str, str, str]]:
+    """Title, value and interval of each metric, as texts."""
+    rows = []
+    for name, title in METRIC_TITLES.items():
+        value, interval = measured.metrics[name], measured.intervals.get(name)
+        shown = "undefined" if value is None else f"{value:.4f}"
+        rows.append((title, shown, f"{interval[0]:.4f} to {interval[1]:.4f}" if interval else ""))
+    return rows
 
 
 def _front_matter(license_name: str) -> str:

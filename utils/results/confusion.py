@@ -1,50 +1,60 @@
 """Figures of the predictions for a split: confusion matrix, and the recall of each class."""
 
 import math
+import textwrap
 from collections.abc import Sequence
 
 import matplotlib
 import numpy as np
-from matplotlib.colors import PowerNorm
+from matplotlib.colors import ListedColormap, PowerNorm
 from matplotlib.figure import Figure
 
-from utils.results.figures import COLOURS, as_text, shorten
+from utils.results.figures import COLOURS, FAINT, as_text, shorten
 
 MOST_CLASSES_WITH_NUMBERS = 16  # with more classes, cells are too small for numbers
 BAR_ROOM = 0.4  # inches from the matrix to the right edge of its colour bar
 BEHIND = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}  # the box behind a number that a line may cross
+LONGEST_LINE = 60  # characters of a line of the title's note
 SHARES = (0, 0.01, 0.05, 0.1, 0.2, 0.4, 0.6, 0.8, 1)  # ticks of the colour bar
+# The darkest colour is for the largest share; the lightest can be told from the white of an empty cell.
+SHADES = ListedColormap(matplotlib.colormaps["YlGnBu"](np.linspace(0.12, 1, 256)))
+HEATED = "Heated model: pretrained on masked images, not yet fine-tuned; it is no final classifier."
 
 
 def confusion_matrix(
-    targets: Sequence[int], predictions: Sequence[int], classes: Sequence[str], what: str = ""
+    targets: Sequence[int], predictions: Sequence[int], classes: Sequence[str], what: str = "", note: str = ""
 ) -> Figure:
-    """Confusion matrix with rows that sum to 1; rows of classes without images are grey.
+    """Confusion matrix with rows that sum to 1. Cells without images are empty; rows of classes without images grey.
 
-    targets, predictions: (N,) class indices; what: split and weights, for the title. The colour scale is that of the
-    square root, which makes small shares visible.
+    targets, predictions: (N,) class indices; what: split and weights, for the title; note: a sentence below it. The
+    colour scale is that of the square root, which makes small shares visible.
     """
     counts = count_pairs(targets, predictions, len(classes))
     images = counts.sum(axis=1)
-    shares = np.divide(counts, images[:, None], where=images[:, None] > 0, out=np.full(counts.shape, np.nan))
+    shares = np.divide(counts, images[:, None], where=counts > 0, out=np.full(counts.shape, np.nan))
     many = len(classes) > MOST_CLASSES_WITH_NUMBERS
     names, size = [shorten(name) for name in classes], _label_size(len(classes))
     side = max(2.5, (0.14 if many else 0.5) * len(classes))  # inches
     figure = Figure(figsize=(side + BAR_ROOM, side))  # the matrix and its bar; the names around widen the picture
     axes = figure.add_axes((0, 0, side / (side + BAR_ROOM), 1))
-    colours = matplotlib.colormaps["cividis"].with_extremes(bad="0.75")
-    picture = axes.imshow(shares.astype(np.float32), colours, PowerNorm(0.5, 0, 1), interpolation="none")
+    picture = axes.imshow(shares.astype(np.float32), SHADES, PowerNorm(0.5, 0, 1), interpolation="none")
+    for row in np.flatnonzero(images == 0):
+        axes.axhspan(row - 0.5, row + 0.5, color=FAINT, linewidth=0)
     axes.set_xticks(range(len(classes)), names, rotation=90, fontsize=size)
     rows = [f"{name} ({number})" for name, number in zip(names, images, strict=True)]
     axes.set_yticks(range(len(classes)), rows, fontsize=size)
+    for axis in (axes.xaxis, axes.yaxis):  # lines between the cells
+        axis.set_ticks(np.arange(0.5, len(classes) - 1), minor=True)
+    axes.grid(which="minor", color=FAINT, linewidth=0.4 if many else 0.8)
+    axes.tick_params(which="minor", length=0)
     axes.set_xlabel("predicted class")
     axes.set_ylabel("true class (images)")
-    axes.set_title(_title("Confusion", images.sum(), what))
+    axes.set_title(_title("Confusion", images.sum(), what, note))
     if not many:
         for row, column in np.argwhere(counts > 0):
             share = shares[row, column]
             text = f"{share:.2f}".removeprefix("0")
-            axes.text(column, row, text, ha="center", va="center", fontsize=8, color="k" if share > 0.35 else "w")
+            axes.text(column, row, text, ha="center", va="center", fontsize=8, color="w" if share > 0.35 else "k")
     bar_axes = figure.add_axes(
         ((side + 0.2) / (side + BAR_ROOM), 0.5 - 1.2 / side, 0.18 / (side + BAR_ROOM), 2.4 / side)
     )
@@ -61,11 +71,11 @@ def count_pairs(targets: Sequence[int], predictions: Sequence[int], classes: int
 
 
 def per_class_recall(
-    targets: Sequence[int], predictions: Sequence[int], classes: Sequence[str], what: str = ""
+    targets: Sequence[int], predictions: Sequence[int], classes: Sequence[str], what: str = "", note: str = ""
 ) -> Figure:
     """Bars of the recall of each class with its number of images, the best on top; classes without images last.
 
-    targets, predictions: (N,) class indices; what: split and weights, for the title.
+    targets, predictions: (N,) class indices; what: split and weights, for the title; note: a sentence below it.
     """
     counts = count_pairs(targets, predictions, len(classes))
     images, right = counts.sum(axis=1), counts.diagonal()
@@ -88,15 +98,19 @@ def per_class_recall(
     axes.set_xticks(np.linspace(0, 1, 6))
     axes.set_xlabel("recall: share of the class's images that were recognised")
     axes.set_ylabel("class (images)")
-    axes.set_title(_title("Recall of each class", images.sum(), what), pad=26)
+    axes.set_title(_title("Recall of each class", images.sum(), what, note), pad=26)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(loc="lower left", bbox_to_anchor=(0, 1), frameon=False)
     return figure
 
 
-def _title(quantity: str, images: int, what: str) -> str:
-    """what: split and weights, for the second line."""
-    return f"{quantity}, {images} images" + (f"\n{as_text(what)}" if what else "")
+def _title(quantity: str, images: int, what: str, note: str) -> str:
+    lines = [
+        f"{quantity}, {images} images",
+        as_text(what),
+        "\n".join(textwrap.wrap(note, LONGEST_LINE, break_on_hyphens=False)),
+    ]
+    return "\n".join(filter(None, lines))
 
 
 def _label_size(classes: int) -> float:

@@ -1,96 +1,118 @@
-"""The mask gallery, drawn from plain arrays: a row per image, a column per step from the image to the masked image."""
+"""The mask gallery, drawn from plain arrays: a block per stage of training, with a row per image."""
 
-import itertools
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import matplotlib
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 
 from utils.results.figures import INK, as_text, in_lines
 
-SIDE, GAP, STAGE_GAP = 1.25, 0.08, 0.3  # inches: a picture, the space between two, and between two stages
-SCALES = {  # labels of the colour bars by kind of picture; images have none
-    "means": r"means of the cells, $\alpha$ / ($\alpha$ + $\beta$)",
-    "cells": "sampled cells",
-    "mask": "smooth mask",
-}
+SIDE, GAP = 1.6, 0.08  # inches: a picture, and the space between two
+HEAD, ROOM = 0.75, 0.3  # inches: above a block for its headings, and between two blocks
+NAME_WIDTH = 14  # characters per line of an image's name
 
 
 class Column(NamedTuple):
-    """A column of the gallery. stage: the heading above neighbouring columns; kind: "image", or a key of SCALES."""
+    """A column: the field of Row that it shows, its heading, and its colours; None for images in their own colours."""
 
-    stage: str
-    title: str
-    kind: str
+    field: str
+    heading: str
+    colours: str | None
+    scale: str = ""  # label of the colour bar
+    tick: str = "{:.2f}"
+    least: float = 0.01  # least distance from the middle of the scale to its ends
+
+
+COLUMNS = (
+    Column("image", "image", None),
+    Column("prior", "prior's means", "cividis", r"$\alpha$ / ($\alpha$ + $\beta$)"),
+    Column("difference", "image's means\n$-$ prior's means", "PuOr", "difference", "{:+.3f}", 0.001),
+    Column("mask", "sampled mask", "cividis", "mask"),
+    Column("masked", r"image $\times$ mask", None),
+)
 
 
 class Row(NamedTuple):
-    """An image's row. pictures: float arrays, one per column: images (S, S, 3) and means and cells (G, G) in [0, 1],
-    and masks (S, S).
+    """The pictures of an image, or only the prior's: float arrays.
+
+    image, masked: (S, S, 3) in [0, 1]; mask: (S, S). prior: means of the running prior's cells, (G, G); difference: the
+    means of the image's own cells minus the prior's, (G, G).
     """
 
     name: str
-    pictures: Sequence[np.ndarray]
+    prior: np.ndarray
+    image: np.ndarray | None = None
+    difference: np.ndarray | None = None
+    mask: np.ndarray | None = None
+    masked: np.ndarray | None = None
 
 
-def draw_gallery(columns: Sequence[Column], rows: Sequence[Row], title: str, mask_middle: float = 0.5) -> Figure:
-    """Draw the gallery. Pictures of one kind share a colour scale: 0 to 1 for cells, else symmetric about a middle.
+def draw_gallery(blocks: dict[str, Sequence[Row]], title: str, mask_middle: float = 0.5) -> Figure:
+    """Draw the gallery. blocks: the rows by stage of training.
 
-    mask_middle: the middle of the masks' range; for the means it is 0.5. Masks and means differ so little from the
-    middle that they would use only a tenth of a scale from 0 to 1.
+    The pictures of a column share a colour scale, symmetric about a middle: 0.5 for means, 0 for differences, and
+    mask_middle, the middle of the masks' range. They differ so little from it that they would use only a small part of
+    the whole range.
     """
-    norms = {}
-    for kind in SCALES:
-        if any(column.kind == kind for column in columns):
-            norms[kind] = _norm(kind, columns, rows, mask_middle if kind == "mask" else 0.5)
-    lefts = [0.0]  # the left edge of each column, inches
-    for previous, column in itertools.pairwise(columns):
-        lefts.append(lefts[-1] + SIDE + (GAP if column.stage == previous.stage else STAGE_GAP))
-    width, height = lefts[-1] + SIDE, len(rows) * (SIDE + GAP)
+    width = len(COLUMNS) * (SIDE + GAP) - GAP
+    height = sum(HEAD + len(rows) * (SIDE + GAP) for rows in blocks.values()) + (len(blocks) - 1) * ROOM
     figure = Figure(figsize=(width, height))  # the pictures; the labels around them widen the figure
-    for number, row in enumerate(rows):
-        bottom = height - (number + 1) * (SIDE + GAP)
-        for left, column, picture in zip(lefts, columns, row.pictures, strict=True):
-            axes = figure.add_axes((left / width, bottom / height, SIDE / width, SIDE / height))
-            if column.kind == "image":
-                axes.imshow(picture.clip(0, 1))
-            else:
-                axes.imshow(picture, "cividis", norms[column.kind], interpolation="nearest")
-            axes.set_xticks([])
-            axes.set_yticks([])
-            if number == 0:
-                axes.set_title(column.title, fontsize=8.5, color=INK)
-        figure.axes[-len(columns)].set_ylabel(in_lines(row.name, 16), fontsize=8, rotation=0, ha="right", va="center")
-    for stage in dict.fromkeys(column.stage for column in columns):
-        places = [left for left, column in zip(lefts, columns, strict=True) if column.stage == stage]
-        centre = (places[0] + places[-1] + SIDE) / 2
-        figure.text(centre / width, 1 + 0.38 / height, stage, ha="center", weight="bold", color=INK)
-    figure.text(0.5, 1 + 0.7 / height, as_text(title), ha="center", fontsize=12, color=INK)
+    every_row = [row for rows in blocks.values() for row in rows]
+    norms = [_norm(column, every_row, mask_middle) for column in COLUMNS]
+    top = height
+    for stage, rows in blocks.items():
+        figure.text(0, (top - 0.2) / height, stage, weight="bold", fontsize=11, color=INK)
+        top -= HEAD
+        for number, row in enumerate(rows):
+            top -= SIDE + GAP
+            for place, (column, norm) in enumerate(zip(COLUMNS, norms, strict=True)):
+                picture = getattr(row, column.field)
+                if picture is not None:
+                    left = place * (SIDE + GAP)
+                    axes = figure.add_axes((left / width, top / height, SIDE / width, SIDE / height))
+                    _draw_picture(axes, picture, column, norm)
+                    if number == 0:
+                        axes.set_title(column.heading, fontsize=10, color=INK)
+                    if place == 0:
+                        name = in_lines(row.name, NAME_WIDTH)
+                        axes.set_ylabel(name, fontsize=9, rotation=0, ha="right", va="center")
+        top -= ROOM
+    figure.text(0, 1 + 0.2 / height, as_text(title), fontsize=12, color=INK)
     _draw_bars(figure, norms, width, height)
     return figure
 
 
-def _norm(kind: str, columns: Sequence[Column], rows: Sequence[Row], middle: float) -> Normalize:
-    if kind == "cells":
-        return Normalize(0, 1)
-    reach = 0.01
-    for row in rows:
-        for column, picture in zip(columns, row.pictures, strict=True):
-            if column.kind == kind:
-                reach = max(reach, float(np.abs(picture - middle).max()))
+def _draw_picture(axes: Axes, picture: np.ndarray, column: Column, norm: Normalize | None) -> None:
+    if norm is None:
+        axes.imshow(picture.clip(0, 1))
+    else:
+        axes.imshow(picture, column.colours, norm, interpolation="nearest")
+    axes.set_xticks([])
+    axes.set_yticks([])
+
+
+def _norm(column: Column, rows: Sequence[Row], mask_middle: float) -> Normalize | None:
+    if column.colours is None:
+        return None
+    middle = {"prior": 0.5, "difference": 0.0, "mask": mask_middle}[column.field]
+    pictures = [getattr(row, column.field) for row in rows]
+    reaches = [float(np.abs(picture - middle).max()) for picture in pictures if picture is not None]
+    reach = max([column.least, *reaches])
     return Normalize(middle - reach, middle + reach)
 
 
-def _draw_bars(figure: Figure, norms: dict[str, Normalize], width: float, height: float) -> None:
-    """One colour bar per kind of picture, side by side below the gallery."""
-    length, between = 2.0, 0.8  # inches
-    for number, (kind, norm) in enumerate(norms.items()):
-        left = number * (length + between)
-        axes = figure.add_axes((left / width, -0.3 / height, length / width, 0.12 / height))
-        colours = matplotlib.cm.ScalarMappable(norm, "cividis")
-        bar = figure.colorbar(colours, cax=axes, orientation="horizontal", label=SCALES[kind])
-        ticks = (norm.vmin, (norm.vmin + norm.vmax) / 2, norm.vmax)
-        bar.set_ticks(ticks, labels=[f"{value:.2f}" for value in ticks])
+def _draw_bars(figure: Figure, norms: Sequence[Normalize | None], width: float, height: float) -> None:
+    """A colour bar below each column that has a scale."""
+    for place, (column, norm) in enumerate(zip(COLUMNS, norms, strict=True)):
+        if norm is not None:
+            left = place * (SIDE + GAP) + 0.15 * SIDE
+            axes = figure.add_axes((left / width, -0.2 / height, 0.7 * SIDE / width, 0.12 / height))
+            colours = matplotlib.cm.ScalarMappable(norm, column.colours)
+            bar = figure.colorbar(colours, cax=axes, orientation="horizontal", label=column.scale)
+            ticks = (norm.vmin, (norm.vmin + norm.vmax) / 2, norm.vmax)
+            labels = [column.tick.format(value) if value else "0" for value in ticks]
+            bar.set_ticks(ticks, labels=[label.replace("-", "\N{MINUS SIGN}") for label in labels], size=8)

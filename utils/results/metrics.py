@@ -13,6 +13,7 @@ from torch import Tensor
 from utils.runtime.text import as_cell, csv_line
 
 Metrics = dict[str, float | None]
+Intervals = dict[str, tuple[float, float] | None]  # lower and upper bound of each metric; None where undefined
 METRIC_NAMES = ("loss", "top1", "top5", "precision", "recall", "f1", "balanced_accuracy", "auroc")
 METRIC_TITLES = {
     "top1": "Top-1 accuracy",
@@ -24,7 +25,7 @@ METRIC_TITLES = {
     "auroc": "AUROC",
     "loss": "Cross-entropy",
 }
-LEVEL = 0.95  # of confidence intervals
+LEVEL, RESAMPLES = 0.95, 1000  # of confidence intervals
 
 
 class Outcome(NamedTuple):
@@ -176,6 +177,13 @@ def table_as_csv(rows: list[dict[str, str | int | float | None]]) -> bytes:
 # Metrics of predicted classes, quick enough for a bootstrap
 
 
+def outcome_of(logits: Tensor, targets: Tensor) -> Outcome:
+    """The outcome of a split. logits: (N, C), targets: (N,) int64, on the CPU."""
+    losses = -logits.double().log_softmax(1).gather(1, targets[:, None]).squeeze(1)
+    ranks = true_ranks(logits, targets)
+    return Outcome(targets.numpy(), logits.argmax(1).numpy(), ranks.numpy(), losses.numpy(), logits.shape[1])
+
+
 def count_classes(
     targets: np.ndarray, predictions: np.ndarray, weights: np.ndarray | None, classes: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -227,16 +235,21 @@ def outcome_metrics(outcome: Outcome, weights: np.ndarray | None = None) -> dict
     }
 
 
-def bootstrap_intervals(outcome: Outcome, resamples: int = 1000, seed: int = 0) -> dict[str, tuple[float, float]]:
+def bootstrap_intervals(outcome: Outcome, resamples: int = RESAMPLES, seed: int = 0) -> Intervals:
     """95 % percentile intervals of `outcome_metrics` over `resamples` draws of N images with replacement (Efron 1979).
 
-    They cover the choice of test images only, not the spread between training runs.
+    None for a loss that is not finite. They cover the choice of test images only, not the spread between training runs.
+    1000 resamples of 100,000 images of 165 classes take 3 s on one CPU core.
     """
     generator = np.random.default_rng(seed)
     n = len(outcome.targets)
-    values = []
-    for _ in range(resamples):
-        weights = np.bincount(generator.integers(n, size=n), minlength=n)
-        values.append(list(outcome_metrics(outcome, weights).values()))
-    lower, upper = np.quantile(values, [(1 - LEVEL) / 2, (1 + LEVEL) / 2], axis=0)  # (metrics,) each
-    return dict(zip(outcome_metrics(outcome), zip(lower.tolist(), upper.tolist(), strict=True), strict=True))
+    values, tail = [], (1 - LEVEL) / 2
+    with np.errstate(invalid="ignore"):  # infinite losses
+        for _ in range(resamples):
+            weights = np.bincount(generator.integers(n, size=n), minlength=n)
+            values.append(list(outcome_metrics(outcome, weights).values()))
+        bounds = np.quantile(values, [tail, 1 - tail], axis=0).T.tolist()  # (metrics, 2)
+    return {
+        name: tuple(pair) if np.isfinite(pair).all() else None
+        for name, pair in zip(outcome_metrics(outcome), bounds, strict=True)
+    }

@@ -2,6 +2,7 @@
 
 import os
 import platform
+import re
 import shlex
 import subprocess
 import sys
@@ -24,6 +25,11 @@ from utils.runtime.files import write_json
 from utils.runtime.progress import Position, say
 
 RUN = "run.json"
+# Flags of a training that neither affect it nor tell runs apart.
+NOT_COMPARED = {
+    "--seed", "--output-dir", "--resume", "-j", "--workers", "--print-freq", "--plot-every", "--checkpoint-steps",
+    "--tensorboard", "--no-tensorboard", "--timeout",
+}  # fmt: skip
 
 
 def describe(script: str, argv: Sequence[str] | None, device: torch.device) -> dict[str, Any]:
@@ -96,3 +102,35 @@ def read_starts(folder: Path) -> list[dict[str, Any]]:
     if content is None:
         say(f"{folder / RUN}: cannot be read and is ignored.")
     return content["starts"] if content else []
+
+
+def same_but_seed(folders: Sequence[str]) -> list[list[str]]:
+    """Groups of two or more runs that were started with the same flags and different seeds, according to run.json."""
+    seeds_by_flags: dict[tuple, dict[str, str]] = {}
+    for folder in folders:
+        if found := _seed_and_flags(Path(folder)):
+            seeds_by_flags.setdefault(found[1], {})[folder] = found[0]
+    return [list(seeds) for seeds in seeds_by_flags.values() if len(seeds) == len(set(seeds.values())) > 1]
+
+
+def _seed_and_flags(folder: Path) -> tuple[str, tuple[str, ...]] | None:
+    """The seed of a run's first start, and the script and flags to compare; None without a valid run.json.
+
+    A --finetune file in a folder that is named after the seed counts as the same file.
+    """
+    content = read_checked(folder / RUN, has_starts)
+    try:
+        script, *words = shlex.split(content["starts"][0]["command"])
+    except (TypeError, LookupError, ValueError):
+        return None
+    flags: list[list[str]] = []
+    for word in words:
+        if re.match("-[-a-z]", word):
+            flags.append(word.split("=", 1))
+        elif flags:
+            flags[-1].append(word)
+    seed = next((values[0] for name, *values in flags if name == "--seed" and values), "0")
+    for flag in flags:
+        if flag[0] == "--finetune":
+            flag[1:] = [re.sub(rf"(?<!\d){re.escape(seed)}(?!\d)", "SEED", value) for value in flag[1:]]
+    return seed, (script, *sorted(" ".join(flag) for flag in flags if flag[0] not in NOT_COMPARED))

@@ -14,7 +14,18 @@ from torch import Tensor
 from utils.checkpoints.checkpoint import BEST
 from utils.data.folders import ImageFiles
 from utils.results.log import LOG, read_log
-from utils.results.metrics import Metrics, Outcome, format_metrics, per_class_table, prediction_table, table_as_csv
+from utils.results.metrics import (
+    LEVEL,
+    RESAMPLES,
+    Metrics,
+    Outcome,
+    bootstrap_intervals,
+    format_metrics,
+    outcome_of,
+    per_class_table,
+    prediction_table,
+    table_as_csv,
+)
 from utils.results.provenance import RUN
 from utils.results.validation import is_origin, is_status, is_tested, read_checked
 from utils.runtime.errors import UserError
@@ -63,6 +74,7 @@ def write_test_results(
     split: str,
     weights: str,
     averaged: bool | None = None,
+    heated: bool = False,
     origin: dict[str, Any],
 ) -> None:
     """Print the results of --test-only, and write metrics.json and two tables for each result. Only on rank 0.
@@ -70,11 +82,15 @@ def write_test_results(
     results: (predictions, metrics) by name, "clean" first. Predictions are logits (N, C) float32, targets (N,) and
     indices in the split (N,), int64, on the CPU. The tables are per_class.csv and predictions.csv, for another name
     per_class_<name>.csv and predictions_<name>.csv. files: the images of the split. averaged: whether the weights are
-    the moving average of a file that holds one; None: it holds none. origin: from `provenance.describe`.
-    Raises UserError if a file cannot be written, or a table of an earlier evaluation cannot be removed.
+    the moving average of a file that holds one; None: it holds none. heated: whether they were trained on masked
+    images. origin: from `provenance.describe`. metrics.json is removed first and written last, so that it never
+    describes tables of another evaluation. Raises UserError if a file cannot be written, or one of an earlier
+    evaluation cannot be removed.
     """
+    _remove(output_dir / METRICS_FILE)
     if "masked" not in results:
-        _remove_tables(output_dir, "masked")
+        _remove(output_dir / "per_class_masked.csv")
+        _remove(output_dir / "predictions_masked.csv")
     for name, ((logits, targets, indices), metrics) in results.items():
         suffix = "" if name == "clean" else f"_{name}"
         rows = per_class_table(logits, targets, files.classes)
@@ -97,24 +113,27 @@ def write_test_results(
         )
     summary = {
         "split": split,
+        "root": str(files.root),
         "images": len(targets),
         "weights": weights,
         "averaged": averaged,
+        "heated": heated,
         "classes": len(files.classes),
         "absent_classes": absent,
         "metrics": {name: metrics for name, (_, metrics) in results.items()},
+        "intervals": {name: bootstrap_intervals(outcome_of(*found[:2])) for name, (found, _) in results.items()},
+        "bootstrap": {"level": LEVEL, "resamples": RESAMPLES, "seed": 0},
         "origin": origin,
     }
     write_json(output_dir / METRICS_FILE, summary)
 
 
-def _remove_tables(output_dir: Path, name: str) -> None:
-    """Remove the tables of an earlier evaluation; next to the new ones they would look like part of them."""
-    for path in (output_dir / f"per_class_{name}.csv", output_dir / f"predictions_{name}.csv"):
-        try:
-            path.unlink(missing_ok=True)
-        except OSError as error:
-            raise UserError(f"{path}: left by an earlier evaluation, cannot be removed ({error.strerror}).") from None
+def _remove(path: Path) -> None:
+    """Remove a file of an earlier evaluation; next to the new ones it would look like one of them."""
+    try:
+        path.unlink(missing_ok=True)
+    except OSError as error:
+        raise UserError(f"{path}: left by an earlier evaluation, cannot be removed ({error.strerror}).") from None
 
 
 def read_run_folder(folder: Path) -> RunFolder:
@@ -152,12 +171,16 @@ def describe_tested(tested: dict[str, Any], name: str) -> str:
     return f"{tested['split']}, {RESULT_TITLES.get(name, name)}, weights {weights}{which}{chosen}{lacking}"
 
 
-def read_tested(folder: Path, name: str) -> tuple[Evaluation, str]:
-    """A result of --test-only and its title, "" without a valid metrics.json. Raises UserError if there is none."""
-    tested = read_checked(folder / METRICS_FILE, is_tested)
-    if tested and name not in tested["metrics"]:
-        raise UserError(f"{folder / METRICS_FILE}: holds no result {RESULT_TITLES[name]}; run --test-only again.")
-    return read_evaluation(folder, name), describe_tested(tested, name) if tested else ""
+def read_tested(folder: Path, name: str) -> tuple[Evaluation, dict[str, Any]]:
+    """A result of --test-only and metrics.json, which says of which split. Raises UserError if one is missing."""
+    path = folder / METRICS_FILE
+    tested = read_checked(path, is_tested)
+    if not tested:
+        problem = "does not hold what --test-only writes there" if tested is None else "no such file"
+        raise UserError(f"{path}: {problem}; run --test-only with --output-dir {folder}.")
+    if name not in tested["metrics"]:
+        raise UserError(f"{path}: holds no result {RESULT_TITLES[name]}; run --test-only again.")
+    return read_evaluation(folder, name), tested
 
 
 def read_evaluation(folder: Path, name: str = "clean", metrics: Metrics | None = None) -> Evaluation:

@@ -39,6 +39,7 @@ def _environment(html: bool) -> Environment:
         keep_trailing_newline=not html,
     )
     environment.filters["code"] = code_span
+    environment.filters["three_digits"] = three_digits
     return environment
 
 
@@ -46,6 +47,15 @@ def code_span(text: str) -> str:
     """Any text as a Markdown code span on one line, which nothing in the text can end."""
     shown = printable(text)
     return f"`` {shown.replace('``', '` `')} ``" if "`" in shown else f"`{shown}`"
+
+
+def three_digits(value: Any) -> str:
+    """A number with three significant digits, such as "0.0312", "1.00" and "5,312"; a dash for anything else."""
+    if type(value) not in (int, float):
+        return "\N{EN DASH}"
+    if value == 0:
+        return "0"
+    return f"{value:,.0f}" if 100 <= abs(value) < 1e6 else f"{value:#.3g}"
 
 
 def data_uri(content: bytes, media_type: str = "image/png") -> str:

@@ -6,6 +6,7 @@ from pathlib import Path
 from types import NoneType
 from typing import Any
 
+from utils.data.folders import SPLITS
 from utils.runtime.reading import read_json
 
 
@@ -57,17 +58,25 @@ def is_status(content: dict[str, Any]) -> bool:
 
 
 def is_tested(content: dict[str, Any]) -> bool:
-    """Whether this is the content of metrics.json; older versions wrote no origin."""
+    """Whether this is the content of metrics.json; older versions wrote no origin, root or intervals."""
     values = [value for metrics in content["metrics"].values() for value in metrics.values()]
     return (
         all(value is None or type(value) in (int, float) for value in values)
         and all(re.fullmatch("[a-z_]+", name) for name in content["metrics"])  # part of the tables' file names
         and all(isinstance(content[name], str) for name in ("split", "weights"))
+        and isinstance(content.get("root", ""), str)
         and isinstance(content.get("absent_classes", []), list)
         and isinstance(content.get("classes", 0), int)
         and content.get("averaged") in (True, False, None)
+        and content.get("heated") in (True, False, None)
+        and content["split"] in SPLITS
         and ("origin" not in content or is_start(content["origin"]))
+        and all(_is_interval(value) for values in content.get("intervals", {}).values() for value in values.values())
     )
+
+
+def _is_interval(value: Any) -> bool:
+    return value is None or (len(value) == 2 and all(type(bound) in (int, float) for bound in value))
 
 
 def _is_count(value: Any) -> bool:

@@ -45,6 +45,14 @@ def check_absent(path: Path, overwrite: bool, flag: str = "--output") -> None:
         raise UserError(f"{path}: already exists; give another {flag}, or --overwrite.")
 
 
+def make_parent(path: Path, flag: str = "--output") -> None:
+    """Create the folder of an output file. Raises UserError if the file system refuses."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{path.parent}: cannot be created ({error.strerror}); give another {flag}.") from None
+
+
 @contextmanager
 def opened_atomically(path: Path) -> Iterator[TextIO]:
     """A text file (UTF-8) to write line by line, which appears under its name when the block ends without an error.

@@ -60,6 +60,23 @@ def list_names(names: Collection[str], shown: int = 5) -> str:
     return text if len(names) <= shown else f"{text} and {len(names) - shown} more"
 
 
+def count(number: int, noun: str) -> str:
+    """Such as "1 image", "2,000 images" and "3 classes"."""
+    plural = f"{noun}es" if noun.endswith("s") else f"{noun}s"
+    return f"{number:,} {noun if number == 1 else plural}"
+
+
+def describe_seconds(seconds: float) -> str:
+    """A duration in its two largest units, such as "45 s", "2 h 10 min" and "3 days 4 h"."""
+    minutes, seconds = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    days, hours = divmod(hours, 24)
+    parts = ((days, "day" if days == 1 else "days"), (hours, "h"), (minutes, "min"), (seconds, "s"))
+    first = next((place for place, (number, _) in enumerate(parts) if number), 3)
+    shown = [f"{number} {unit}" for number, unit in parts[first : first + 2] if number]
+    return " ".join(shown) or "0 s"
+
+
 def canonical(name: str) -> str:
     """The name in Unicode's composed form (NFC), in which names that look the same are equal."""
     return unicodedata.normalize("NFC", name)

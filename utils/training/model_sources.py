@@ -2,13 +2,18 @@
 
 import os
 import reprlib
+import ssl
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
+from urllib.error import HTTPError, URLError
+from urllib.request import Request, urlopen
 
 import huggingface_hub
 import timm
+from huggingface_hub import constants as hub_constants
+from huggingface_hub.errors import LocalEntryNotFoundError
 from huggingface_hub.utils import logging as hub_logging
 from timm.models._hub import load_model_config_from_hf, load_model_config_from_path
 
@@ -17,6 +22,7 @@ from utils.runtime.errors import UserError, first_line
 
 HUB = ("hf-hub:", "hf_hub:")
 FOLDER = "local-dir:"
+PATIENCE = 3.0  # seconds to connect to an address of the hub
 OWN_WEIGHTS = "default"  # value of --weights that selects the weights in the repository or folder
 
 
@@ -47,9 +53,9 @@ def read_source(name: str, flag: str = "--model") -> Source:
     Raises UserError, naming `flag`, if it cannot be read or does not name an architecture of timm.
     """
     try:
-        with quiet_hub():
-            timm_name = _cached(name)
-            location = timm_name.partition(":")[2]
+        timm_name = _cached(name)
+        location = timm_name.partition(":")[2]
+        with hub_client(timm_name):
             read = load_model_config_from_path if timm_name.startswith(FOLDER) else load_model_config_from_hf
             config, architecture, model_args = read(location)
         source = Source(timm_name, architecture, dict(model_args or {}), dict(config))
@@ -94,16 +100,47 @@ def _advice(name: str) -> str:
 
 
 @contextmanager
-def quiet_hub() -> Iterator[None]:
-    """Silence the hub client's warnings about each attempt, and allow unpickling of plain weights only."""
+def hub_client(name: str = "") -> Iterator[None]:
+    """Settings for timm's reading of a model `name` from the hub or a folder.
+
+    Silences the warnings about each attempt, and allows unpickling of plain weights only. If the hub cannot be reached,
+    its client looks only into its cache: otherwise it repeats a request for 23 s, and timm makes two for a tag. Raises
+    ConnectionError for a file that is not in the cache then.
+    """
+    problem = None if name.startswith(FOLDER) else hub_problem()
     verbosity, forced = hub_logging.get_verbosity(), os.environ.get("TORCH_FORCE_WEIGHTS_ONLY_LOAD")
+    offline = hub_constants.HF_HUB_OFFLINE
     hub_logging.set_verbosity_error()
+    hub_constants.HF_HUB_OFFLINE = problem is not None
     os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"  # timm may ask torch.load for more
     try:
         yield
+    except LocalEntryNotFoundError:
+        if problem is None:
+            raise
+        raise ConnectionError(f"{problem}, and the file is not in the hub's cache") from None
     finally:
         hub_logging.set_verbosity(verbosity)
+        hub_constants.HF_HUB_OFFLINE = offline
         if forced is None:
             del os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"]
         else:
             os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = forced
+
+
+def hub_problem() -> str | None:
+    """Why no connection to the hub can be made, from one attempt; None if it can. A slow hub or an error of it counts
+    as a connection: its client then repeats the request.
+    """
+    if hub_constants.HF_HUB_OFFLINE:
+        return "HF_HUB_OFFLINE is set"
+    try:
+        urlopen(Request(hub_constants.ENDPOINT, method="HEAD"), timeout=PATIENCE).close()
+    except (HTTPError, TimeoutError):  # an answer; connected, but no answer in time
+        return None
+    except URLError as error:
+        is_connected = isinstance(error.reason, ssl.SSLError)  # the hub's client may know other certificates
+        return None if is_connected else f"{hub_constants.ENDPOINT} cannot be reached ({first_line(error.reason)})"
+    except (OSError, ValueError):  # anything else is for the hub's client to report
+        return None
+    return None

@@ -11,7 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from utils.checkpoints.checkpoint import StateDict
 from utils.runtime.errors import UserError, first_line
-from utils.training.model_sources import OWN_WEIGHTS, is_source, quiet_hub, read_source
+from utils.training.model_sources import OWN_WEIGHTS, hub_client, is_source, read_source
 
 MOST_LISTED = 6
 
@@ -65,7 +65,7 @@ def _create_from_timm(name: str, num_classes: int, image_size: int, weights: str
     if weights not in tags:
         raise UserError(f"--weights {weights}: timm's tags for {architecture} are {', '.join(tags) or '(none)'}.")
     try:
-        with quiet_hub():
+        with hub_client():
             return timm.create_model(f"{architecture}.{weights}", pretrained=True, **settings)
     except Exception as error:  # the hub's client raises many kinds
         raise UserError(f"--weights {weights}: could not be fetched or loaded ({first_line(error)}).") from None
@@ -82,8 +82,9 @@ def _create_from_source(name: str, num_classes: int, image_size: int, weights: s
     if source.model_args.get("in_chans", 3) != 3:
         settings["in_chans"] = 3  # all images have three channels here
     try:
-        with quiet_hub():
-            return timm.create_model(source.name if weights is None else name, weights is not None, **settings)
+        used = source.name if weights is None else name
+        with hub_client(used):
+            return timm.create_model(used, weights is not None, **settings)
     except Exception as error:  # a config may ask for anything, and the hub's client raises many kinds
         problem = "cannot be built" if weights is None else "its weights cannot be fetched or loaded"
         raise UserError(f"{flag} {name}: {problem} for images of {image_size} pixels ({first_line(error)}).") from None

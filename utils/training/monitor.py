@@ -93,8 +93,10 @@ class Monitor:
             title = f"val, after epoch {epochs_done - 1}"
             targets, predicted = predictions.targets.numpy(), predictions.logits.argmax(1).numpy()
             self._draw("curves.png", curves.learning_curves, runs)
-            self._draw("confusion.png", confusion.confusion_matrix, targets, predicted, self.classes, title)
-            self._draw("recall.png", confusion.per_class_recall, targets, predicted, self.classes, title)
+            note = confusion.HEATED if self.draw_gallery is not None else ""
+            arguments = (targets, predicted, self.classes, title, note)
+            self._draw("confusion_val.png", confusion.confusion_matrix, *arguments)
+            self._draw("recall_val.png", confusion.per_class_recall, *arguments)
             if self.draw_gallery is not None:
                 self._draw("health.png", curves.policy_health, runs)
                 self._draw(f"masks_{epochs_done - 1}.png", self.draw_gallery, epochs_done=epochs_done)

@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from utils import arguments
-from utils.checkpoints.checkpoint import Weights
+from utils.checkpoints.checkpoint import BEST, Weights
 from utils.data import splits as data_splits
 from utils.data.batches import TrainingBatches
 from utils.data.dataset import BadImages
@@ -66,9 +66,16 @@ class Run:
     def finish(self, saver: Saver) -> None:
         """Print what the run came to."""
         self.bad_images.say_count()
-        averaged = " (of the moving average)" if self.args.model_ema else ""
-        best = f"best macro F1 on val {saver.best_f1:.4f}{averaged}"
-        progress.say(f"{self.args.epochs} epochs are done; {best}; the files are in {self.output_dir.resolve()}")
+        folder = self.output_dir.resolve()
+        progress.say(f"Training has finished; its files are in {folder}")
+        if saver.keep_best:
+            averaged = " (of the moving average)" if self.args.model_ema else ""
+            progress.say(f"Best macro F1 on val: {saver.best_f1:.4f}{averaged}, in {folder / BEST}")
+        else:
+            progress.say(
+                "The classifier was trained on masked images. Average the weights of the last epochs (python -m "
+                "utils.weight_averaging) and fine-tune the result (_normal/train.py --finetune)."
+            )
 
 
 class LoopSettings(NamedTuple):
@@ -194,6 +201,7 @@ def test(
             split=run.args.split,
             weights=run.weights.path,
             averaged=run.weights.averaged,
+            heated=run.weights.is_heated,
             origin=origin,
         )
     run.bad_images.say_count()
@@ -246,7 +254,8 @@ def use_cache_and_compile(run: Run, networks: Sequence[nn.Module]) -> None:
             compile_in_place(network, run.device)
 
 
-def build_saver(run: Run, training: Training) -> Saver:
+def build_saver(run: Run, training: Training, keep_best: bool = True) -> Saver:
+    """keep_best: write model_best.pth; see `Saver`."""
     origin = {
         "script": run.script,
         "classes": run.splits.classes,
@@ -262,6 +271,7 @@ def build_saver(run: Run, training: Training) -> Saver:
         best_f1=run.best_f1,
         checkpoint_steps=run.args.checkpoint_steps,
         timeout=run.args.timeout,
+        keep_best=keep_best,
     )
 
 

@@ -44,15 +44,18 @@ class Saver:
         best_f1: float,
         checkpoint_steps: int | None,
         timeout: float = TIMEOUT,
+        keep_best: bool = True,
     ) -> None:
         """origin: script, classes, images and arguments of the run, stored in its files unchanged.
 
-        timeout: the longest wait of a process, also for a batch, in seconds.
+        timeout: the longest wait of a process, also for a batch, in seconds. keep_best: write model_best.pth; not for
+        a classifier that trains on masked images, because `val` has clean ones.
         """
         self.batch_seconds = batch_seconds(timeout)
         self.output_dir, self.training, self.meters = output_dir, training, training.meters
         self.origin = origin
         self.position, self.best_f1, self.checkpoint_steps = start, best_f1, checkpoint_steps
+        self.keep_best = keep_best
         self.saved = start  # the position in status.json; up to date on rank 0 only
         self.stop = StopRequest()
 
@@ -143,7 +146,7 @@ class Saver:
             )
         decisive = "val_ema" if "val_ema" in results else "val"
         f1 = results[decisive]["f1"]
-        is_best, self.best_f1 = f1 > self.best_f1, max(f1, self.best_f1)
+        is_best, self.best_f1 = self.keep_best and f1 > self.best_f1, max(f1, self.best_f1)
         for name, metrics in results.items():
             best = "  (best)" if is_best and name == decisive else ""
             progress.say(f"epoch {epoch}, {name}: {format_metrics(metrics)}{best}")
