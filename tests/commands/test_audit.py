@@ -82,7 +82,8 @@ def test_planted_duplicates_are_found_and_nothing_else(audited):
     assert groups == GROUPS
     by_path = {row["path"]: row for row in rows}
     test, copy, jpeg = (by_path[path] for path in ("test/a/0.png", "train/a/of_test.bmp", "val/a/of_test.jpg"))
-    assert (test["distance"], copy["distance"]) == ("0", "0")
+    assert (test["correlation"], copy["correlation"]) == ("1.0000", "1.0000")
+    assert 0.98 <= float(jpeg["correlation"]) < 1
     assert test["pixels"] == copy["pixels"] != jpeg["pixels"]
 
 
@@ -233,7 +234,7 @@ def test_bad_input_is_one_sentence(planted, tmp_path):
     refuse(tmp_path / "hollow", "-o", out, match="train/dark: holds no image")
     refuse(planted, "-o", planted / "audit", match="audit: is inside the image folder")
     refuse(planted, "-o", planted, match="is inside the image folder")
-    refuse(planted, "-o", out, "--distance", 243, match="--distance 243: expected at most 242")
+    refuse(planted, "-o", out, "--correlation", 0.5, match="--correlation 0.5: expected a number from 0.8 to 1")
     (tmp_path / "list").write_text("mine")
     refuse(planted, "-o", out, "--exclude-list", tmp_path / "list" / "new", match="list: cannot be created")
     refuse(planted, "-o", out, "--exclude-list", tmp_path / "list", match="list: already exists; give another --excl")

@@ -1,17 +1,15 @@
-"""What the audit measures of an image, and the search for near-duplicates."""
+"""What the audit measures of an image."""
 
 import io
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, ImageEnhance
+from scipy.fft import idctn
 
 from tests.helpers.audits import picture, put
-from utils.audit.__main__ import DISTANCE
-from utils.audit.duplicates import find_groups
-from utils.audit.images import difference_hash, measure, measure_all
+from utils.audit.duplicates import CORRELATION
+from utils.audit.images import descriptor, measure, measure_all
 from utils.audit.report import normalisation
 from utils.data.folders import ImageFiles
 from utils.data.images import read_image
@@ -54,10 +52,11 @@ def test_identical_pixels_have_one_digest_however_they_are_stored(tmp_path):
     assert len(set(digest.values())) == 3
 
 
-def test_a_difference_hash_changes_little_with_the_same_view():
-    def distance(first: Image.Image, second: Image.Image) -> int:
-        return int(np.bitwise_count(difference_hash(first) ^ difference_hash(second)).sum())
+def correlation(first: Image.Image, second: Image.Image) -> float:
+    return np.corrcoef(descriptor(first)[1:], descriptor(second)[1:])[0, 1]
 
+
+def test_descriptors_of_one_view_correlate():
     for seed in range(10):
         image = picture(seed, 100, 80)
         buffer = io.BytesIO()
@@ -65,18 +64,35 @@ def test_a_difference_hash_changes_little_with_the_same_view():
         speck = image.copy()
         speck.putpixel((20, 20), (image.getpixel((20, 20)) + 40) % 256)
         darker, smaller = image.point(lambda level: level * 0.8), image.resize((50, 40), Image.Resampling.BICUBIC)
-        assert all(distance(image, same) <= DISTANCE for same in (Image.open(buffer), speck, darker, smaller))
-        assert distance(image, picture(seed + 100, 100, 80)) > 30
-        assert distance(image, image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)) > 30
-    assert not difference_hash(Image.new("L", (20, 20), 90)).any()
+        contrast = ImageEnhance.Contrast(image).enhance(1.2)
+        for same in (Image.open(buffer), speck, darker, smaller, contrast):
+            assert correlation(image, same) >= CORRELATION
+        assert correlation(image, picture(seed + 100, 100, 80)) < 0.6
+        assert correlation(image, image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)) < 0.6
 
 
-def test_a_difference_hash_by_hand():
-    """A 12 x 12 image is not resized: a ramp to the right sets the first half of the bits, one down the second."""
-    ramp = np.tile(np.arange(0, 240, 20, dtype=np.uint8), (12, 1))
-    for pixels, expected in ((ramp, [1] * 121 + [0] * 135), (ramp.T, [0] * 121 + [1] * 121 + [0] * 14)):
-        bits = np.unpackbits(difference_hash(Image.fromarray(pixels)).view(np.uint8))
-        assert bits.tolist() == expected
+def test_descriptors_correlate_like_the_gradients_of_the_images():
+    """For images of 32 x 32 pixels, which are not resized, and without detail that a descriptor drops."""
+    waves = np.zeros((2, 32, 32))
+    waves[:, :20, :20] = np.random.default_rng(0).normal(size=(2, 20, 20))
+    waves[1] += waves[0]
+    pixels = 100 + 50 * idctn(waves, axes=(1, 2), norm="ortho")
+    gradients = [np.concatenate([np.diff(image, axis=axis).ravel() for axis in (0, 1)]) for image in pixels]
+    cosine = gradients[0] @ gradients[1] / np.linalg.norm(gradients[0]) / np.linalg.norm(gradients[1])
+    first, second = (descriptor(Image.fromarray(image.astype(np.float32))).astype(float) for image in pixels)
+    assert first @ second / np.linalg.norm(first) / np.linalg.norm(second) == pytest.approx(cosine, abs=1e-3)
+    assert 0.6 < cosine < 0.8
+
+
+def test_descriptors_by_hand():
+    wave = np.tile(np.cos(np.pi * (np.arange(32) + 0.5) / 32), (32, 1)).astype(np.float32)  # half a period to the right
+    for pixels, expected in (
+        (100 + 50 * wave, [1, 127, 0]),
+        (60 - 20 * wave, [1, -127, 0]),
+        (100 + 50 * wave.T, [1, 0, 127]),
+        (0 * wave + 90, [1, 0, 0]),
+    ):
+        assert descriptor(Image.fromarray(pixels)).tolist() == expected + [0] * 397
 
 
 def test_mean_and_standard_deviation_by_hand(tmp_path):
@@ -92,46 +108,3 @@ def test_mean_and_standard_deviation_by_hand(tmp_path):
     mean, std = normalisation(records, records["width"] * records["height"])  # 18 white pixels of 34
     assert mean == pytest.approx([18 / 34] * 4)
     assert std == pytest.approx([np.sqrt(18 / 34 * 16 / 34)] * 4)
-
-
-# Near-duplicates
-
-
-def components(hashes: np.ndarray, distance: int) -> set[frozenset[int]]:
-    """Groups of near hashes, found by comparing all pairs."""
-    sets = [{index} for index in range(len(hashes))]
-    bits = np.bitwise_count(hashes[:, None] ^ hashes).sum(axis=2)  # of all pairs, (N, N)
-    for left, right in np.argwhere(bits <= distance).tolist():
-        if sets[left] is not sets[right]:
-            sets[right] |= sets[left]
-            for index in sets[left]:
-                sets[index] = sets[right]
-    return {frozenset(group) for group in sets if len(group) > 1}
-
-
-@settings(max_examples=50, deadline=None)
-@given(
-    st.integers(0, 2**32 - 1), st.integers(0, 9), st.integers(1, 4), st.integers(0, 40), st.booleans(), st.booleans()
-)
-def test_banded_search_finds_what_comparing_all_pairs_finds(seed, distance, words, count, sparse, blocks):
-    """For hashes around three centres, or around zero, which share bands of zeros; in blocks from two hashes on."""
-    rng = np.random.default_rng(seed)
-    centres = rng.integers(2**63, size=(3, words), dtype=np.uint64) * np.uint64(not sparse)
-    bits = np.unpackbits(centres[rng.integers(3, size=count)].view(np.uint8), axis=1)
-    for row in bits:
-        row[rng.choice(bits.shape[1], rng.integers(12), replace=False)] ^= 1
-    hashes = np.packbits(bits, axis=1).view(np.uint64).reshape(count, words)
-    with pytest.MonkeyPatch.context() as patch:
-        if blocks:
-            patch.setattr("utils.audit.duplicates.LARGE", 2)
-            patch.setattr("utils.audit.duplicates.BLOCK", 32)
-        groups = find_groups(hashes, distance)
-    assert {frozenset(group.tolist()) for group in groups} == components(hashes, distance)
-    assert [group[0] for group in groups] == sorted(group.min() for group in groups)
-
-
-def test_a_chain_is_one_group_although_few_edges_are_held_at_a_time(monkeypatch):
-    monkeypatch.setattr("utils.audit.duplicates.EDGES", 3)
-    chain = np.packbits(np.tri(64, dtype=np.uint8), axis=1).view(np.uint64)  # each one bit from the next
-    assert [group.tolist() for group in find_groups(chain, 1)] == [list(range(64))]
-    assert find_groups(chain, 0) == []

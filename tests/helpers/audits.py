@@ -37,8 +37,11 @@ def table(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def census_of(root: Path, images: dict[str, tuple[int, int]], distance: int | None = 3) -> Census:
-    """Census of images named <split>/<class>/<image>, each with a pixel digest and a number of set bits in its hash."""
+def census_of(root: Path, images: dict[str, tuple[int, int]], correlation: float | None = 0.984) -> Census:
+    """Census of images named <split>/<class>/<image>, each with a pixel digest and a place on a line.
+
+    Images at a distance of d correlate by 1 - d / 200.
+    """
     for name in images:
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).touch()
@@ -48,9 +51,9 @@ def census_of(root: Path, images: dict[str, tuple[int, int]], distance: int | No
     records["width"] = records["height"] = 10
     records["square"] = 100
     records["pixels"][:, 0] = [images[name][0] for name in names]
-    hashes = np.arange(256) < np.array([images[name][1] for name in names])[:, None]
-    records["likeness"] = np.packbits(hashes, axis=1).view(np.uint64)
-    return take_census(files, records, [""] * len(names), 2.0, distance)
+    places = np.array([images[name][1] for name in names])
+    records["descriptor"] = np.where(np.arange(400) < places[:, None], 1, -1)
+    return take_census(files, records, [""] * len(names), 2.0, correlation)
 
 
 def left_out(census: Census) -> dict[str, str]:

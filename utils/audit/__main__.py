@@ -13,47 +13,45 @@ import numpy as np
 
 from utils.arguments import check_limits
 from utils.audit import outputs
+from utils.audit.duplicates import CORRELATION, RECALL
 from utils.audit.findings import findings
 from utils.audit.images import measure_all
 from utils.audit.report import as_text, sections
 from utils.audit.rule import take_census
 from utils.data.folders import LAYOUT, SPLITS, ImageFiles, find_classes
-from utils.flags import natural, non_negative_float
+from utils.flags import fraction, natural, non_negative_float
 from utils.runtime.command_line import Parser, expanded
 from utils.runtime.errors import UserError
 from utils.runtime.files import check_absent, make_parent, write_atomically
 from utils.runtime.processes import run_script
 from utils.runtime.text import print_line
 
-BITS = 242  # in the two difference hashes of an image
-# Among 5,981 real radiology images, 79 pairs are this near: each shows one view, or neighbouring slices. At 32 x 32
-# pixels 2 of them correlate below 0.95; with 4 bits 4 of 100 do, with 8 bits 19 of 232. Of 200 images, 98 % are still
-# found as a JPEG of quality 90, 94 % at half the size, 88 % when a tenth brighter.
-DISTANCE = 3
+LEAST_CORRELATION = 0.8  # below, most pairs are different images, and the search is slow
+BLANK_BELOW = 2.0  # standard deviation in levels
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command; raises UserError for bad input and for existing output."""
     options = _parser().parse_args(argv)
     check_limits(vars(options))
-    if options.distance > BITS:
-        raise UserError(f"--distance {options.distance}: expected at most {BITS}, the number of bits compared.")
+    if not LEAST_CORRELATION <= options.correlation <= 1:
+        raise UserError(f"--correlation {options.correlation:g}: expected a number from {LEAST_CORRELATION:g} to 1.")
     root, output = Path(os.path.abspath(options.data)), Path(os.path.abspath(options.output))
     list_path = Path(os.path.abspath(options.exclude_list)) if options.exclude_list else None
-    files = _open(root)
+    files = open_files(root)
     _check_output(root, output, list_path, files, options.overwrite)
     measured = [measure_all(split, options.workers, options.upper_8_bits) for split in files]
     records = np.concatenate([split.records for split in measured])
     errors = [error for split in measured for error in split.errors]
-    census = take_census(files, records, errors, options.blank, None if options.exact else options.distance)
+    census = take_census(files, records, errors, options.blank, None if options.exact else options.correlation)
     search = "Copies are images with identical decoded pixels (--exact)."
     if not options.exact:
         search = (
-            "Copies are images with identical decoded pixels, or with difference hashes that differ in at most "
-            f"{options.distance} of 242 bits (--distance); blank images are not compared."
+            "Copies are images with identical decoded pixels, or near copies, whose gradients at low resolution "
+            f"correlate by at least {options.correlation:g} (--correlation); blank images are not compared."
         )
     heading = f"{root}: {len(census.records)} images in {len(census.classes)} classes"
-    content = sections(census, search)
+    content = sections(census, search if options.exact else f"{search} {RECALL}")
     found = findings(census)
     text = as_text(heading, found, content)
     write_atomically(output / "report.txt", text.encode())
@@ -82,19 +80,20 @@ def _parser() -> Parser:
     add("--overwrite", action="store_true", help="replace existing reports and lists")
     add("--exclude-list", type=expanded, metavar="FILE", help="also write a list of images to leave out, for --exclude "
         "of the training")  # fmt: skip
-    add("--distance", type=natural, default=DISTANCE, help="near copies differ in at most this many of the 242 bits of "
-        "two difference hashes; a larger number finds more copies and more false ones. A group of the report is a "
-        "chain of such steps; the list counts direct copies only, and near ones only across splits")  # fmt: skip
+    add("--correlation", type=fraction, default=CORRELATION, help="near copies are images whose gradients "
+        "at low resolution correlate by at least this; a smaller number finds more copies and more false ones. A group "
+        "of the report is a chain of such pairs; the list counts direct copies only, and near ones only across "
+        "splits")  # fmt: skip
     add("--exact", action="store_true", help="only images with identical pixels are duplicates")
-    add("--blank", type=non_negative_float, default=2.0, metavar="LEVELS", help="an image is blank if the standard "
-        "deviation of its levels, 0 to 255, is below this in every channel")  # fmt: skip
+    add("--blank", type=non_negative_float, default=BLANK_BELOW, metavar="LEVELS", help="an image is blank if the "
+        "standard deviation of its levels, 0 to 255, is below this in every channel")  # fmt: skip
     add("--upper-8-bits", action="store_true", help="keep the upper 8 bits of PNG and TIFF images of 12 or 16 bits per "
         "channel, like the flag of the training; without it they are unreadable")  # fmt: skip
     add("-j", "--workers", type=natural, default=os.cpu_count(), help="processes that decode; 0: the main process")
     return parser
 
 
-def _open(root: Path) -> list[ImageFiles]:
+def open_files(root: Path) -> list[ImageFiles]:
     """The splits train, val and test of a folder, or the folder itself as the only split."""
     if not root.is_dir():
         raise UserError(f"{root}: no such folder; expected {LAYOUT}.")

@@ -1,4 +1,4 @@
-"""Measures each image of an audit in one decoding: size, levels, a digest of the pixels, a difference hash."""
+"""Measures each image of an audit in one decoding: size, levels, a digest of the pixels, a descriptor of the view."""
 
 import hashlib
 from collections.abc import Sequence
@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
+from scipy.fft import dctn
 
 from utils.data.dataset import decode_in_order
 from utils.data.folders import ImageFiles
@@ -16,11 +17,16 @@ from utils.runtime.errors import UserError
 from utils.runtime.progress import Progress
 
 BATCH = 32  # images that a worker decodes before it hands them over
-SIDE = 11  # cells of the grid of a difference hash: 2 x 11 x 11 = 242 bits
-MARGIN = 0.05  # standard deviations of the grid; smaller differences are noise and give 0
+SIDE = 32  # pixels of the thumbnail that a descriptor is made from
+FREQUENCIES = 20  # of its cosine transform, in each direction
+FAINT = 1.0  # smaller coefficients are rounding errors of a flat image
 LEVELS = np.arange(256.0)
 
-RECORD = np.dtype(  # 123 bytes per image
+_SQUARED = 2 - 2 * np.cos(np.pi * np.arange(FREQUENCIES) / SIDE)  # squared gradient of a wave along one direction
+GRADIENT = np.sqrt(_SQUARED[:, None] + _SQUARED)
+ORDER = np.argsort(GRADIENT, axis=None, kind="stable")
+
+RECORD = np.dtype(  # 491 bytes per image
     [
         ("width", np.int32),  # 0 for an unreadable image
         ("height", np.int32),
@@ -30,7 +36,7 @@ RECORD = np.dtype(  # 123 bytes per image
         ("mean", np.float64, 4),  # of the levels 0 to 255, for red, green, blue and grey
         ("square", np.float64, 4),  # mean square of the levels
         ("pixels", np.uint64, 2),  # digest
-        ("likeness", np.uint64, 4),  # difference hash
+        ("descriptor", np.int8, FREQUENCIES**2),
     ]
 )
 
@@ -61,21 +67,24 @@ def measure(path: Path, upper_8_bits: bool = False) -> np.void:
     digest = hashlib.blake2b(f"{image.mode} {image.size}".encode(), digest_size=16)
     digest.update(image.tobytes())
     record["pixels"] = np.frombuffer(digest.digest(), np.uint64)
-    record["likeness"] = difference_hash(luma)
+    record["descriptor"] = descriptor(luma)
     return record[()]
 
 
-def difference_hash(image: Image.Image) -> np.ndarray:
-    """Difference hash of a grey image, (4,) uint64: similar for any size, brightness and compression.
+def descriptor(image: Image.Image) -> np.ndarray:
+    """Descriptor of a grey image, (400,), int8. Descriptors of one view correlate by nearly 1.
 
-    The image is resized to 12 x 12; a bit is 1 if the right (or lower) neighbour is brighter by more than MARGIN
-    standard deviations. Smooth or dark areas, where noise would decide, give 0. The last 14 bits are 0.
+    It holds the cosine transform of a thumbnail, low frequencies first, each coefficient times the size of its wave's
+    gradient. Two descriptors thus correlate like the gradients of the thumbnails, without the finest detail; this does
+    not depend on brightness and contrast. The constant term, which has no gradient, is 1 instead of 0: images without
+    structure are then equal to one another and similar to no other image.
     """
     # In floating point: rounding to levels would add false steps to dark images.
-    grid = np.asarray(image.convert("F").resize((SIDE + 1, SIDE + 1), Image.Resampling.BILINEAR))
-    corner, margin = grid[:-1, :-1], MARGIN * grid.std()
-    bits = np.concatenate([(grid[:-1, 1:] - corner).ravel() > margin, (grid[1:, :-1] - corner).ravel() > margin])
-    return np.packbits(np.pad(bits, (0, 256 - bits.size))).view(np.uint64)
+    thumbnail = np.asarray(image.convert("F").resize((SIDE, SIDE), Image.Resampling.BILINEAR))
+    waves = dctn(thumbnail, norm="ortho")[:FREQUENCIES, :FREQUENCIES] * GRADIENT
+    coefficients = np.round(waves * (127 / max(FAINT, np.abs(waves).max()))).astype(np.int8).ravel()[ORDER]
+    coefficients[0] = 1
+    return coefficients
 
 
 def measure_all(files: ImageFiles, workers: int, upper_8_bits: bool = False) -> Measured:

@@ -33,7 +33,7 @@ RULE_OF_EVALUATION = """\
 # splits with the same pixels as one of {fixed} are left out, whatever their labels.
 """
 IMAGES_HEAD = "split,class,path,width,height,format,mode,gray,mean,std,blank,group,left_out,unreadable\n"
-DUPLICATES_HEAD = "group,kind,across_splits,across_classes,distance,split,class,path,pixels,left_out\n"
+DUPLICATES_HEAD = "group,kind,across_splits,across_classes,correlation,split,class,path,pixels,left_out\n"
 
 
 def images_csv(census: Census) -> bytes:
@@ -61,15 +61,15 @@ def images_csv(census: Census) -> bytes:
 
 
 def duplicates_csv(census: Census) -> bytes:
-    """duplicates.csv: one row per image of a group, with its distance in bits from the first image of the group."""
+    """duplicates.csv: one row per image of a group, with its correlation with the first image of the group."""
     rows = []
     for number, group in enumerate(census.groups):
         kind = "exact" if census.is_exact(group) else "near"
         across_splits, across_classes = map(int, census.crosses(group))
-        for index, distance in zip(group, census.distances(group), strict=True):
+        for index, correlation in zip(group, census.correlations(group), strict=True):
             pixels = census.records["pixels"][index].tobytes().hex()
             place, reason = _place(census, index), _reason(census, index)
-            rows.append([number, kind, across_splits, across_classes, distance, *place, pixels, reason])
+            rows.append([number, kind, across_splits, across_classes, f"{correlation:.4f}", *place, pixels, reason])
     return (DUPLICATES_HEAD + csv_table(rows)).encode(errors="backslashreplace")
 
 
@@ -124,9 +124,9 @@ def _shown_group(census: Census, number: int, upper_8_bits: bool) -> dict[str, A
     group = census.groups[number]
     crosses = [word for word, crossed in zip(("splits", "classes"), census.crosses(group), strict=True) if crossed]
     images = []
-    for index, distance in zip(group[:SHOWN_IMAGES], census.distances(group[:SHOWN_IMAGES]), strict=True):
+    for index, correlation in zip(group[:SHOWN_IMAGES], census.correlations(group[:SHOWN_IMAGES]), strict=True):
         thumbnail = _thumbnail(census, index, upper_8_bits)
-        images.append(thumbnail | {"distance": int(distance), "left_out": _reason(census, index)})
+        images.append(thumbnail | {"correlation": f"{correlation:.3f}", "left_out": _reason(census, index)})
     return {
         "number": number,
         "size": len(group),

@@ -161,7 +161,7 @@ def _duplicates(census: Census, search: str) -> Section:
         largest = max(census.groups, key=len)
         sentences.append(
             f"{sizes.sum()} images are in groups; the largest has {len(largest)}, "
-            f"up to {census.distances(largest).max()} bits from its first image."
+            f"each of which correlates by at least {census.correlations(largest).min():.2f} with the first."
         )
     sentences += ["Groups across splits and classes count in both rows.", *_leaks(census)]
     return Section("Duplicates", sentences, ["groups", "number", "same pixels", "near", "images"], rows)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from utils.audit.duplicates import find_groups, near_pairs
+from utils.audit.duplicates import correlations, equal_groups, near_groups, near_pairs, unique_rows
 from utils.data.folders import SPLITS, ImageFiles
 
 STAYS, UNREADABLE, BLANK, LEAKING, CONTRADICTING, REPEATED = range(6)
@@ -71,19 +71,19 @@ class Census:
         """Whether the group has images of several splits, and of several classes."""
         return len(np.unique(self.split[group])) > 1, len(np.unique(self.label[group])) > 1
 
-    def distances(self, group: np.ndarray) -> np.ndarray:
-        """Bits in which the hash of each image differs from that of the first image of the group."""
-        likeness = self.records["likeness"][group]
-        return np.bitwise_count(likeness ^ likeness[0]).sum(axis=1)
+    def correlations(self, group: np.ndarray) -> np.ndarray:
+        """Correlation of each image of the group with the first one."""
+        descriptors = self.records["descriptor"][group]
+        return correlations(descriptors, descriptors[0])
 
 
 def take_census(
-    files: list[ImageFiles], records: np.ndarray, errors: list[str], blank_below: float, distance: int | None
+    files: list[ImageFiles], records: np.ndarray, errors: list[str], blank_below: float, correlation: float | None
 ) -> Census:
     """Find blank images and groups of copies, and apply the rule.
 
     records, errors: of all splits, in the order of files; blank_below: standard deviation in levels, 0 to 255;
-    distance: bits in which near copies may differ, None for identical pixels only.
+    correlation: from which images are near copies, None for identical pixels only.
     """
     classes = sorted({name for split in files for name in split.classes})
     label = np.concatenate([np.searchsorted(classes, split.classes)[split.targets] for split in files])
@@ -105,13 +105,13 @@ def take_census(
         kept=np.zeros(len(records), np.bool_),
     )
     compared = np.flatnonzero(readable & ~blank)
-    hashes = records["pixels" if distance is None else "likeness"]
-    groups = [_ordered(census, compared[group]) for group in find_groups(hashes[compared], distance or 0)]
+    identical = equal_groups(records["pixels"][compared])
+    groups = identical if correlation is None else near_groups(records["descriptor"][compared], correlation)
+    groups = [_ordered(census, compared[group]) for group in groups]
     census.groups = sorted(groups, key=lambda group: _rank(census, group))
     for number, group in enumerate(census.groups):
         census.group[group] = number
-    identical = [compared[group] for group in find_groups(records["pixels"][compared], 0)]
-    _apply_rule(census, identical, hashes, distance or 0)
+    _apply_rule(census, [compared[group] for group in identical], correlation)
     return census
 
 
@@ -120,11 +120,10 @@ def evaluated_split(splits: list[str]) -> str | None:
     return next((split for split in reversed(SPLITS[1:]) if split in splits), None)
 
 
-def _apply_rule(census: Census, identical: list[np.ndarray], hashes: np.ndarray, distance: int) -> None:
+def _apply_rule(census: Census, identical: list[np.ndarray], correlation: float | None) -> None:
     """Fill in `reason` by the rule of `outputs.RULE`.
 
-    identical: groups of images with identical pixels; hashes: (N, W) uint64, of which those of direct copies differ in
-    at most `distance` bits.
+    identical: groups of images with identical pixels; correlation: of direct copies, None for identical pixels only.
     """
     fixed = evaluated_split(census.splits)
     evaluated = census.split == (census.splits.index(fixed) if fixed else -1)
@@ -135,7 +134,7 @@ def _apply_rule(census: Census, identical: list[np.ndarray], hashes: np.ndarray,
             census.reason[group] = CONTRADICTING
     for place in (1, 0):  # val before train: train is compared only with what stays of val
         for group in census.groups:
-            _leave_out_leaks(census, group, place, hashes, distance)
+            _leave_out_leaks(census, group, place, correlation)
         _keep_classes(census)
     for group in identical:
         remaining = group[(census.reason[group] == STAYS) & ~evaluated[group]]
@@ -144,19 +143,24 @@ def _apply_rule(census: Census, identical: list[np.ndarray], hashes: np.ndarray,
     _keep_classes(census)
 
 
-def _leave_out_leaks(census: Census, group: np.ndarray, place: int, hashes: np.ndarray, distance: int) -> None:
+def _leave_out_leaks(census: Census, group: np.ndarray, place: int, correlation: float | None) -> None:
     """Leave out the images of one place (see `_places`) that are copies of images of later places."""
     places = _places(census, group)
     if place >= places.max():
         return
     stays = census.reason[group] == STAYS
     earlier, later = group[stays & (places == place)], group[stays & (places > place)]
-    # Each hash once: a thousand copies of one image would be compared a million times.
-    unique, inverse = np.unique(hashes[earlier], axis=0, return_inverse=True)
-    leaks = np.zeros(len(unique), np.bool_)
-    for _, positions in near_pairs(np.unique(hashes[later], axis=0), unique, distance):
+    if correlation is None:
+        census.reason[earlier] = LEAKING if len(later) else STAYS
+        return
+    # Each descriptor once: a thousand copies of one image would be compared a million times.
+    descriptors = census.records["descriptor"]
+    first, inverse = unique_rows(descriptors[earlier])
+    later = later[unique_rows(descriptors[later])[0]]
+    leaks = np.zeros(len(first), np.bool_)
+    for _, positions in near_pairs(descriptors[later], descriptors[earlier[first]], correlation):
         leaks[positions] = True
-    census.reason[earlier[leaks[inverse.ravel()]]] = LEAKING
+    census.reason[earlier[leaks[inverse]]] = LEAKING
 
 
 def _keep_classes(census: Census) -> None:
