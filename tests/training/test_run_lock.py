@@ -8,6 +8,7 @@ import signal
 import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import datetime
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -77,7 +78,7 @@ def holder(folder: Path) -> Iterator[int]:
 
 def status_of(folder: Path) -> str:
     """What the report says of a run."""
-    return report.status(read_run_folder(folder))
+    return report.describe_state(read_run_folder(folder), datetime.now().astimezone())
 
 
 def contents(folder: Path) -> dict[str, bytes]:
