@@ -83,8 +83,12 @@ def write_test_results(
     indices in the split (N,), int64, on the CPU. The tables are per_class.csv and predictions.csv, for another name
     per_class_<name>.csv and predictions_<name>.csv. files: the images of the split. averaged: whether the weights are
     the moving average of a file that holds one; None: it holds none. heated: whether they were trained on masked
-    images. origin: from `provenance.describe`. metrics.json is removed first and written last, so that it never
-    describes tables of another evaluation. Raises UserError if a file cannot be written, or one of an earlier
+    images. origin: from `provenance.describe`.
+
+    metrics.json holds these, the folder of the split (root), the numbers of images and classes, absent_classes,
+    {result: {metric: value}} as metrics, {result: {metric: [lower, upper]}} as intervals (none for auroc), and how the
+    intervals were made (bootstrap: level, resamples of the images, seed). It is removed first and written last, so that
+    it never describes tables of another evaluation. Raises UserError if a file cannot be written, or one of an earlier
     evaluation cannot be removed.
     """
     _remove(output_dir / METRICS_FILE)
