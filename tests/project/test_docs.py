@@ -87,15 +87,23 @@ def write_command(folder, name, body):
     (folder / name).chmod(0o755)
 
 
-@pytest.mark.parametrize(("status", "requeued"), [("interrupted", ["scontrol requeue 7"]), ("finished", [])])
+@pytest.mark.parametrize(("status", "requeued"), [("interrupted", ["scontrol requeue 7"]), ("finished", []), ("", [])])
 def test_the_slurm_job_is_queued_again_if_the_run_was_interrupted(status, requeued, tmp_path):
-    """With commands of our own in the place of Slurm's. That torchrun passes USR1 on is tested in test_faults.py."""
+    """With commands of our own in the place of Slurm's. That torchrun passes USR1 on is tested in test_faults.py.
+
+    The status "" is a start that fails before it writes status.json, after an earlier one that was interrupted.
+    """
     block = re.search(
         r"in the place of Slurm's. -->\n```bash\n(.*?)```", (DOCS / "clusters.md").read_text(), re.DOTALL
     )[1]
     calls = tmp_path / "calls"
     folder = "runs/heated"
-    written = f"""mkdir -p {folder}; echo '  "status": "{status}",' > {folder}/status.json; exit 1"""
+    written = f"""echo '  "status": "{status}",' > {folder}/status.json; exit 1""" if status else "exit 1"
+    (tmp_path / ".venv" / "bin").mkdir(parents=True)
+    (tmp_path / ".venv" / "bin" / "activate").touch()
+    (tmp_path / folder).mkdir(parents=True)
+    (tmp_path / folder / "status.json").write_text('  "status": "interrupted",\n')
+    os.utime(tmp_path / folder / "status.json", (1_700_000_000, 1_700_000_000))
     write_command(tmp_path, "srun", f'echo "$*" >> {calls}; {written}')
     write_command(tmp_path, "scontrol", f'if [ "$1" = show ]; then echo node1; else echo "scontrol $*" >> {calls}; fi')
     environment = {
