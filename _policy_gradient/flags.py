@@ -41,7 +41,7 @@ def build_parser() -> arguments.Parser:
     add("--mask-fade-epochs", type=natural, default=0, metavar="N", help="in the k-th of the last N epochs a mask m is "
         "applied as 1 + w (m - 1), w = 1 - k / (N + 1); 0: none")  # fmt: skip
     add = parser.add_argument_group("objective").add_argument
-    add("--objective", default="published", choices=OBJECTIVES, help="the loss; objective.py explains each")
+    add("--objective", default="published", choices=OBJECTIVES, help="the loss; docs/flags.md explains each")
     add("--policy-sign", default="cooperative", choices=POLICY_SIGNS, help="the policy lowers or raises the loss")
     add("--baseline", choices=BASELINES, help="baseline of reinforce; None: ema, a moving average; loo: leave-one-out")
     add("--masks-per-image", type=positive_int, default=1, help="masks sampled per image of a batch")

@@ -9,7 +9,8 @@ Japanese or Korean need an installed font that has them, such as Noto Sans CJK; 
 from collections.abc import Sequence
 from pathlib import Path
 
-from utils.results.confusion import HEATED, confusion_matrix, per_class_recall
+from utils.checkpoints.checkpoint import HEATED
+from utils.results.confusion import confusion_matrix, per_class_recall
 from utils.results.curves import Runs, learning_curves, policy_health
 from utils.results.figures import output_path, write_figure
 from utils.results.log import LOG, read_log

@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from utils import arguments
+from utils.checkpoints.checkpoint import HEATED
 from utils.data.dataset import ImageFolder, batches, build_loader
 from utils.data.folders import ImageFiles
 from utils.data.listing import PassedOver, find_images
@@ -221,7 +222,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     paths = find_all(options["images"])
     classifier = open_classifier(given, device)
     if classifier.is_heated:
-        print_to_stderr(f"{options['file']}: a heated model; it classifies clean images well only after fine-tuning.")
+        print_to_stderr(f"{options['file']}: {HEATED}")
     stop_at_bad = options["bad_images"] == "error"
     loader = build_image_loader(classifier, paths, options["batch_size"], options["workers"], stop_at_bad, device)
     unreadable: list[str] = []

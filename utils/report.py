@@ -15,7 +15,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from utils.checkpoints.checkpoint import BEST
+from utils.checkpoints.checkpoint import BEST, HEATED
 from utils.results import templates
 from utils.results.confusion import confusion_matrix, count_pairs, per_class_recall
 from utils.results.curves import learning_curves, policy_health
@@ -193,9 +193,9 @@ def warnings(run: RunFolder) -> list[tuple[str, str]]:
     if run_lock.look_at(run.folder).held:
         found.append(("Unfinished", "The training is still running."))
     elif run.status.get("status") not in (None, "finished"):
-        found.append(("Unfinished", "Resume the training with --resume FILE, the checkpoint.pth of this folder."))
+        found.append(("Unfinished", "Repeat the command of the training with --resume auto."))
     if is_heated(run):
-        found.append(("Heated model", "Pretrained on masked images, not yet fine-tuned: it is no final classifier."))
+        found.append(("Heated model", HEATED))
     if not run.tested:
         sentence = "train.py --test-only --resume FILE --split test measures the test split."
         found.append(("Not tested", sentence))

@@ -6,6 +6,7 @@ A start takes less than a second, where `torchrun SCRIPT` imports for ten.
 import importlib
 import multiprocessing
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -103,7 +104,16 @@ def _run_torchrun(options: Sequence[str], script: str, arguments: Sequence[str])
     if parsed.standalone:  # as torch.distributed.run.run has it
         parsed.rdzv_backend, parsed.rdzv_endpoint, parsed.rdzv_id = "c10d", "localhost:0", str(uuid.uuid4())
     configuration, _, _ = config_from_args(parsed)
-    elastic_launch(configuration, _run)(script, arguments)
+    elastic_launch(configuration, _run_forked_rank)(script, arguments)
+
+
+def _run_forked_rank(script: str, arguments: Sequence[str]) -> None:
+    """As `_run`, without the signal handlers of torchrun's agent, which a real rank does not inherit."""
+    for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1):
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    _run(script, arguments)
 
 
 def start_ranks(script: str, arguments: list[str], processes: int, stdout: Path, stderr: Path) -> list[BaseProcess]:

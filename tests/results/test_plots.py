@@ -12,8 +12,9 @@ from sklearn.metrics import confusion_matrix as sklearn_confusion
 from sklearn.metrics import recall_score
 
 from utils import plots
+from utils.checkpoints.checkpoint import HEATED
 from utils.results import curves, figures
-from utils.results.confusion import HEATED, confusion_matrix, count_pairs, per_class_recall
+from utils.results.confusion import confusion_matrix, count_pairs, per_class_recall
 from utils.results.curves import CURVES, braced, learning_curves, policy_health
 from utils.results.figures import as_png, as_svg, as_text, shorten
 from utils.results.provenance import same_but_seed

@@ -111,7 +111,7 @@ def test_the_error_for_weights_that_do_not_fit_lists_the_keys():
     width = model.fc.in_features
     assert str(caught.value).startswith(
         f"other.pth: these weights do not fit the model: fc.weight is (4, 5), expected (3, {width}); missing bn1.bias; "
-        "unexpected surplus.weight. Give the --model"
+        "unexpected surplus.weight. Give the --model (now test_resnet) and"
     )
     assert_equal_states(model.state_dict(), before)
     with pytest.raises(UserError, match=rf"(missing [^;]+; ){{6}}and {len(before) - 6} more\."):

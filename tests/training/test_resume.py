@@ -321,8 +321,8 @@ def test_a_stopped_run_prints_it_once_and_exits_with_75(image_folder, tmp_path, 
         run_script(lambda: normal.main(command))
     assert caught.value.code == 75
     last = capsys.readouterr().out.splitlines()[-1]
-    path = tmp_path / "checkpoint.pth"
-    assert last == f"SIGUSR1: stopped after 2 steps of epoch 0; {path} is saved; --resume continues from there."
+    path, advice = tmp_path / "checkpoint.pth", "the same command with --resume auto continues from there"
+    assert last == f"SIGUSR1: stopped after 2 steps of epoch 0; {path} is saved; {advice}."
 
 
 def test_ctrl_c_before_the_training_leaves_no_traceback():

@@ -150,6 +150,7 @@ def test_test_only_repeats_the_last_validation(train, image_folder, capsys):
     folder = train(policy_gradient, "--epochs", 1)
     line = read_log(folder)[0]
     evaluate_only(policy_gradient, "--resume", folder / "checkpoint.pth", data=image_folder)
+    assert "Heated model: pretrained on masked images" in capsys.readouterr().out
     found = json.loads((folder / "metrics.json").read_text())
     assert (found["split"], found["images"], found["heated"]) == ("val", 21, True)
     for name, value in found["metrics"]["clean"].items():

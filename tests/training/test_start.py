@@ -25,6 +25,7 @@ def test_a_fresh_run_prints_model_weights_batch_rates_and_objective(train, capsy
     assert f"classifier: test_resnet, {parameters('test_resnet', 3)} parameters; weights: random (--seed 0)\n" in out
     assert "policy: test_resnet, " in out
     assert "global batch: 1 process x 8 = 8 images; 4 steps an epoch, 2 epochs in all\n" in out
+    assert "images: RGB, crops of 32 pixels, --mean 0.3162 --std 0.3213\n" in out
     assert "learning rates of epoch 0: classifier 0.04, policy 0.004; --opt sgd, --lr-scheduler steplr\n" in out
     expected = f"by about ln(8^2) = {math.log(64):.1f}\n"
     assert f"objective: published: it multiplies the classifier's loss, and so its learning rate, {expected}" in out
@@ -68,7 +69,8 @@ def test_what_cannot_start_prints_no_facts(train, capsys):
 
 
 def test_the_steps_are_those_of_a_whole_epoch_after_a_change_of_processes(capsys):
-    args = argparse.Namespace(resume="c.pth", batch_size=8, epochs=2, opt="sgd", lr_scheduler="steplr")
+    args = argparse.Namespace(resume="c.pth", batch_size=8, epochs=2, opt="sgd", lr_scheduler="steplr", gray=True,
+                              train_crop_size=32, mean=[0.5], std=[0.2])  # fmt: skip
     sampler = TrainingSampler(48, 8, seed=0)
     begun = Position(epoch=1, step=1, images=16)  # by two processes
     data, state = SimpleNamespace(sampler=sampler), SimpleNamespace(ema=None)

@@ -32,6 +32,7 @@ FORMAT_VERSION = 1
 CHECKPOINT = "checkpoint.pth"
 PREVIOUS = "checkpoint_prev.pth"
 BEST = "model_best.pth"
+HEATED = "Heated model: pretrained on masked images, not yet fine-tuned; it is no final classifier."
 DAMAGED = "checkpoint_damaged.pth"
 METADATA = "policy_gradient_noise_mask"  # our entry in a safetensors header: classes and args as JSON
 MOST_BRACKETS = 100_000  # of the metadata

@@ -173,9 +173,10 @@ def _report_missing(
     path = output / "missing.csv"
     _write_table(path, missing)
     if missing and not allow_missing:
-        raise UserError(
-            f"{path}: {len(missing)} of {len(lists)} {kind}; add them and run this again, or give --allow-missing."
-        )
+        advice = "add them and run this again, or give --allow-missing"
+        if len(missing) == len(lists):
+            advice = f"give the --source or --archive that holds {missing[0][1]}"
+        raise UserError(f"{path}: {len(missing)} of {len(lists)} {kind}; {advice}.")
     print_line(f"{output}: {len(lists) - len(missing)} images; {len(missing)} missing.")
 
 

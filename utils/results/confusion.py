@@ -18,7 +18,6 @@ LONGEST_LINE = 60  # characters of a line of the title's note
 SHARES = (0, 0.01, 0.05, 0.1, 0.2, 0.4, 0.6, 0.8, 1)  # ticks of the colour bar
 # The darkest colour is for the largest share; the lightest can be told from the white of an empty cell.
 SHADES = ListedColormap(matplotlib.colormaps["YlGnBu"](np.linspace(0.12, 1, 256)))
-HEATED = "Heated model: pretrained on masked images, not yet fine-tuned; it is no final classifier."
 
 
 def confusion_matrix(

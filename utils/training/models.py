@@ -135,7 +135,8 @@ def load_classifier(model: nn.Module, state_dict: StateDict, source: str, *, rei
         heads = head_names(model)
         initial = {key: value for key, value in model.state_dict().items() if is_head_key(key, heads)}
         state_dict = {key: value for key, value in state_dict.items() if not is_head_key(key, heads)} | initial
-    load_strictly(model, state_dict, source, " Give the --model and --train-crop-size they were made with.")
+    used = getattr(model, "pretrained_cfg", {}).get("architecture", type(model).__name__)
+    load_strictly(model, state_dict, source, f" Give the --model (now {used}) and --train-crop-size of these weights.")
 
 
 def load_strictly(module: nn.Module, state_dict: StateDict, source: str, advice: str = "") -> None:

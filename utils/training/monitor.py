@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
+from utils.checkpoints.checkpoint import HEATED
 from utils.results.log import read_log
 from utils.runtime import distributed, progress
 from utils.runtime.errors import UserError, first_line
@@ -93,7 +94,7 @@ class Monitor:
             title = f"val, after epoch {epochs_done - 1}"
             targets, predicted = predictions.targets.numpy(), predictions.logits.argmax(1).numpy()
             self._draw("curves.png", curves.learning_curves, runs)
-            note = confusion.HEATED if self.draw_gallery is not None else ""
+            note = HEATED if self.draw_gallery is not None else ""
             arguments = (targets, predicted, self.classes, title, note)
             self._draw("confusion_val.png", confusion.confusion_matrix, *arguments)
             self._draw("recall_val.png", confusion.per_class_recall, *arguments)

@@ -151,6 +151,17 @@ class MovingAverage:
         set_memory, last_memory = (steps_between / max(1 - decay, 1e-12) for decay in (self.average.decay, last))
         return set_memory, last_memory, steps_per_epoch * epochs
 
+    def warning(self, steps_per_epoch: int, epochs: int) -> str:
+        """A sentence if the decay as set would reach back further than the whole run; otherwise ""."""
+        set_memory, last_memory, steps = self.memory(steps_per_epoch, epochs)
+        if set_memory <= steps:
+            return ""
+        return (
+            f"--model-ema: at this decay the average would reach back {set_memory:,.0f} steps, and the run has "
+            f"{steps:,}; its warm-up makes it {last_memory:,.0f} at the end. A smaller --model-ema-decay or "
+            "--model-ema-steps shortens it."
+        )
+
     def state(self) -> dict:
         return {"model_ema": self.model.state_dict(), "model_ema_updates": self.updates}
 

@@ -94,4 +94,6 @@ def _refuse_another_run(output_dir: Path, resume: str | None) -> None:
     names = (checkpoint.CHECKPOINT, checkpoint.PREVIOUS)
     for path in (*(output_dir / name for name in names), *output_dir.glob("model_*.pth")):
         if path.exists() and path.name not in leftovers:
-            raise UserError(f"{path}: another run is there; continue it with --resume, or give another --output-dir.")
+            raise UserError(
+                f"{path}: another run is there; continue it with --resume auto, or give another --output-dir."
+            )

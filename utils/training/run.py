@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from utils import arguments
-from utils.checkpoints.checkpoint import BEST, Weights
+from utils.checkpoints.checkpoint import BEST, HEATED, Weights
 from utils.data import splits as data_splits
 from utils.data.batches import TrainingBatches
 from utils.data.dataset import BadImages
@@ -30,7 +30,6 @@ from utils.training.compiling import check_compiler, compile_in_place
 from utils.training.evaluation import Predictions, measure, predict
 from utils.training.meters import RunningMean
 from utils.training.monitor import Monitor
-from utils.training.optim import MovingAverage
 from utils.training.rehearsal import rehearse
 from utils.training.saver import Saver
 from utils.training.start import choose_start, find_checkpoint
@@ -205,6 +204,8 @@ def test(
             origin=origin,
         )
     run.bad_images.say_count()
+    if run.weights.is_heated:
+        progress.say(HEATED)
 
 
 def build_training(
@@ -338,19 +339,12 @@ def print_plan(run: Run, training: Training) -> None:
         f"global batch: {processes} {'process' if processes == 1 else 'processes'} x {args.batch_size} = "
         f"{sampler.global_batch} images; {steps} steps an epoch, {args.epochs} epochs in all"
     )
+    mean, std = (" ".join(f"{value:.4g}" for value in values) for values in (args.mean, args.std))
+    color = "grey" if args.gray else "RGB"
+    progress.say(f"images: {color}, crops of {args.train_crop_size} pixels, --mean {mean} --std {std}")
     rates = ", ".join(f"{name.removeprefix('lr_')} {rate:g}" for name, rate in training.learning_rates().items())
     progress.say(
         f"learning rates of epoch {start.epoch}: {rates}; --opt {args.opt}, --lr-scheduler {args.lr_scheduler}"
     )
-    if training.state.ema is not None:
-        _warn_of_long_memory(training.state.ema, steps, args.epochs)
-
-
-def _warn_of_long_memory(ema: MovingAverage, steps_per_epoch: int, epochs: int) -> None:
-    set_memory, last_memory, all_steps = ema.memory(steps_per_epoch, epochs)
-    if set_memory > all_steps:
-        progress.say(
-            f"--model-ema: at this decay the average would reach back {set_memory:,.0f} steps, and the run has "
-            f"{all_steps:,}; its warm-up makes it {last_memory:,.0f} at the end. A smaller --model-ema-decay or "
-            "--model-ema-steps shortens it."
-        )
+    if training.state.ema is not None and (warning := training.state.ema.warning(steps, args.epochs)):
+        progress.say(warning)

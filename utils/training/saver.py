@@ -191,7 +191,8 @@ class Saver:
         if stop:
             raise Interrupted(
                 f"{names[0]}: stopped after {self.position.step} steps of epoch {self.position.epoch}; "
-                f"{self.output_dir / checkpoint.CHECKPOINT} is saved; --resume continues from there."
+                f"{self.output_dir / checkpoint.CHECKPOINT} is saved; the same command with --resume auto continues "
+                "from there."
             )
 
     def _check_finite(self) -> None:

@@ -181,6 +181,17 @@ def test_unlisted_and_outdated_files_in_the_tree_are_refused(source, output):
 # Missing and repeated images
 
 
+def test_a_source_without_any_listed_image_is_not_called_incomplete(source, output):
+    for folder in ("CT", "MR", "US"):
+        shutil.rmtree(source / "radiology_ai" / folder)
+        (source / "radiology_ai" / folder).mkdir()
+    message = fails("--source", source, output)
+    assert message == (
+        f"{output}/missing.csv: 17 of 17 listed images are missing; give the --source or --archive that holds "
+        "radiology_ai/CT/abd/normal/train0.png."
+    )
+
+
 def test_missing_images_are_listed_and_may_be_added_later(source, output, tmp_path, capsys):
     shutil.move(source / "radiology_ai/MR", tmp_path / "later")
     (source / "radiology_ai/US/liver/test0.png").rename(tmp_path / "later" / "test0.png")
