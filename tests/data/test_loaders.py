@@ -16,7 +16,7 @@ from tests.conftest import SMALL
 from tests.helpers.runs import assert_same
 from utils.audit.images import measure_all
 from utils.checkpoints import checkpoint
-from utils.data import dataset
+from utils.data import dataset, loaders
 from utils.data.folders import ImageFiles
 from utils.data.loaders import in_shared_memory, loaded
 from utils.data.samplers import TrainingSampler
@@ -65,6 +65,25 @@ def daemons():
 def test_a_worker_that_is_killed_or_stopped_ends_in_a_sentence(number, expected):
     with pytest.raises(UserError, match=expected):
         list(loaded(acting_loader(partial(send_oneself, number)), partial(wait_for, seconds=2)))
+    assert daemons() == []
+
+
+def test_a_death_that_is_reported_while_another_error_is_handled_ends_in_a_sentence(monkeypatch):
+    """torch's SIGCHLD handler raises at any moment, also where the broken connection to the worker is handled."""
+    end, calls = loaders.end_workers, []
+
+    def interrupted():
+        calls.append(0)
+        if len(calls) == 1:
+            raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. ")
+        end()
+
+    def break_connection(_):
+        raise EOFError
+
+    monkeypatch.setattr(loaders, "end_workers", interrupted)
+    with pytest.raises(UserError, match=r"^DataLoader worker \(pid 7\) is killed by signal: Killed: it was killed"):
+        list(loaded(acting_loader(int), break_connection))
     assert daemons() == []
 
 

@@ -33,6 +33,18 @@ def loaded(loader: DataLoader, wait: Wait | None = None) -> Iterator[Any]:
 
     Raises UserError if workers cannot be started, end, or deliver no batch in time.
     """
+    try:
+        yield from _batches(loader, wait)
+    except RuntimeError as error:
+        # torch's SIGCHLD handler reports a dead worker once, at any moment: also while another error is handled below.
+        end_workers()
+        problem = explain(error)
+        if problem is None:
+            raise
+        raise UserError(problem) from None
+
+
+def _batches(loader: DataLoader, wait: Wait | None) -> Iterator[Any]:
     if loader.num_workers == 0:
         wait = call
     elif wait is None:
@@ -46,7 +58,7 @@ def loaded(loader: DataLoader, wait: Wait | None = None) -> Iterator[Any]:
                 raise UserError(str(batch))
             yield batch
     except (RuntimeError, OSError, EOFError) as error:
-        end_workers()  # first, because torch's SIGCHLD handler may interrupt anything before it
+        end_workers()
         problem = explain_start(error) if iterator is None else explain_batch(error)
         if problem is None:
             raise
