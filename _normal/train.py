@@ -10,7 +10,6 @@ from utils.runtime.lifetimes import end_with_launcher
 
 end_with_launcher()
 
-import torch.nn.functional as F
 from torch import nn
 
 from utils import arguments
@@ -22,6 +21,7 @@ from utils.runtime.errors import agreed
 from utils.runtime.processes import run_script
 from utils.runtime.progress import Progress
 from utils.training import build, models, run_lock
+from utils.training.accumulation import classify
 from utils.training.evaluation import validate
 from utils.training.meters import batch_accuracy
 from utils.training.run import (
@@ -67,9 +67,8 @@ def train_one_epoch(
     models.set_training_mode(distributed.unwrap(model), settings.backbone_frozen)
     for step, batch in progress.track(data.batches(partial(saver.wait_for_batch, guard=guard))):
         update.begin_step()
-        with settings.autocast():
-            logits = model(batch.images)  # (B, 3, S, S) to (B, C)
-        loss = F.cross_entropy(logits.float(), batch.targets, label_smoothing=settings.label_smoothing)
+        logits, _, losses = classify(model, batch.images, batch.targets, update, settings)  # (B, C), (B,)
+        loss = losses.mean()
         update(loss, guard.check(loss, step, batch.indices), epoch, step)
         meters.update(train_loss=loss, train_top1=batch_accuracy(logits, batch.targets))
         if progress.is_due(step):

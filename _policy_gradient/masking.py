@@ -21,6 +21,7 @@ from utils.checkpoints.checkpoint import Weights
 from utils.runtime import distributed
 from utils.runtime.progress import say
 from utils.training import build, models
+from utils.training.accumulation import InParts
 from utils.training.run import Run
 
 
@@ -111,11 +112,15 @@ class Masking:
         epochs: int,
         fade_epochs: int,
         as_graph: bool,
+        parts: int = 1,
     ) -> None:
-        """epochs, fade_epochs: see `fading_weight`; as_graph: replay the drawing as a CUDA graph."""
+        """epochs, fade_epochs: see `fading_weight`; as_graph: replay the drawing as a CUDA graph.
+
+        parts: of a batch, which pass through the policy one after the other.
+        """
         self.objective, self.epochs, self.fade_epochs = objective, epochs, fade_epochs
         self._unwrapped = policy
-        self.policy = distributed.wrap(policy, device)
+        self.policy = distributed.wrap(InParts(policy, parts) if parts > 1 else policy, device)
         self.mask_weight = torch.ones((), device=device) if fade_epochs else None
         draw = partial(
             draw_masks,
@@ -188,6 +193,7 @@ def build_masking(args: argparse.Namespace, policy: Policy, objective: Objective
         epochs=args.epochs,
         fade_epochs=args.mask_fade_epochs,
         as_graph=args.compile and device.type == "cuda",
+        parts=args.grad_accum_steps,
     )
 
 

@@ -39,13 +39,15 @@ def published_loss(cross_entropy: Tensor, log_prob: Tensor) -> Tensor:
     return mean_log_sum_density(log_prob) * cross_entropy.mean()
 
 
-def published_unscaled_loss(cross_entropy: Tensor, log_prob: Tensor, sign: float = 1.0) -> Tensor:
-    """Plain mean cross-entropy for the classifier, and the published form for the policy only.
+def published_unscaled_loss(
+    losses: Tensor, log_prob: Tensor, sign: float = 1.0, reward: Tensor | None = None
+) -> Tensor:
+    """The mean of the classifier's losses (B,), and the published form for the policy only.
 
-    cross_entropy: (B,); log_prob: (B, G*G); with `sign` -1 the policy raises the loss.
+    log_prob: (B, G*G); with `sign` -1 the policy raises the loss; reward: (B,), None for the losses.
     """
-    reward = cross_entropy.mean()
-    return reward + sign * mean_log_sum_density(log_prob) * reward.detach()
+    reward = losses if reward is None else reward
+    return losses.mean() + sign * mean_log_sum_density(log_prob) * reward.detach().mean()
 
 
 def leave_one_out_baseline(cross_entropy: Tensor) -> Tensor:
@@ -116,17 +118,25 @@ class Objective(nn.Module):
         implied = f": it multiplies the classifier's loss, and so its learning rate, by about ln({grid}^2) = {scale}"
         say(f"objective: {self.name}{implied if self.name == 'published' else ''}")
 
-    def forward(self, cross_entropy: Tensor, log_prob: Tensor, entropy: Tensor) -> Losses:
-        """cross_entropy (B*K,) with the classifier's gradient; log_prob, entropy (B*K, G*G) with the policy's."""
-        reward = cross_entropy.detach()
+    def classifier_scale(self, log_prob: Tensor) -> Tensor | None:
+        """The factor () of the classifier's loss in the total, for log-densities (B*K, G*G); None for 1."""
+        return mean_log_sum_density(log_prob.detach()) if self.name == "published" else None
+
+    def forward(self, losses: Tensor, log_prob: Tensor, entropy: Tensor, reward: Tensor | None = None) -> Losses:
+        """losses (B*K,) with the classifier's gradient; log_prob, entropy (B*K, G*G) with the policy's.
+
+        reward: (B*K,), the cross-entropies by which the policy is judged; None: the losses. `published` is one loss for
+        both networks, so that there the losses are the reward too.
+        """
+        reward = losses.detach() if reward is None or self.name == "published" else reward
         if self.name == "published":
-            return Losses(published_loss(cross_entropy, log_prob), reward.mean().expand_as(reward))
+            return Losses(published_loss(losses, log_prob), reward.mean().expand_as(reward))
         if self.name == "published-unscaled":
-            total = published_unscaled_loss(cross_entropy, log_prob, self.sign)
+            total = published_unscaled_loss(losses, log_prob, self.sign, reward)
             return Losses(total, reward.mean().expand_as(reward))
         advantage = self._subtract_baseline(reward)
         policy_loss = self.sign * reinforce_loss(normalize_advantage(advantage), log_prob)
-        total = cross_entropy.mean() + policy_loss - self.entropy_weight * entropy.mean()
+        total = losses.mean() + policy_loss - self.entropy_weight * entropy.mean()
         return Losses(total, advantage)
 
     def _subtract_baseline(self, reward: Tensor) -> Tensor:

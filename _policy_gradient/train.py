@@ -10,7 +10,6 @@ from utils.runtime.lifetimes import end_with_launcher
 
 end_with_launcher()
 
-import torch.nn.functional as F
 from torch import nn
 
 from _policy_gradient.flags import SCRIPT, build_parser, check_flags
@@ -23,6 +22,7 @@ from utils.runtime.errors import agreed
 from utils.runtime.processes import run_script
 from utils.runtime.progress import Progress
 from utils.training import build, models, optim, run_lock
+from utils.training.accumulation import classify
 from utils.training.evaluation import validate
 from utils.training.meters import batch_accuracy
 from utils.training.run import (
@@ -67,19 +67,18 @@ def train_one_epoch(
         masking.policy.train()
     for step, batch in progress.track(data.batches(partial(saver.wait_for_batch, guard=guard))):
         update.begin_step()
-        images, targets = batch.images, batch.targets  # (B, 3, S, S), (B,) or (B, C)
+        images, targets, scale = batch.images, batch.targets, None  # (B, 3, S, S), (B,) or (B, C)
         if masking is not None:
             with settings.autocast():
                 heads = masking.policy(images)  # h_a and h_b, (B, G*G) each
             masked = masking.draw(*heads, images)
             images, targets = masked.images, masking.repeat(targets)  # (B*K, 3, S, S), (B*K,) or (B*K, C)
-        with settings.autocast():
-            logits = classifier(images)  # (B*K, C)
-        smoothing = settings.label_smoothing
-        cross_entropy = F.cross_entropy(logits.float(), targets, reduction="none", label_smoothing=smoothing)  # (B*K,)
-        loss, health = cross_entropy.mean(), {}
+            log_prob = masked.action.log_prob  # (B*K, G*G)
+            scale = masking.objective.classifier_scale(log_prob) if settings.parts > 1 else None
+        logits, cross_entropy, losses = classify(classifier, images, targets, update, settings, scale)  # (B*K, ...)
+        loss, health = losses.mean(), {}
         if masking is not None:
-            loss, advantage = masking.objective(cross_entropy, masked.action.log_prob, masked.action.entropy)
+            loss, advantage = masking.objective(losses, log_prob, masked.action.entropy, cross_entropy)
             health = masking.health(masked, advantage)
         skipped = update(loss, guard.check(loss, step, batch.indices), epoch, step)
         if masking is not None:

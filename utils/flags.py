@@ -9,6 +9,7 @@ from utils.data import transforms
 from utils.data.folders import SPLITS
 from utils.runtime.command_line import Parser, absolute, expanded
 from utils.training import optim
+from utils.training.loss import CLASS_WEIGHTS
 from utils.training.model_sources import model_name
 
 Number = TypeVar("Number", int, float)
@@ -55,6 +56,9 @@ rate_factor = _number(
 momentum = _number(float, lambda value: 0 <= value < 1, "a number of at least 0 and below 1")
 average_decay = _number(
     float, lambda value: 0 <= value < 1, "a number of at least 0 and below 1, at which the average would never change"
+)
+drop_rate = _number(
+    float, lambda value: 0 <= value < 1, "a number of at least 0 and below 1, at which nothing would be left"
 )
 smoothing = _number(
     float,
@@ -107,7 +111,8 @@ def _add_data_flags(group: argparse._ArgumentGroup) -> None:
     add("--bad-images", default="error", choices=("error", "skip"), help="stop at an unreadable image, or skip it")
     add("--max-bad-images", type=natural, default=100, help="with --bad-images skip: more of them end the run")
     add("--split", default="val", choices=SPLITS, help="the split that --test-only evaluates")
-    add("-b", "--batch-size", "--batch_size", type=positive_int, default=32, help="images per process")
+    add("-b", "--batch-size", "--batch_size", type=positive_int, default=32, help="images per process that pass "
+        "through the networks at once")  # fmt: skip
     add("-j", "--workers", type=natural, default=16, help="data loading processes per process; 0: none")
     add_input_flags(group)
 
@@ -132,6 +137,9 @@ def _add_model_flags(group: argparse._ArgumentGroup) -> None:
     add("--model", type=model_name, default="resnet50", help="any timm classifier; hf-hub:ORG/NAME, local-dir:FOLDER")
     add("--weights", metavar="TAG", help="start from timm's pretrained weights of this tag (such as a1_in1k); "
         "default: the weights of an hf-hub: or local-dir: model")  # fmt: skip
+    add("--drop-rate", type=drop_rate, help="probability of dropout, where the model has it; None: the model's own")
+    add("--drop-path", type=drop_rate, help="rate of stochastic depth: the probability with which the last residual "
+        "block is skipped; None: the model's own")  # fmt: skip
     add("--sync-bn", action="store_true", help="synchronise BatchNorm statistics over all GPUs")
     add("--model-ema", action="store_true", help="also keep, validate and save a moving average of the weights")
     add("--model-ema-steps", type=positive_int, default=32, help="steps between updates of the moving average")
@@ -158,6 +166,9 @@ def _add_optimisation_flags(group: argparse._ArgumentGroup) -> None:
         help=f"weight decay of {', '.join(optim.EMBEDDINGS)}; None: --weight-decay",
     )
     add("--label-smoothing", type=smoothing, default=0.0, help="label smoothing of the training loss")
+    add("--class-weights", default="none", choices=CLASS_WEIGHTS, help="weigh the classes in the classifier's loss, in "
+        "inverse proportion to the number of their training images, or to its square root")  # fmt: skip
+    add("--grad-accum-steps", type=positive_int, default=1, help="batches of --batch-size per update")
     add("--clip-grad-norm", type=positive_float, help="largest norm of each network's gradient; None: no limit")
     add("--amp", action="store_true", help="mixed precision")
     add("--amp-dtype", default="bf16", choices=("bf16", "fp16"), help="precision of --amp")

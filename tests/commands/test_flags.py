@@ -4,6 +4,7 @@ import argparse
 
 import pytest
 import torch
+from timm.layers import DropPath
 
 from tests.conftest import SMALL
 from tests.helpers.data_flags import DATA_EFFECTS, changes_the_training_image, first_image
@@ -131,6 +132,37 @@ def check_weights(parsed):
         build.classifier(parsed("--weights", "no_such_tag"), ["a"], None, None, CPU)
 
 
+def first_classifier(args):
+    build.seed_everything(args)
+    return build.classifier(args, ["a", "b"], None, None, CPU)
+
+
+def check_drop_path(parsed):
+    """Rates that rise to the given one, from block to block; none in evaluation."""
+    flags = ("--model", "test_vit", "--train-crop-size", 64)
+    plain, model = first_classifier(parsed(*flags)), first_classifier(parsed(*flags, "--drop-path", 0.5))
+    assert not [module for module in plain.modules() if isinstance(module, DropPath)]
+    rates = [module.drop_prob for module in model.modules() if isinstance(module, DropPath)]
+    assert rates == pytest.approx([0.1, 0.1, 0.2, 0.2, 0.3, 0.3, 0.4, 0.4, 0.5, 0.5])
+    images = torch.rand(4, 3, 64, 64)
+    assert torch.equal(plain.eval()(images), model.eval()(images))
+    assert not torch.equal(model.train()(images), model(images))
+    with pytest.raises(UserError, match=r"--drop-path: timm's densenet121 does not take it; leave the flag out"):
+        first_classifier(parsed("--model", "densenet121", "--drop-path", 0.2))
+
+
+def check_drop_rate(parsed):
+    """Of the features before the head, about a quarter is dropped, and the others are enlarged."""
+    model = first_classifier(parsed("--drop-rate", 0.25))
+    features = torch.ones(100, model.num_features, 1, 1)
+    kept = []
+    model.fc.register_forward_pre_hook(lambda _, inputs: kept.append(inputs[0]))
+    model.train().forward_head(features)
+    assert kept[0].unique().tolist() == pytest.approx([0, 4 / 3])
+    assert (kept[0] == 0).float().mean().item() == pytest.approx(0.25, abs=0.02)
+    assert first_classifier(parsed()).drop_rate == 0
+
+
 def check_sync_bn(parsed, capsys):
     build.classifier(parsed(), ["a", "b"], None, None, CPU)
     assert "SyncBatchNorm" not in capsys.readouterr().out
@@ -164,6 +196,8 @@ RUNS = {
     "test_scripts.py::test_print_freq_sets_the_number_of_lines": "print_freq",
     "test_scripts.py::test_compile_reaches_each_network": "compile",
     "test_scripts.py::test_flags_of_the_loss_change_the_first_loss": "label_smoothing",
+    "test_loss.py::test_a_run_with_class_weights": "class_weights",
+    "test_accumulation.py::test_parts_equal_one_large_batch": "grad_accum_steps",
     "test_scripts.py::test_every_mask_policy_and_objective": "mask_policy objective policy_sign baseline "
     "masks_per_image entropy_weight",
     "test_scripts.py::test_policy_flags_reach_the_policy": "policy_lr policy_model grid kernel sigma",
@@ -179,6 +213,8 @@ RUNS = {
 EFFECTS = DATA_EFFECTS | {
     "model": check_model,
     "weights": check_weights,
+    "drop_path": check_drop_path,
+    "drop_rate": check_drop_rate,
     "sync_bn": check_sync_bn,
     "model_ema": check_model_ema,
     "model_ema_steps": check_model_ema,

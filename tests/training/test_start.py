@@ -74,7 +74,8 @@ def test_the_steps_are_those_of_a_whole_epoch_after_a_change_of_processes(capsys
     sampler = TrainingSampler(48, 8, seed=0)
     begun = Position(epoch=1, step=1, images=16)  # by two processes
     data, state = SimpleNamespace(sampler=sampler), SimpleNamespace(ema=None)
-    training = SimpleNamespace(data=data, state=state, learning_rates=dict)
+    settings = SimpleNamespace(parts=1, class_weights=None)
+    training = SimpleNamespace(data=data, state=state, settings=settings, learning_rates=dict)
     run.print_plan(SimpleNamespace(args=args, start=begun), training)
     assert "resumed: c.pth, at step 1 of epoch 1" in (out := capsys.readouterr().out)
     assert "1 process x 8 = 8 images; 6 steps an epoch" in out

@@ -50,7 +50,8 @@ class TrainingSampler(Sampler[list[SampleKey]]):
         if num_images < batch_size * world_size:
             raise UserError(
                 f"the training split holds {num_images} images, fewer than one global batch of {batch_size} x "
-                f"{world_size} processes = {batch_size * world_size}; give a smaller --batch-size or more images."
+                f"{world_size} processes = {batch_size * world_size}; give a smaller --batch-size (or fewer "
+                "--grad-accum-steps), or more images."
             )
         self.num_images, self.batch_size = num_images, batch_size
         self.rank, self.world_size = rank, world_size

@@ -184,11 +184,16 @@ def _training_transform(args: argparse.Namespace) -> nn.Module:
     )
 
 
+def training_batch(args: argparse.Namespace) -> int:
+    """The images of one update on each process: a loader's batch, which passes through the networks in parts."""
+    return args.batch_size * args.grad_accum_steps
+
+
 def training_loader(args: argparse.Namespace, dataset: ImageFolder, device: torch.device) -> DataLoader:
     """The loader of training batches. Raises UserError for less than one global batch, or too little shared memory."""
     sampler = TrainingSampler(
         len(dataset),
-        args.batch_size,
+        training_batch(args),
         distributed.rank(),
         distributed.world_size(),
         args.seed,
@@ -196,7 +201,7 @@ def training_loader(args: argparse.Namespace, dataset: ImageFolder, device: torc
     )
     pin_memory = device.type == "cuda" and args.cache_dataset != "device"  # there a batch is only crop coordinates
     if args.cache_dataset != "device":
-        _check_shared_memory(args, args.train_crop_size, len(sampler))
+        _check_shared_memory(args, training_batch(args), args.train_crop_size, len(sampler))
     return build_loader(dataset, sampler, args.workers, pin_memory)
 
 
@@ -204,23 +209,23 @@ def evaluation_loader(args: argparse.Namespace, dataset: ImageFolder, device: to
     """The loader of evaluation batches. Raises UserError, on all ranks, for too little shared memory."""
     sampler = EvaluationSampler(len(dataset), args.batch_size, distributed.rank(), distributed.world_size())
     with agreed():
-        _check_shared_memory(args, args.val_crop_size, len(sampler))
+        _check_shared_memory(args, args.batch_size, args.val_crop_size, len(sampler))
     return build_loader(dataset, sampler, args.workers, pin_memory=device.type == "cuda")
 
 
 def one_batch_loaders(args: argparse.Namespace, splits: Splits) -> tuple[DataLoader, DataLoader]:
     """Loaders of one training and one evaluation batch per rank, read without workers; for the rehearsal."""
-    rank, world_size, batch_size = distributed.rank(), distributed.world_size(), args.batch_size
+    rank, world_size, batch_size = distributed.rank(), distributed.world_size(), training_batch(args)
     training = TrainingSampler(batch_size * world_size, batch_size, rank, world_size, args.seed)
-    evaluation = EvaluationSampler(len(splits.evaluation), batch_size, rank, world_size, spread=True)
+    evaluation = EvaluationSampler(len(splits.evaluation), args.batch_size, rank, world_size, spread=True)
     return (
         build_loader(splits.training, training, workers=0, pin_memory=False),
         build_loader(splits.evaluation, evaluation, workers=0, pin_memory=False),
     )
 
 
-def _check_shared_memory(args: argparse.Namespace, size: int, batches: int) -> None:
-    batch_bytes = args.batch_size * _channels(args) * size**2
+def _check_shared_memory(args: argparse.Namespace, batch_size: int, size: int, batches: int) -> None:
+    batch_bytes = batch_size * _channels(args) * size**2
     problem = shared_memory_problem(batch_bytes, batches, args.workers, distributed.current_launch().local_world_size)
     if problem is not None:
         raise UserError(problem)

@@ -122,7 +122,7 @@ def model_card(
         recipe=recipe_flags(training_args),
         started_from=training_args.get("finetune"),
         weights_tag=training_args.get("weights"),
-        starts=_describe_starts(trained.starts, training_args.get("batch_size")) if trained else [],
+        starts=_describe_starts(trained.starts, _training_batch(training_args)) if trained else [],
         train_images=count(trained.images, "image") if trained else "images",
         evaluation=_describe_evaluation(measured, trained, path) if measured else "",
         metrics=_metric_rows(measured) if measured else [],
@@ -133,12 +133,18 @@ def model_card(
     )
 
 
-def _describe_starts(starts: list[dict[str, Any]], batch_size: Any) -> list[str]:
+def _training_batch(training_args: dict[str, Any]) -> int | None:
+    """The images of one update on each process; None if a file does not say. Older files know no accumulation."""
+    numbers = training_args.get("batch_size"), training_args.get("grad_accum_steps", 1)
+    return math.prod(numbers) if all(isinstance(number, int) for number in numbers) else None
+
+
+def _describe_starts(starts: list[dict[str, Any]], batch_size: int | None) -> list[str]:
     """The processes, hardware, versions and commit of each start of a training that differs from the others."""
     described = []
     for start in starts:
         parts = [f"{count(start['processes'], 'process')} on {start['device']}"]
-        if isinstance(batch_size, int):
+        if batch_size is not None:
             parts.append(f"global batch {start['processes'] * batch_size:,}")
         parts += [f"{package} {version}" for package, version in start["versions"].items()]
         described.append(", ".join([*parts, f"commit {start.get('commit') or 'unknown'}"]))

@@ -9,6 +9,7 @@ import inspect
 import os
 import time
 import uuid
+from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
 from typing import Any, NamedTuple
 
@@ -236,6 +237,11 @@ def wrap(module: nn.Module, device: torch.device) -> nn.Module:
     renamed = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
     no_broadcast = {"forward_sync_buffers" if renamed else "broadcast_buffers": False}
     return DistributedDataParallel(module, device_ids=device_ids, gradient_as_bucket_view=True, **no_broadcast)
+
+
+def unsynchronized(module: nn.Module) -> AbstractContextManager:
+    """A context in which backward passes do not average gradients over the processes."""
+    return module.no_sync() if isinstance(module, DistributedDataParallel) else nullcontext()
 
 
 def unwrap(module: nn.Module | None) -> nn.Module | None:

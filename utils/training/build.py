@@ -5,18 +5,20 @@ import os
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from utils.checkpoints.checkpoint import Weights
 from utils.data.dataset import BadImages
 from utils.data.loaders import Wait, batch_seconds
+from utils.data.splits import Splits, training_batch
 from utils.data.transforms import BatchMixing, Normalize
 from utils.runtime import distributed, progress
 from utils.runtime.signals import wait_for
-from utils.training import fitting, models, optim
+from utils.training import fitting, loss, models, optim
 
 
 def seed_everything(args: argparse.Namespace) -> None:
@@ -44,6 +46,13 @@ def normalize(args: argparse.Namespace, device: torch.device) -> Normalize:
 
 def batch_mixing(args: argparse.Namespace, num_classes: int) -> BatchMixing:
     return BatchMixing(args.mixup_alpha, args.cutmix_alpha, num_classes, args.seed, distributed.rank())
+
+
+def class_weights(args: argparse.Namespace, splits: Splits, device: torch.device) -> Tensor | None:
+    """The weights of --class-weights, (C,) on the device; None without the flag."""
+    counts = np.bincount(splits.training.targets, minlength=len(splits.classes)).tolist()
+    weights = loss.class_weights(args.class_weights, counts)
+    return None if weights is None else weights.to(device)
 
 
 def memory_format(args: argparse.Namespace, device: torch.device) -> torch.memory_format:
@@ -79,7 +88,9 @@ def classifier(
     starts_from_file = state is not None or weights is not None
     tag = None if starts_from_file else args.weights
     # Models with a fixed input size are built for the training crops, with --test-only too.
-    model = models.create_classifier(args.model, len(classes), args.train_crop_size, tag)
+    rates = {"drop_rate": args.drop_rate, "drop_path_rate": args.drop_path}
+    rates = {name: rate for name, rate in rates.items() if rate is not None}
+    model = models.create_classifier(args.model, len(classes), args.train_crop_size, tag, rates=rates)
     if args.val_crop_size != args.train_crop_size:
         models.output_width(model, args.val_crop_size)
     if state is not None:
@@ -133,6 +144,6 @@ def moving_average(args: argparse.Namespace, model: nn.Module) -> optim.MovingAv
         args.model_ema_decay,
         args.model_ema_steps,
         epochs=args.epochs,
-        global_batch=args.batch_size * distributed.world_size(),
+        global_batch=training_batch(args) * distributed.world_size(),
         warmup_epochs=args.lr_warmup_epochs,
     )

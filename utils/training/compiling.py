@@ -10,9 +10,12 @@ from utils.runtime.errors import UserError
 NEEDS = "a C++ compiler (CXX, else g++), Python's headers (python3-dev) and, on a GPU, Triton and a C compiler"
 
 
-def compile_in_place(module: nn.Module, device: torch.device) -> None:
-    """torch.compile without renaming keys; with CUDA graphs on a GPU, where small batches would wait for the host."""
-    module.compile(mode="reduce-overhead" if device.type == "cuda" else None)
+def compile_in_place(module: nn.Module, device: torch.device, cuda_graphs: bool = True) -> None:
+    """torch.compile without renaming keys.
+
+    cuda_graphs: use them on a GPU, where small batches would wait for the host.
+    """
+    module.compile(mode="reduce-overhead" if cuda_graphs and device.type == "cuda" else None)
 
 
 def check_compiler(device: torch.device) -> None:

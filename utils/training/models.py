@@ -1,6 +1,7 @@
 """Classifiers from timm: creation, loading of weights, reinitialising the head, freezing."""
 
 import difflib
+from collections.abc import Mapping
 from typing import Any
 
 import timm
@@ -14,6 +15,7 @@ from utils.runtime.errors import UserError, first_line
 from utils.training.model_sources import OWN_WEIGHTS, hub_client, is_source, read_source
 
 MOST_LISTED = 6
+NO_RATES: Mapping[str, float] = {}
 
 
 def is_known(name: str) -> bool:
@@ -36,28 +38,38 @@ def check_model_name(name: str, flag: str = "--model") -> None:
 
 
 def create_classifier(
-    name: str, num_classes: int, image_size: int, weights: str | None = None, flag: str = "--model"
+    name: str,
+    num_classes: int,
+    image_size: int,
+    weights: str | None = None,
+    flag: str = "--model",
+    rates: Mapping[str, float] = NO_RATES,
 ) -> nn.Module:
     """A timm classifier with `num_classes` logits (0: features).
 
     weights: one of timm's pretrained tags (a1_in1k), for a `name` such as hf-hub:ORG/NAME "default"; None: random.
     image_size: pixels, passed to models that are built for one size, such as vision transformers.
-    Raises UserError, naming `flag`, for an unknown model or tag, a failed download, and a size that the model refuses.
+    rates: timm's `drop_rate` and `drop_path_rate`, where they are not the model's own.
+    Raises UserError, naming `flag`, for an unknown model or tag, a failed download, a size that the model refuses, and
+    rates that it does not take.
     """
     create = _create_from_source if is_source(name) else _create_from_timm
-    model = create(name, num_classes, image_size, weights, flag)
+    model = create(name, {"num_classes": num_classes, **rates}, image_size, weights, flag)
     output_width(model, image_size, flag)
     return model
 
 
-def _create_from_timm(name: str, num_classes: int, image_size: int, weights: str | None, flag: str) -> nn.Module:
+def _create_from_timm(
+    name: str, settings: dict[str, Any], image_size: int, weights: str | None, flag: str
+) -> nn.Module:
     check_model_name(name, flag)
-    settings: dict[str, Any] = {"num_classes": num_classes}
     if timm.models.get_pretrained_cfg(name).fixed_input_size:
         settings["img_size"] = image_size
     if weights is None:
         try:
             return timm.create_model(name, **settings)
+        except TypeError as error:
+            raise _refused_rate(name, error) or error from None
         except (AssertionError, RuntimeError, ValueError) as error:
             raise UserError(f"{flag} {name}: cannot be built for images of {image_size} pixels ({error}).") from None
     architecture = name.split(".")[0]
@@ -68,14 +80,25 @@ def _create_from_timm(name: str, num_classes: int, image_size: int, weights: str
         with hub_client():
             return timm.create_model(f"{architecture}.{weights}", pretrained=True, **settings)
     except Exception as error:  # the hub's client raises many kinds
-        raise UserError(f"--weights {weights}: could not be fetched or loaded ({first_line(error)}).") from None
+        raise _refused_rate(name, error) or UserError(
+            f"--weights {weights}: could not be fetched or loaded ({first_line(error)})."
+        ) from None
 
 
-def _create_from_source(name: str, num_classes: int, image_size: int, weights: str | None, flag: str) -> nn.Module:
+def _refused_rate(name: str, error: Exception) -> UserError | None:
+    """The error for a rate that the model does not take; None for any other error."""
+    for rate, flag in (("drop_path_rate", "--drop-path"), ("drop_rate", "--drop-rate")):
+        if isinstance(error, TypeError) and f"'{rate}'" in str(error):
+            return UserError(f"{flag}: timm's {name} does not take it; leave the flag out, or choose another --model.")
+    return None
+
+
+def _create_from_source(
+    name: str, settings: dict[str, Any], image_size: int, weights: str | None, flag: str
+) -> nn.Module:
     if weights not in (None, OWN_WEIGHTS):
         raise UserError(f"--weights {weights}: {name} has only its own weights; give --weights {OWN_WEIGHTS}.")
     source = read_source(name, flag)
-    settings: dict[str, Any] = {"num_classes": num_classes}
     known = timm.models.get_pretrained_cfg(source.architecture)
     if source.pretrained_cfg.get("fixed_input_size", known is not None and known.fixed_input_size):
         settings["img_size"] = image_size
@@ -87,7 +110,9 @@ def _create_from_source(name: str, num_classes: int, image_size: int, weights: s
             return timm.create_model(used, weights is not None, **settings)
     except Exception as error:  # a config may ask for anything, and the hub's client raises many kinds
         problem = "cannot be built" if weights is None else "its weights cannot be fetched or loaded"
-        raise UserError(f"{flag} {name}: {problem} for images of {image_size} pixels ({first_line(error)}).") from None
+        raise _refused_rate(name, error) or UserError(
+            f"{flag} {name}: {problem} for images of {image_size} pixels ({first_line(error)})."
+        ) from None
 
 
 def output_width(model: nn.Module, image_size: int, flag: str = "--model") -> int:

@@ -41,7 +41,8 @@ def rehearse(
         evaluate()
     except torch.OutOfMemoryError:
         raise UserError(
-            f"rank {rank}: {device} has too little memory for --batch-size {batch_size}; give a smaller one, or --amp."
+            f"rank {rank}: {device} has too little memory for --batch-size {batch_size}; give a smaller one "
+            "(with --grad-accum-steps the global batch can stay the same), or --amp."
         ) from None
     except Exception as error:
         problem = compile_failure(error)

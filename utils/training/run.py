@@ -25,6 +25,7 @@ from utils.runtime import distributed, progress
 from utils.runtime.errors import agreed
 from utils.runtime.processes import join_processes
 from utils.runtime.progress import Position
+from utils.runtime.text import printable
 from utils.training import build, output_dir
 from utils.training.compiling import check_compiler, compile_in_place
 from utils.training.evaluation import Predictions, measure, predict
@@ -78,7 +79,11 @@ class Run:
 
 
 class LoopSettings(NamedTuple):
-    """The scalars of a training loop. backbone_frozen: only the head is in training mode."""
+    """The settings of a training loop.
+
+    backbone_frozen: only the head is in training mode; parts: of a batch, which pass through the networks one after the
+    other; class_weights: (C,) on the device, of the classifier's loss.
+    """
 
     device: torch.device
     autocast_dtype: torch.dtype | None
@@ -87,6 +92,8 @@ class LoopSettings(NamedTuple):
     print_freq: int
     backbone_frozen: bool = False
     label: str = "epoch"
+    parts: int = 1
+    class_weights: Tensor | None = None
 
     def autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, dtype=self.autocast_dtype, enabled=self.autocast_dtype is not None)
@@ -243,6 +250,8 @@ def build_training(
         args.epochs,
         args.print_freq,
         backbone_frozen=getattr(args, "freeze_backbone", False),
+        parts=args.grad_accum_steps,
+        class_weights=build.class_weights(args, run.splits, device),
     )
     return Training(model, data, update, state, schedulers, settings)
 
@@ -252,7 +261,8 @@ def use_cache_and_compile(run: Run, networks: Sequence[nn.Module]) -> None:
     data_splits.use_cache(run.args, run.splits, run.device)
     if run.args.compile:
         for network in networks:
-            compile_in_place(network, run.device)
+            # CUDA graphs keep the outputs of one forward pass, and accumulation has several before a backward pass.
+            compile_in_place(network, run.device, cuda_graphs=run.args.grad_accum_steps == 1)
 
 
 def build_saver(run: Run, training: Training, keep_best: bool = True) -> Saver:
@@ -334,11 +344,17 @@ def print_plan(run: Run, training: Training) -> None:
     if start != Position():
         progress.say(f"resumed: {args.resume}, at step {start.step} of epoch {start.epoch} (both count from 0)")
     steps = sampler.num_images // sampler.global_batch  # of a whole epoch, whatever the number of processes before
-    processes = distributed.world_size()
+    processes, parts = distributed.world_size(), training.settings.parts
     progress.say(
-        f"global batch: {processes} {'process' if processes == 1 else 'processes'} x {args.batch_size} = "
-        f"{sampler.global_batch} images; {steps} steps an epoch, {args.epochs} epochs in all"
+        f"global batch: {processes} {'process' if processes == 1 else 'processes'} x {args.batch_size}"
+        f"{f' x {parts} parts' if parts > 1 else ''} = {sampler.global_batch} images; {steps} steps an epoch, "
+        f"{args.epochs} epochs in all"
     )
+    if (weights := training.settings.class_weights) is not None:
+        listed = (f"{weights[i].item():.3g} ({run.splits.classes[i]})" for i in (weights.argmin(), weights.argmax()))
+        progress.say(
+            printable(f"--class-weights {args.class_weights}: {' to '.join(listed)}; their mean over images is 1")
+        )
     mean, std = (" ".join(f"{value:.4g}" for value in values) for values in (args.mean, args.std))
     color = "grey" if args.gray else "RGB"
     progress.say(f"images: {color}, crops of {args.train_crop_size} pixels, --mean {mean} --std {std}")

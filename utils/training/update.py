@@ -122,6 +122,7 @@ class GuardedUpdate:
         self.clip_grad_norm = clip_grad_norm
         self.fp16 = fp16
         self.scaler = torch.amp.GradScaler(device.type, enabled=fp16)
+        self.accumulating = False  # whether the gradients are parts of those of the present step
         self.measures_gradients = fp16 or clip_grad_norm is not None
         self.skipped_steps = torch.zeros((), dtype=torch.int64, device=device)
         self.buffers: dict[torch.dtype, list[Tensor]] = {}
@@ -134,14 +135,21 @@ class GuardedUpdate:
         if self.measures_gradients:
             self.buffers_before = {dtype: _flat(buffers) for dtype, buffers in self.buffers.items()}
 
-    def __call__(self, loss: Tensor, hold_back: Tensor, epoch: int = 0, step: int = 0) -> Tensor:
-        """One update from a loss (); returns whether it was skipped: bool tensor () on the device, equal on all ranks.
-
-        hold_back: bool tensor (), equal on all ranks; epoch, step: for the moving average.
-        """
-        for optimizer in self.optimizers.values():
-            optimizer.zero_grad(set_to_none=True)
+    def accumulate(self, loss: Tensor) -> None:
+        """The backward pass of a part () of the step's loss; the last part goes to `__call__`."""
+        if not self.accumulating:
+            for optimizer in self.optimizers.values():
+                optimizer.zero_grad(set_to_none=True)
+        self.accumulating = True
         self.scaler.scale(loss).backward()
+
+    def __call__(self, loss: Tensor, hold_back: Tensor, epoch: int = 0, step: int = 0) -> Tensor:
+        """One update from a loss (), or from the last part of one; returns whether it was skipped.
+
+        hold_back and the result: bool tensors () on the device, equal on all ranks; epoch, step: for the moving average.
+        """
+        self.accumulate(loss)
+        self.accumulating = False
         skipped = hold_back
         if self.measures_gradients:
             for optimizer in self.optimizers.values():
