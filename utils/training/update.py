@@ -146,7 +146,7 @@ class GuardedUpdate:
     def __call__(self, loss: Tensor, hold_back: Tensor, epoch: int = 0, step: int = 0) -> Tensor:
         """One update from a loss (), or from the last part of one; returns whether it was skipped.
 
-        hold_back and the result: bool tensors () on the device, equal on all ranks; epoch, step: for the moving average.
+        hold_back, result: bool tensors () on the device, equal on all ranks; epoch, step: for the moving average.
         """
         self.accumulate(loss)
         self.accumulating = False
