@@ -56,7 +56,7 @@ def test_metrics_have_the_intervals_of_the_file_and_classes_their_commonest_conf
         "us-breast-cyst (1)", "ct-head-normal (1)", "ct-head-normal (2)"
     ]  # fmt: skip
     metrics = evaluation["metrics"]
-    assert list(metrics) == ["top1", "top5", "balanced_accuracy", "precision", "f1", "loss"]
+    assert list(metrics) == ["top1", "top5", "balanced_accuracy", "precision", "f1", "loss", "ece", "brier"]
     assert metrics["top1"] == {"value": 8 / 12, "interval": [0.25, 0.75]}
 
 
