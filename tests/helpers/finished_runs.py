@@ -84,5 +84,5 @@ def undrawn(monkeypatch):
     """Report pages without drawing their pictures, which takes most of the time. Import the fixture to use it."""
     monkeypatch.setattr(report, "picture", lambda figure, title: {"source": "", "title": title})
     monkeypatch.setattr(report, "responsive_picture", lambda draw, logs, groups, title: {"source": "", "title": title})
-    for name in ("confusion_matrix", "per_class_recall"):
+    for name in ("confusion_matrix", "per_class_recall", "recall_by_frequency", "reliability_diagram"):
         monkeypatch.setattr(report, name, lambda *_: None)

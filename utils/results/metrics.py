@@ -26,7 +26,7 @@ METRIC_TITLES = {
     "f1": "Macro F1",
     "auroc": "AUROC",
     "loss": "Cross-entropy",
-    "ece": "Expected calibration error",
+    "ece": "Calibration error (ECE)",
     "brier": "Brier score",
 }
 LEVEL, RESAMPLES = 0.95, 1000  # of confidence intervals

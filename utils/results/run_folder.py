@@ -230,6 +230,16 @@ def read_evaluation(folder: Path, name: str = "clean", metrics: Metrics | None =
     return Evaluation(metrics or {}, table, outcome)
 
 
+def training_images(table: list[dict[str, str]]) -> list[int]:
+    """The number of training images of each class. Raises UserError if the table lacks one."""
+    if not all(row.get("train_images") for row in table):
+        raise UserError(
+            "Recall by class frequency: the numbers of training images are missing. --test-only takes them from the "
+            "run.json next to the weights; run it again with the weights in the folder of their training."
+        )
+    return [int(row["train_images"]) for row in table]
+
+
 def _numbers(rows: list[dict[str, str]], column: str, most: float) -> np.ndarray | None:
     """The numbers of a column, NaN for an empty cell; None if the table lacks it, as older ones do.
 
