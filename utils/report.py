@@ -47,7 +47,7 @@ SCORES = ("precision", "recall", "f1")
 FREQUENCY_HELP = (
     "Each point is a class. If the points rise to the right, classes with few training images are recognised less "
     "often. Long intervals mean few evaluated images. From six classes on, the thick lines are the mean recall of the "
-    "rarest third of the classes, the middle third and the most frequent one."
+    "rarest third of the classes, the middle third and the most frequent one; equally frequent classes stay together."
 )
 RELIABILITY_HELP = (
     "Each point is a group of images of similar confidence. On the dashed line the probabilities can be taken at their "

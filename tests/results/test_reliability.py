@@ -67,10 +67,12 @@ def test_thirds_of_the_classes_have_their_mean_recall():
     each = np.arange(7)
     predictions = np.where(each < 4, each, 0)  # classes 0 to 3 are recognised
     axes = recall_by_frequency(each, predictions, [1000, 2, 30, 40, 500, 70, 80]).axes[0]
-    lines = axes.collections[2].get_segments()
     # By frequency: classes 1, 2, 3, then 5 and 6, then 4 and 0.
-    assert np.array(lines).tolist() == [[[2, 1], [40, 1]], [[70, 0], [80, 0]], [[500, 0.5], [1000, 0.5]]]
+    expected = [[[2 / 1.02, 1], [40 * 1.02, 1]], [[70 / 1.02, 0], [80 * 1.02, 0]], [[500 / 1.02, 0.5], [1020, 0.5]]]
+    assert axes.collections[2].get_segments() == [pytest.approx(np.array(line)) for line in expected]
     assert axes.get_legend().get_texts()[2].get_text() == "mean recall of a third of the classes: 1.00, 0.00, 0.50"
+    tied = recall_by_frequency(each, predictions, [50, 50, 50, 50, 50, 9, 60]).axes[0]  # no middle third
+    assert tied.get_legend().get_texts()[2].get_text() == f"mean recall of a third of the classes: {4 / 6:.2f}, 0.00"
     even = recall_by_frequency(each, predictions, [50] * 7)
     assert len(even.axes[0].collections) == 2  # classes of one size have no thirds
     assert as_png(even) == as_png(recall_by_frequency(each, predictions, [50] * 7))
@@ -117,7 +119,8 @@ def test_the_commands_write_their_pictures(tmp_path, capsys, monkeypatch):
         ("predictions.csv", "probability", "1.5", "a probability is not in 0 to 1"),
         ("predictions.csv", "brier", "-1", "a brier is not in 0 to 2"),
         ("predictions.csv", "brier", "high", "could not convert string to float"),
-        ("per_class.csv", "train_images", "-3", "a number of training images is below 0"),
+        ("per_class.csv", "train_images", "-3", "a number of training images is not in 0 to 1,000,000,000,000"),
+        ("per_class.csv", "train_images", "9" * 40, "a number of training images is not in 0 to 1,000,000,000,000"),
         ("per_class.csv", "train_images", "many", "invalid literal for int"),
     ],
 )

@@ -13,7 +13,8 @@ from utils.results.figures import COLOURS, FAINT, figure_title, shorten
 from utils.results.metrics import wilson_intervals
 
 MOST_CLASSES_WITH_NUMBERS = 16  # with more classes, cells are too small for numbers
-THIRDS = 3  # groups of classes by frequency
+MANY_FOR_THIRDS = 6  # classes from which on means of thirds are drawn
+WIDER = 1.02  # factor by which the line of a third is longer on each side, so that one frequency is visible
 BAR_ROOM = 0.4  # inches from the matrix to the right edge of its colour bar
 BEHIND = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}  # the box behind a number that a line may cross
 SHARES = (0, 0.01, 0.05, 0.1, 0.2, 0.4, 0.6, 0.8, 1)  # ticks of the colour bar
@@ -115,7 +116,8 @@ def recall_by_frequency(
 
     targets, predictions: (N,) class indices; train_images: (C,), for each class; what and note: as in
     `per_class_recall`. Classes without images or training images are left out. With six classes or more, lines show the
-    mean recall of the rarest third of the classes, the middle and the most frequent one.
+    mean recall of the rarest third of the classes, the middle and the most frequent one; classes of equal frequency
+    stay together, so that a third may be larger or empty.
     """
     counts, frequency = count_pairs(targets, predictions, len(train_images)), np.asarray(train_images)
     shown = (counts.sum(axis=1) > 0) & (frequency > 0)
@@ -127,11 +129,13 @@ def recall_by_frequency(
     axes.scatter(frequency, recall, 18 if many else 30, COLOURS[0], alpha=0.8, lw=0, zorder=2.5, clip_on=False)
     axes.vlines(frequency, *wilson_intervals(right, images), color=COLOURS[0], lw=1, alpha=0.25 if many else 0.5)
     names = ["a class", "its 95 % interval"]
-    if len(recall) >= 2 * THIRDS and frequency.min() < frequency.max():
-        thirds = np.array_split(np.argsort(frequency, kind="stable"), THIRDS)
-        means = [recall[third].mean() for third in thirds]
-        ends = [frequency[third[[0, -1]]] for third in thirds]
-        axes.hlines(means, *np.transpose(ends), color=COLOURS[1], lw=2.5, zorder=3)
+    if len(recall) >= MANY_FOR_THIRDS and frequency.min() < frequency.max():
+        third = np.searchsorted(np.quantile(frequency, (1 / 3, 2 / 3)), frequency)  # equal frequencies: the same one
+        groups = [np.flatnonzero(third == number) for number in np.unique(third)]
+        means = [recall[group].mean() for group in groups]
+        lowest = [frequency[group].min() / WIDER for group in groups]
+        highest = [frequency[group].max() * WIDER for group in groups]
+        axes.hlines(means, lowest, highest, color=COLOURS[1], lw=2.5, zorder=3)
         names.append(f"mean recall of a third of the classes: {', '.join(f'{mean:.2f}' for mean in means)}")
     axes.set_xscale("log")
     if len(frequency) and frequency.max() < 30 * frequency.min():  # decades would be too few ticks

@@ -38,6 +38,7 @@ from utils.runtime.text import from_cell, list_names, printable
 STATUS = "status.json"
 BAD_BATCH = "nonfinite_batch.json"
 METRICS_FILE = "metrics.json"
+MOST_IMAGES = 10**12  # of a class, in a table that is taken seriously
 RESULT_TITLES = {"clean": "without masks", "masked": "with mean masks"}
 
 
@@ -209,8 +210,8 @@ def read_evaluation(folder: Path, name: str = "clean", metrics: Metrics | None =
             raise ValueError("a class is listed twice")
         for row in table:
             _ = [float(row[score]) for score in ("precision", "recall", "f1", "auroc") if row.get(score)]
-            if int(row.get("train_images") or 0) < 0:
-                raise ValueError("a number of training images is below 0")
+            if not 0 <= int(row.get("train_images") or 0) <= MOST_IMAGES:
+                raise ValueError(f"a number of training images is not in 0 to {MOST_IMAGES:,}")
         outcome = Outcome(
             np.array([number[row["target"]] for row in rows]),
             np.array([number[row["prediction"]] for row in rows]),
