@@ -17,12 +17,20 @@ from matplotlib.figure import Figure
 
 from utils.checkpoints.checkpoint import BEST, HEATED
 from utils.results import templates
-from utils.results.confusion import confusion_matrix, count_pairs, per_class_recall
+from utils.results.confusion import confusion_matrix, count_pairs, per_class_recall, recall_by_frequency
 from utils.results.curves import learning_curves, policy_health
 from utils.results.figures import as_svg
-from utils.results.metrics import LEVEL, METRIC_TITLES, Outcome
+from utils.results.metrics import CALIBRATION_NAMES, LEVEL, METRIC_TITLES, Outcome
 from utils.results.provenance import same_but_seed
-from utils.results.run_folder import RESULT_TITLES, Evaluation, RunFolder, describe_tested, read_run_folder
+from utils.results.reliability import reliability_diagram
+from utils.results.run_folder import (
+    RESULT_TITLES,
+    Evaluation,
+    RunFolder,
+    describe_tested,
+    read_run_folder,
+    training_images,
+)
 from utils.runtime.command_line import Parser, expanded_path
 from utils.runtime.errors import UserError
 from utils.runtime.files import make_parent, write_atomically
@@ -36,6 +44,15 @@ TITLES = {name: title for name, title in METRIC_TITLES.items() if name != "recal
 HEADLINE = "f1"  # the metric of the summary, by which the best epoch is chosen
 FEW_IMAGES, FEW_PER_CLASS = 500, 10  # below this a warning
 SCORES = ("precision", "recall", "f1")
+FREQUENCY_HELP = (
+    "Each point is a class. If the points rise to the right, classes with few training images are recognised less "
+    "often. Long intervals mean few evaluated images. From six classes on, the thick lines are the mean recall of the "
+    "rarest third of the classes, the middle third and the most frequent one; equally frequent classes stay together."
+)
+RELIABILITY_HELP = (
+    "Each point is a group of images of similar confidence. On the dashed line the probabilities can be taken at their "
+    "word; below it they are too high, above it too low. The bars show how many images each group has."
+)
 MARK = b'<meta name="generator" content="utils.report">'  # in the head of a page that may be replaced
 
 
@@ -55,11 +72,17 @@ def page(runs: list[RunFolder], now: datetime | None = None) -> bytes:
         title=f"Report of {names[0]}" if len(runs) == 1 else f"Report of {len(runs)} runs",
         written=describe_time(now.isoformat()),
         runs=described,
-        metric_titles=TITLES,
+        metric_titles=shown_titles(described),
         level=f"{100 * LEVEL:.0f} %",
         curves=responsive_picture(learning_curves, logs, groups, "Learning curves"),
         health=responsive_picture(policy_health, logs, groups, "Health of the policy"),
     )
+
+
+def shown_titles(described: list[dict[str, Any]]) -> dict[str, str]:
+    """The titles of the metrics; those that only newer versions compute are left out if no evaluation has them."""
+    present = {name for run in described for evaluation in run["evaluations"] for name in evaluation["metrics"]}
+    return {name: title for name, title in TITLES.items() if name in present or name not in CALIBRATION_NAMES}
 
 
 def short_names(folders: list[Path]) -> list[str]:
@@ -234,13 +257,23 @@ def few_images(evaluation: Evaluation) -> list[tuple[str, str]]:
 
 
 def describe_evaluation(name: str, what: str, run: RunFolder, evaluation: Evaluation) -> dict[str, Any]:
-    """Metrics with intervals, the per-class table with the commonest confusion of each class, and two pictures."""
+    """Metrics with intervals, the per-class table with the commonest confusion of each class, and the pictures."""
     classes = [row["class"] for row in evaluation.table]
     title = RESULT_TITLES.get(name, name)
     outcome = evaluation.outcome
     confused = commonest_confusions(outcome, classes)
     arguments = (outcome.targets, outcome.predictions, classes, what)
     intervals = run.tested.get("intervals", {}).get(name, {})
+    pictures = [
+        picture(confusion_matrix(*arguments), f"Confusion matrix, {title}"),
+        picture(per_class_recall(*arguments), f"Recall of each class, {title}"),
+    ]
+    with suppress(UserError):  # an older version, or no run.json next to the weights
+        figure = recall_by_frequency(outcome.targets, outcome.predictions, training_images(evaluation.table), what)
+        pictures.append(picture(figure, f"Recall by class frequency, {title}") | {"help": FREQUENCY_HELP})
+    with suppress(UserError):
+        shown = picture(reliability_diagram(outcome, what), f"Reliability, {title}")
+        pictures.append(shown | {"help": RELIABILITY_HELP, "is_small": True})
     return {
         "title": title,
         "what": what,
@@ -251,13 +284,13 @@ def describe_evaluation(name: str, what: str, run: RunFolder, evaluation: Evalua
             if evaluation.metrics.get(metric) is not None
         },
         "table": [
-            row | {"images": int(row["images"]), "confused": text} | {score: as_number(row[score]) for score in SCORES}
+            row
+            | {"images": int(row["images"]), "train_images": row.get("train_images"), "confused": text}
+            | {score: as_number(row[score]) for score in SCORES}
             for row, text in zip(evaluation.table, confused, strict=True)
         ],
-        "pictures": [
-            picture(confusion_matrix(*arguments), f"Confusion matrix, {title}"),
-            picture(per_class_recall(*arguments), f"Recall of each class, {title}"),
-        ],
+        "has_training_images": any(row.get("train_images") for row in evaluation.table),
+        "pictures": pictures,
     }
 
 

@@ -56,7 +56,7 @@ def test_metrics_have_the_intervals_of_the_file_and_classes_their_commonest_conf
         "us-breast-cyst (1)", "ct-head-normal (1)", "ct-head-normal (2)"
     ]  # fmt: skip
     metrics = evaluation["metrics"]
-    assert list(metrics) == ["top1", "top5", "balanced_accuracy", "precision", "f1", "loss"]
+    assert list(metrics) == ["top1", "top5", "balanced_accuracy", "precision", "f1", "loss", "ece", "brier"]
     assert metrics["top1"] == {"value": 8 / 12, "interval": [0.25, 0.75]}
 
 
@@ -284,14 +284,14 @@ def test_a_page_works_in_a_browser(browser, tmp_path):
         assert schemes <= {"file", "data"}
         assert driver.execute_script("return document.documentElement.scrollWidth") <= width
         shown = driver.execute_script("return [...document.images].map(i => i.complete && i.naturalWidth > 0)")
-        assert len(shown) == 4 and all(shown)  # curves, the policy, confusion, recall
+        assert len(shown) == 6 and all(shown)  # curves, the policy, confusion, recall, its frequency, reliability
         hints = driver.execute_script("return [...document.querySelectorAll('.scroll')].map(box => "
             "[box.scrollWidth > box.clientWidth + 1, box.classList.contains('wide')])")  # fmt: skip
         assert all(overflows == hinted for overflows, hinted in hints)
         assert any(hinted for _, hinted in hints) == (width == 400)
     column = "return [...document.querySelectorAll('table.classes tbody tr')].map(row => row.cells[{}].textContent)"
     button = "document.querySelectorAll('table.classes th button')[{}].click()"
-    for cell, ascending in ((3, ["0.333", "0.667", "0.833"]), (1, ["3", "3", "6"]), (0, CLASSES)):
+    for cell, ascending in ((4, ["0.333", "0.667", "0.833"]), (1, ["3", "3", "6"]), (0, CLASSES)):
         driver.execute_script(button.format(cell))
         assert driver.execute_script(column.format(cell)) == ascending
         driver.execute_script(button.format(cell))

@@ -44,14 +44,15 @@ def write_stage(folder: Path, log: list[dict], *, data: dict[str, Any] | None = 
 def write_test(
     folder: Path, logits: torch.Tensor, targets: torch.Tensor, classes: Sequence[str], **start: object
 ) -> None:
-    """The files of --test-only for these logits (N, C)."""
+    """The files of --test-only for these logits (N, C), with 10, 20, ... training images of the classes."""
     folder.mkdir(parents=True, exist_ok=True)
     names = [f"{classes[target]}/{number}.png" for number, target in enumerate(targets.tolist())]
-    (folder / "per_class.csv").write_bytes(table_as_csv(per_class_table(logits, targets, classes)))
+    rows = [row | {"train_images": 10 * n} for n, row in enumerate(per_class_table(logits, targets, classes), 1)]
+    (folder / "per_class.csv").write_bytes(table_as_csv(rows))
     (folder / "predictions.csv").write_bytes(table_as_csv(prediction_table(logits, targets, classes, names)))
-    metrics = {"clean": classification_metrics(logits, targets, auroc=True)}
+    metrics = {"clean": classification_metrics(logits, targets, auroc=True, calibration=True)}
     content = {"split": "test", "images": len(targets), "weights": "model_best.pth", "metrics": metrics}
-    content["intervals"] = {"clean": bootstrap_intervals(outcome_of(logits, targets), 200)}
+    content["intervals"] = {"clean": bootstrap_intervals(outcome_of(logits, targets, calibration=True), 200)}
     (folder / "metrics.json").write_text(json.dumps(content | {"origin": START | start}))
 
 
@@ -83,5 +84,5 @@ def undrawn(monkeypatch):
     """Report pages without drawing their pictures, which takes most of the time. Import the fixture to use it."""
     monkeypatch.setattr(report, "picture", lambda figure, title: {"source": "", "title": title})
     monkeypatch.setattr(report, "responsive_picture", lambda draw, logs, groups, title: {"source": "", "title": title})
-    for name in ("confusion_matrix", "per_class_recall"):
+    for name in ("confusion_matrix", "per_class_recall", "recall_by_frequency", "reliability_diagram"):
         monkeypatch.setattr(report, name, lambda *_: None)

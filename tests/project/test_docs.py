@@ -13,6 +13,7 @@ from tests.conftest import ROOT, SMALL_POLICY
 from tests.helpers.parsing import PARSERS, declared, is_test
 from utils import arguments
 from utils.results.log import read_log
+from utils.results.metrics import CALIBRATION_NAMES, METRIC_NAMES
 
 DOCS = ROOT / "docs"
 PACKAGES = ("_normal", "_policy_gradient", "utils")
@@ -80,6 +81,12 @@ def test_every_logged_name_is_explained(image_folder, tmp_path):
     page = (DOCS / "logging.md").read_text()
     for name in read_log(tmp_path)[0].keys() - {"epoch"}:
         assert f"`{name}`" in page, name
+
+
+def test_every_metric_of_a_test_is_explained():
+    page = (DOCS / "logging.md").read_text()
+    names = (*(f"val_{name}" for name in METRIC_NAMES), *CALIBRATION_NAMES, "intervals", "reliability")
+    assert [name for name in names if f"`{name}`" not in page] == []
 
 
 def write_command(folder, name, body):

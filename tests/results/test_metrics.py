@@ -124,11 +124,35 @@ def test_prediction_table_by_hand():
     logits = torch.tensor([[math.log(3), 0.0, 0.0], [0.0, math.log(6), math.log(3)], [0.0, 0.0, 0.0]])
     rows = prediction_table(logits, torch.tensor([0, 2, 2]), ["a", "b", "c"], ["a/1.png", "c/1.png", "c/2.png"])
     assert [tuple(row.values()) for row in rows] == [
-        ("a/1.png", "a", "a", pytest.approx(3 / 5), 1, pytest.approx(-math.log(3 / 5))),
-        ("c/1.png", "c", "b", pytest.approx(6 / 10), 2, pytest.approx(-math.log(3 / 10))),
-        ("c/2.png", "c", "a", pytest.approx(1 / 3), 3, pytest.approx(math.log(3))),  # equal logits: the first class
+        (
+            "a/1.png",
+            "a",
+            "a",
+            pytest.approx(3 / 5),
+            1,
+            pytest.approx(-math.log(3 / 5)),
+            pytest.approx(0.4**2 + 2 * 0.2**2),
+        ),
+        (
+            "c/1.png",
+            "c",
+            "b",
+            pytest.approx(6 / 10),
+            2,
+            pytest.approx(-math.log(3 / 10)),
+            pytest.approx(0.1**2 + 0.6**2 + 0.7**2),
+        ),
+        (
+            "c/2.png",
+            "c",
+            "a",
+            pytest.approx(1 / 3),
+            3,
+            pytest.approx(math.log(3)),
+            pytest.approx(2 / 3),
+        ),  # equal logits: the first class
     ]
-    assert tuple(rows[0]) == ("image", "target", "prediction", "probability", "true_rank", "loss")
+    assert tuple(rows[0]) == ("image", "target", "prediction", "probability", "true_rank", "loss", "brier")
 
 
 def test_csv_tables_quote_names_and_round_fractions():

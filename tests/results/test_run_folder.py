@@ -24,7 +24,7 @@ def write(folder, *names):
     for seed, name in enumerate(names):
         logits = torch.randn(5, 3, generator=torch.Generator().manual_seed(seed))
         predictions = (logits, TARGETS, torch.arange(5))
-        results[name] = predictions, classification_metrics(logits, TARGETS, auroc=True)
+        results[name] = predictions, classification_metrics(logits, TARGETS, auroc=True, calibration=True)
     write_test_results(folder, results, files, split="val", weights="w.pth", averaged=None, origin=START)
     return {name: metrics for name, (_, metrics) in results.items()}
 

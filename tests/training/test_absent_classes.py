@@ -68,7 +68,7 @@ def test_a_split_without_a_class_is_evaluated_with_the_classes_of_the_training(l
     assert (found["images"], found["classes"], found["absent_classes"]) == (6, 3, ["bright"])
     table = rows_of(tmp_path / "per_class.csv")
     assert [(row["class"], row["images"]) for row in table] == [("bright", "0"), ("dark", "3"), ("striped", "3")]
-    assert list(table[0].values())[2:] == ["", "", "", ""]
+    assert list(table[0].values())[2:] == ["", "", "", "", "12"]  # the last: training images
     rows = rows_of(tmp_path / "predictions.csv")
     truth, predicted = ([row[column] for row in rows] for column in ("target", "prediction"))
     assert truth == ["dark"] * 3 + ["striped"] * 3

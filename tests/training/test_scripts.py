@@ -12,6 +12,7 @@ from _policy_gradient import train as policy_gradient
 from tests.conftest import write_image_folder
 from utils.checkpoints import checkpoint
 from utils.results.log import read_log
+from utils.results.metrics import CALIBRATION_NAMES, METRIC_NAMES
 from utils.runtime.errors import UserError
 from utils.training.compiling import compile_in_place
 
@@ -153,11 +154,12 @@ def test_test_only_repeats_the_last_validation(train, image_folder, capsys):
     assert "Heated model: pretrained on masked images" in capsys.readouterr().out
     found = json.loads((folder / "metrics.json").read_text())
     assert (found["split"], found["images"], found["heated"]) == ("val", 21, True)
-    for name, value in found["metrics"]["clean"].items():
-        assert value == pytest.approx(line[f"val_{name}"], rel=1e-6, abs=1e-6)
+    assert list(found["metrics"]["clean"]) == [*METRIC_NAMES, *CALIBRATION_NAMES]
+    for name in METRIC_NAMES:
+        assert found["metrics"]["clean"][name] == pytest.approx(line[f"val_{name}"], rel=1e-6, abs=1e-6)
     assert found["metrics"]["masked"]["loss"] != found["metrics"]["clean"]["loss"]
     rows = (folder / "per_class.csv").read_text().splitlines()
-    assert rows[0] == "class,images,precision,recall,f1,auroc"
+    assert rows[0] == "class,images,precision,recall,f1,auroc,train_images"
     assert [row.split(",")[:2] for row in rows[1:]] == [["bright", "7"], ["dark", "7"], ["striped", "7"]]
     assert (folder / "per_class_masked.csv").exists()
     images = list(csv.DictReader((folder / "predictions.csv").open()))

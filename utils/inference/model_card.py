@@ -11,11 +11,11 @@ from utils.checkpoints.checkpoint import BEST
 from utils.data.folders import SPLITS
 from utils.flags import shared_parser
 from utils.inference.classifier import Classifier
-from utils.results.metrics import LEVEL, METRIC_NAMES, METRIC_TITLES, Intervals, Metrics
-from utils.results.provenance import RUN
+from utils.results.metrics import CALIBRATION_NAMES, LEVEL, METRIC_NAMES, METRIC_TITLES, Intervals, Metrics
+from utils.results.provenance import Trained, read_trained
 from utils.results.run_folder import METRICS_FILE
 from utils.results.templates import render_markdown
-from utils.results.validation import is_origin, is_tested, read_checked
+from utils.results.validation import is_tested, read_checked
 from utils.runtime.text import count
 
 
@@ -30,14 +30,6 @@ class Measured(NamedTuple):
     intervals: Intervals
 
 
-class Trained(NamedTuple):
-    """How the weights were trained, according to run.json."""
-
-    root: Path  # folder of the training images
-    images: int
-    starts: list[dict[str, Any]]  # as `provenance.describe` returns them
-
-
 def read_measured(weights: Path, averaged: bool | None = None) -> Measured | None:
     """Results from the metrics.json next to the weights, if it is newer than they are and names them; else None.
 
@@ -49,7 +41,9 @@ def read_measured(weights: Path, averaged: bool | None = None) -> Measured | Non
     try:
         if not content or path.stat().st_mtime_ns < weights.stat().st_mtime_ns:
             return None
-        metrics = {name: content["metrics"]["clean"][name] for name in METRIC_NAMES}
+        clean = content["metrics"]["clean"]
+        present = [name for name in CALIBRATION_NAMES if name in clean]  # older versions did not compute them
+        metrics = {name: clean[name] for name in (*METRIC_NAMES, *present)}
         intervals = content.get("intervals", {}).get("clean", {})
         root = Path(content["root"]) if "root" in content else None
         absent = len(content.get("absent_classes", []))
@@ -59,20 +53,6 @@ def read_measured(weights: Path, averaged: bool | None = None) -> Measured | Non
         return measured if is_valid and is_same else None
     except (OSError, KeyError):
         return None
-
-
-def read_trained(weights: Path, classes: list[str], heated: bool) -> Trained | None:
-    """The training in the run.json next to the weights, if it is one of these classes and of the right script.
-
-    None otherwise: the weights may have been copied to the folder of another run.
-    """
-    content = read_checked(weights.parent / RUN, is_origin)
-    if not content or not content["starts"] or "train" not in content["data"]:
-        return None
-    data, script = content["data"]["train"], "_policy_gradient/" if heated else ""
-    if sorted(data["images"]) != sorted(classes) or not content["starts"][0]["command"].startswith(script):
-        return None
-    return Trained(Path(data["root"]), sum(data["images"].values()), content["starts"])
 
 
 def _names(written: str, weights: Path) -> bool:
@@ -123,7 +103,7 @@ def model_card(
         started_from=training_args.get("finetune"),
         weights_tag=training_args.get("weights"),
         starts=_describe_starts(trained.starts, _training_batch(training_args)) if trained else [],
-        train_images=count(trained.images, "image") if trained else "images",
+        train_images=count(sum(trained.images.values()), "image") if trained else "images",
         evaluation=_describe_evaluation(measured, trained, path) if measured else "",
         metrics=_metric_rows(measured) if measured else [],
         level=f"{LEVEL:.0%}",
@@ -169,6 +149,8 @@ def _metric_rows(measured: Measured) -> list[tuple[str, str, str]]:
     """Title, value and interval of each metric, as texts."""
     rows = []
     for name, title in METRIC_TITLES.items():
+        if name not in measured.metrics:
+            continue
         value, interval = measured.metrics[name], measured.intervals.get(name)
         shown = "undefined" if value is None else f"{value:.4f}"
         rows.append((title, shown, f"{interval[0]:.4f} to {interval[1]:.4f}" if interval else ""))

@@ -1,20 +1,22 @@
-"""Figures of the predictions for a split: confusion matrix, and the recall of each class."""
+"""Figures of the predictions for a split: confusion matrix, and the recall of each class, alone or by its frequency."""
 
 import math
-import textwrap
 from collections.abc import Sequence
 
 import matplotlib
 import numpy as np
 from matplotlib.colors import ListedColormap, PowerNorm
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
-from utils.results.figures import COLOURS, FAINT, as_text, shorten
+from utils.results.figures import COLOURS, FAINT, figure_title, shorten
+from utils.results.metrics import wilson_intervals
 
 MOST_CLASSES_WITH_NUMBERS = 16  # with more classes, cells are too small for numbers
+MANY_FOR_THIRDS = 6  # classes from which on means of thirds are drawn
+WIDER = 1.02  # factor by which the line of a third is longer on each side, so that one frequency is visible
 BAR_ROOM = 0.4  # inches from the matrix to the right edge of its colour bar
 BEHIND = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}  # the box behind a number that a line may cross
-LONGEST_LINE = 60  # characters of a line of the title's note
 SHARES = (0, 0.01, 0.05, 0.1, 0.2, 0.4, 0.6, 0.8, 1)  # ticks of the colour bar
 # The darkest colour is for the largest share; the lightest can be told from the white of an empty cell.
 SHADES = ListedColormap(matplotlib.colormaps["YlGnBu"](np.linspace(0.12, 1, 256)))
@@ -48,7 +50,7 @@ def confusion_matrix(
     axes.tick_params(which="minor", length=0)
     axes.set_xlabel("predicted class")
     axes.set_ylabel("true class (images)")
-    axes.set_title(_title("Confusion", images.sum(), what, note))
+    axes.set_title(figure_title("Confusion", images.sum(), what, note))
     if not many:
         for row, column in np.argwhere(counts > 0):
             share = shares[row, column]
@@ -97,19 +99,58 @@ def per_class_recall(
     axes.set_xticks(np.linspace(0, 1, 6))
     axes.set_xlabel("recall: share of the class's images that were recognised")
     axes.set_ylabel("class (images)")
-    axes.set_title(_title("Recall of each class", images.sum(), what, note), pad=26)
+    axes.set_title(figure_title("Recall of each class", images.sum(), what, note), pad=26)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(loc="lower left", bbox_to_anchor=(0, 1), frameon=False)
     return figure
 
 
-def _title(quantity: str, images: int, what: str, note: str) -> str:
-    lines = [
-        f"{quantity}, {images} images",
-        as_text(what),
-        "\n".join(textwrap.wrap(note, LONGEST_LINE, break_on_hyphens=False)),
-    ]
-    return "\n".join(filter(None, lines))
+def recall_by_frequency(
+    targets: Sequence[int],
+    predictions: Sequence[int],
+    train_images: Sequence[int],
+    what: str = "",
+    note: str = "",
+) -> Figure:
+    """Recall of each class with its 95 % interval, over the number of its training images on a logarithmic axis.
+
+    targets, predictions: (N,) class indices; train_images: (C,), for each class; what and note: as in
+    `per_class_recall`. Classes without images or training images are left out. With six classes or more, lines show the
+    mean recall of the rarest third of the classes, the middle and the most frequent one; classes of equal frequency
+    stay together, so that a third may be larger or empty.
+    """
+    counts, frequency = count_pairs(targets, predictions, len(train_images)), np.asarray(train_images)
+    shown = (counts.sum(axis=1) > 0) & (frequency > 0)
+    images, right, frequency = counts.sum(axis=1)[shown], counts.diagonal()[shown], frequency[shown]
+    recall = right / images
+    figure = Figure(figsize=(6, 4))  # the axes; the labels around them widen the picture
+    axes = figure.add_axes((0, 0, 1, 1))
+    many = len(recall) > MOST_CLASSES_WITH_NUMBERS
+    axes.scatter(frequency, recall, 18 if many else 30, COLOURS[0], alpha=0.8, lw=0, zorder=2.5, clip_on=False)
+    axes.vlines(frequency, *wilson_intervals(right, images), color=COLOURS[0], lw=1, alpha=0.25 if many else 0.5)
+    names = ["a class", "its 95 % interval"]
+    if len(recall) >= MANY_FOR_THIRDS and frequency.min() < frequency.max():
+        third = np.searchsorted(np.quantile(frequency, (1 / 3, 2 / 3)), frequency)  # equal frequencies: the same one
+        groups = [np.flatnonzero(third == number) for number in np.unique(third)]
+        means = [recall[group].mean() for group in groups]
+        lowest = [frequency[group].min() / WIDER for group in groups]
+        highest = [frequency[group].max() * WIDER for group in groups]
+        axes.hlines(means, lowest, highest, color=COLOURS[1], lw=2.5, zorder=3)
+        names.append(f"mean recall of a third of the classes: {', '.join(f'{mean:.2f}' for mean in means)}")
+    axes.set_xscale("log")
+    if len(frequency) and frequency.max() < 30 * frequency.min():  # decades would be too few ticks
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.set_ylim(0, 1)
+    axes.set_xlabel("training images of the class (logarithmic)")
+    axes.set_ylabel("recall: share of the class's images that were recognised")
+    axes.set_title(figure_title("Recall by class frequency", images.sum(), what, note), pad=26)
+    axes.grid(color=FAINT)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(axes.collections, names, loc="lower left", bbox_to_anchor=(0, 1), ncols=3, frameon=False, fontsize=9)
+    return figure
 
 
 def _label_size(classes: int) -> float:

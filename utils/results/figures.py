@@ -2,6 +2,7 @@
 
 import io
 import re
+import textwrap
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
@@ -22,6 +23,7 @@ DOTS_PER_INCH = 150
 LARGE, DOTS_PER_INCH_OF_LARGE = 15, 100  # inches of width or height from which on fewer dots do; 6 points stay legible
 ESCAPE = r"\\[uU][0-9a-f]+"  # of a character that cannot be drawn
 LONGEST_NAME, MOST_LINES = 48, 4  # characters of a label, and its lines if it is broken
+LONGEST_LINE = 60  # characters of a line of a title's note
 
 
 def as_text(name: str) -> str:
@@ -45,6 +47,16 @@ def in_lines(name: str, width: int) -> str:
         lines[-1] += piece
     kept = lines if len(lines) <= MOST_LINES else [*lines[: MOST_LINES - 2], "…", lines[-1]]
     return "\n".join(map(_escape_dollars, kept))
+
+
+def figure_title(quantity: str, images: int, what: str, note: str) -> str:
+    """A title of lines: the quantity and the number of images, what was evaluated, and a note, broken if it is long."""
+    lines = [
+        f"{quantity}, {images} images",
+        as_text(what),
+        "\n".join(textwrap.wrap(note, LONGEST_LINE, break_on_hyphens=False)),
+    ]
+    return "\n".join(filter(None, lines))
 
 
 def drawable(name: str) -> str:

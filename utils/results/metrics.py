@@ -1,9 +1,10 @@
-"""Metrics of a split, their tables, and bootstrap confidence intervals.
+"""Metrics of a split, their tables, and confidence intervals.
 
 scikit-learn is imported inside the functions that need it, on rank 0 only: the import takes more than a second.
 """
 
 from collections.abc import Sequence
+from statistics import NormalDist
 from typing import NamedTuple
 
 import numpy as np
@@ -15,6 +16,7 @@ from utils.runtime.text import as_cell, csv_line
 Metrics = dict[str, float | None]
 Intervals = dict[str, tuple[float, float] | None]  # lower and upper bound of each metric; None where undefined
 METRIC_NAMES = ("loss", "top1", "top5", "precision", "recall", "f1", "balanced_accuracy", "auroc")
+CALIBRATION_NAMES = ("ece", "brier")  # only of --test-only
 METRIC_TITLES = {
     "top1": "Top-1 accuracy",
     "top5": "Top-5 accuracy",
@@ -24,15 +26,19 @@ METRIC_TITLES = {
     "f1": "Macro F1",
     "auroc": "AUROC",
     "loss": "Cross-entropy",
+    "ece": "Calibration error (ECE)",
+    "brier": "Brier score",
 }
 LEVEL, RESAMPLES = 0.95, 1000  # of confidence intervals
+CONFIDENCE_BINS = 15  # of equal width from 0 to 1, as in Guo et al. 2017
 
 
 class Outcome(NamedTuple):
     """Prediction for each image of a split: arrays (N,), classes as numbers below `num_classes`.
 
     true_ranks: 1 where the prediction is right, 2 where the true class has the second largest logit, and so on.
-    losses: cross-entropy, nats.
+    losses: cross-entropy, nats. confidences: softmax probability of the prediction. brier: squared distance of the
+    probabilities from the one-hot target, 0 to 2. The last two are None where they are not known.
     """
 
     targets: np.ndarray
@@ -40,17 +46,20 @@ class Outcome(NamedTuple):
     true_ranks: np.ndarray
     losses: np.ndarray
     num_classes: int
+    confidences: np.ndarray | None = None
+    brier: np.ndarray | None = None
 
 
 # Metrics of logits
 
 
-def classification_metrics(logits: Tensor, targets: Tensor, auroc: bool = False) -> Metrics:
+def classification_metrics(logits: Tensor, targets: Tensor, auroc: bool = False, calibration: bool = False) -> Metrics:
     """Metrics of a whole split, fractions in [0, 1]. logits: (N, C), targets: (N,) int64, on the CPU.
 
     top1, top5 (1 with five classes or fewer) and loss (cross-entropy, nats; None if it is not finite).
     Over the classes that occur in the targets: macro precision, recall and f1, and balanced_accuracy (mean recall).
     auroc (macro, one-vs-one) if requested; None with a single class or where a logit is not finite.
+    ece and brier (see `calibration_metrics`) with `calibration`; None where a logit is NaN or plus infinity.
     """
     from sklearn.metrics import accuracy_score, precision_recall_fscore_support
 
@@ -72,6 +81,9 @@ def classification_metrics(logits: Tensor, targets: Tensor, auroc: bool = False)
     }
     if auroc:
         metrics["auroc"] = _macro_auroc(truth, np.exp(log_probabilities))
+    if calibration:
+        values = calibration_metrics(outcome_of(logits, targets, calibration=True))
+        metrics |= {name: value if np.isfinite(value) else None for name, value in values.items()}
     return metrics
 
 
@@ -148,17 +160,17 @@ def prediction_table(
 ) -> list[dict[str, str | int | float]]:
     """One row per image: its name, target, prediction and the softmax probability of the prediction.
 
-    true_rank: as in `true_ranks`; loss: the cross-entropy of the image, nats.
+    true_rank: as in `true_ranks`; loss: the cross-entropy of the image, nats; brier: as in `Outcome`.
     """
-    log_probabilities = logits.double().log_softmax(1)  # (N, C)
-    predictions, rows = logits.argmax(1), torch.arange(len(logits))
+    outcome = outcome_of(logits, targets, calibration=True)
     columns = {
         "image": names,
         "target": [classes[target] for target in targets.tolist()],
-        "prediction": [classes[prediction] for prediction in predictions.tolist()],
-        "probability": log_probabilities[rows, predictions].exp().tolist(),
-        "true_rank": true_ranks(logits, targets).tolist(),
-        "loss": (-log_probabilities[rows, targets]).tolist(),
+        "prediction": [classes[prediction] for prediction in outcome.predictions.tolist()],
+        "probability": outcome.confidences.tolist(),
+        "true_rank": outcome.true_ranks.tolist(),
+        "loss": outcome.losses.tolist(),
+        "brier": outcome.brier.tolist(),
     }
     return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
 
@@ -177,11 +189,21 @@ def table_as_csv(rows: list[dict[str, str | int | float | None]]) -> bytes:
 # Metrics of predicted classes, quick enough for a bootstrap
 
 
-def outcome_of(logits: Tensor, targets: Tensor) -> Outcome:
-    """The outcome of a split. logits: (N, C), targets: (N,) int64, on the CPU."""
-    losses = -logits.double().log_softmax(1).gather(1, targets[:, None]).squeeze(1)
+def outcome_of(logits: Tensor, targets: Tensor, calibration: bool = False) -> Outcome:
+    """The outcome of a split. logits: (N, C), targets: (N,) int64, on the CPU.
+
+    calibration: whether to compute confidences and brier as well.
+    """
+    log_probabilities, predictions = logits.double().log_softmax(1), logits.argmax(1)  # (N, C), (N,)
+    losses = -log_probabilities.gather(1, targets[:, None]).squeeze(1)
     ranks = true_ranks(logits, targets)
-    return Outcome(targets.numpy(), logits.argmax(1).numpy(), ranks.numpy(), losses.numpy(), logits.shape[1])
+    outcome = Outcome(targets.numpy(), predictions.numpy(), ranks.numpy(), losses.numpy(), logits.shape[1])
+    if not calibration:
+        return outcome
+    distances = log_probabilities.exp_()
+    confidences = distances.gather(1, predictions[:, None]).squeeze(1)
+    distances[torch.arange(len(targets)), targets] -= 1
+    return outcome._replace(confidences=confidences.numpy(), brier=distances.square_().sum(1).numpy())
 
 
 def count_classes(
@@ -224,6 +246,8 @@ def macro_metrics(
 def outcome_metrics(outcome: Outcome, weights: np.ndarray | None = None) -> dict[str, float]:
     """The metrics of `classification_metrics` except auroc, when image n counts weights[n] times.
 
+    With those of `calibration_metrics` if the outcome has confidences and brier.
+
     weights: (N,) integers, not all 0, or None for once each.
     """
     weights = np.ones(len(outcome.targets)) if weights is None else weights
@@ -232,13 +256,64 @@ def outcome_metrics(outcome: Outcome, weights: np.ndarray | None = None) -> dict
         "loss": float(weights @ outcome.losses / weights.sum()),
         "top5": float(weights @ (outcome.true_ranks <= 5) / weights.sum()),
         **{name: float(value) for name, value in macro.items()},
+        **calibration_metrics(outcome, weights),
     }
+
+
+def calibration_metrics(outcome: Outcome, weights: np.ndarray | None = None) -> dict[str, float]:
+    """ece and brier, when image n counts weights[n] times; without those whose values the outcome lacks.
+
+    ece: expected calibration error in [0, 1], the mean over the images of the distance between accuracy and mean
+    confidence of their bin, with the bins of `confidence_bins` (Guo et al. 2017, On Calibration of Modern Neural
+    Networks). It is too high for few images, because chance alone moves the accuracy of a bin: for perfectly calibrated
+    predictions with uniform confidences about .12 for 100 images, .04 for 1,000 and .01 for 10,000.
+    brier: mean squared distance between the probabilities of all classes and the one-hot target, in [0, 2] (the
+    original definition of Brier 1950; for two classes twice the value that many use).
+    NaN where a logit was NaN or plus infinity.
+    """
+    weights = np.ones(len(outcome.targets)) if weights is None else weights
+    metrics = {}
+    if outcome.confidences is not None:
+        gaps = (outcome.targets == outcome.predictions) - outcome.confidences
+        sums = np.bincount(confidence_bins(outcome.confidences), weights * gaps)
+        metrics["ece"] = float(np.abs(sums).sum() / weights.sum())
+    if outcome.brier is not None:
+        metrics["brier"] = float(weights @ outcome.brier / weights.sum())
+    return metrics
+
+
+def confidence_bins(confidences: np.ndarray) -> np.ndarray:
+    """Number of the bin of each confidence, 0 to 14: bin m holds the values above m / 15, up to (m + 1) / 15."""
+    numbers = np.fmax(np.fmin(np.ceil(confidences * CONFIDENCE_BINS), CONFIDENCE_BINS), 1)  # 1 for NaN
+    return numbers.astype(np.int64) - 1
+
+
+def reliability_table(outcome: Outcome) -> list[dict[str, int | float | None]] | None:
+    """One row per bin of confidence: images, mean confidence, and accuracy; the latter two None without images.
+
+    None for an outcome whose confidences are not known or not finite.
+    """
+    if outcome.confidences is None or not np.isfinite(outcome.confidences).all():
+        return None
+    bins, right = confidence_bins(outcome.confidences), outcome.targets == outcome.predictions
+    images, sums, hits = (
+        np.bincount(bins, weights, CONFIDENCE_BINS).tolist() for weights in (None, outcome.confidences, right)
+    )
+    return [
+        {
+            "images": number,
+            "confidence": total / number if number else None,
+            "accuracy": hit / number if number else None,
+        }
+        for number, total, hit in zip(images, sums, hits, strict=True)
+    ]
 
 
 def bootstrap_intervals(outcome: Outcome, resamples: int = RESAMPLES, seed: int = 0) -> Intervals:
     """95 % percentile intervals of `outcome_metrics` over `resamples` draws of N images with replacement (Efron 1979).
 
-    None for a loss that is not finite. They cover the choice of test images only, not the spread between training runs.
+    None where a value is not finite. They cover the choice of test images only, not the spread between training runs.
+    That of ece shares the bias of ece and adds to it: it can lie above the value itself.
     1000 resamples of 100,000 images of 165 classes take 3 s on one CPU core.
     """
     generator = np.random.default_rng(seed)
@@ -253,3 +328,12 @@ def bootstrap_intervals(outcome: Outcome, resamples: int = RESAMPLES, seed: int 
         name: tuple(pair) if np.isfinite(pair).all() else None
         for name, pair in zip(outcome_metrics(outcome), bounds, strict=True)
     }
+
+
+def wilson_intervals(right: np.ndarray, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Lower and upper bounds of 95 % intervals of the shares right / images (Wilson 1927). images: above 0."""
+    z = NormalDist().inv_cdf((1 + LEVEL) / 2)
+    share = right / images
+    centre = (share + z**2 / (2 * images)) / (1 + z**2 / images)
+    half = z / (1 + z**2 / images) * np.sqrt(share * (1 - share) / images + z**2 / (4 * images**2))
+    return centre - half, centre + half

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import timm
@@ -19,7 +19,7 @@ import torchvision
 
 from utils.arguments import AUTO
 from utils.data.folders import ImageFiles
-from utils.results.validation import has_starts, read_checked
+from utils.results.validation import has_starts, is_origin, read_checked
 from utils.runtime import distributed
 from utils.runtime.files import write_json
 from utils.runtime.progress import Position, say
@@ -30,6 +30,14 @@ NOT_COMPARED = {
     "--seed", "--output-dir", "--resume", "-j", "--workers", "--print-freq", "--plot-every", "--checkpoint-steps",
     "--tensorboard", "--no-tensorboard", "--timeout",
 }  # fmt: skip
+
+
+class Trained(NamedTuple):
+    """How weights were trained, according to the run.json next to them."""
+
+    root: Path  # folder of the training images
+    images: dict[str, int]  # number of training images of each class
+    starts: list[dict[str, Any]]  # as `describe` returns them
 
 
 def describe(script: str, argv: Sequence[str] | None, device: torch.device) -> dict[str, Any]:
@@ -102,6 +110,20 @@ def read_starts(folder: Path) -> list[dict[str, Any]]:
     if content is None:
         say(f"{folder / RUN}: cannot be read and is ignored.")
     return content["starts"] if content else []
+
+
+def read_trained(weights: Path, classes: Sequence[str], heated: bool) -> Trained | None:
+    """The training in the run.json next to the weights, if it is one of these classes and of the right script.
+
+    None otherwise: the weights may have been copied to the folder of another run.
+    """
+    content = read_checked(weights.parent / RUN, is_origin)
+    if not content or not content["starts"] or "train" not in content["data"]:
+        return None
+    data, script = content["data"]["train"], "_policy_gradient/" if heated else ""
+    if sorted(data["images"]) != sorted(classes) or not content["starts"][0]["command"].startswith(script):
+        return None
+    return Trained(Path(data["root"]), data["images"], content["starts"])
 
 
 def same_but_seed(folders: Sequence[str]) -> list[list[str]]:

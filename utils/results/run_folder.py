@@ -24,9 +24,10 @@ from utils.results.metrics import (
     outcome_of,
     per_class_table,
     prediction_table,
+    reliability_table,
     table_as_csv,
 )
-from utils.results.provenance import RUN
+from utils.results.provenance import RUN, read_trained
 from utils.results.validation import is_origin, is_status, is_tested, read_checked
 from utils.runtime.errors import UserError
 from utils.runtime.files import write_atomically, write_json
@@ -37,13 +38,15 @@ from utils.runtime.text import from_cell, list_names, printable
 STATUS = "status.json"
 BAD_BATCH = "nonfinite_batch.json"
 METRICS_FILE = "metrics.json"
+MOST_IMAGES = 10**12  # of a class, in a table that is taken seriously
 RESULT_TITLES = {"clean": "without masks", "masked": "with mean masks"}
 
 
 class Evaluation(NamedTuple):
     """A result of --test-only. metrics: by name, None where undefined; table: the rows of per_class.csv, as text.
 
-    outcome: the prediction for each image, with classes numbered as in the table.
+    outcome: the prediction for each image, with classes numbered as in the table. Tables of older versions lack
+    train_images and brier.
     """
 
     metrics: Metrics
@@ -86,18 +89,25 @@ def write_test_results(
     images. origin: from `provenance.describe`.
 
     metrics.json holds these, the folder of the split (root), the numbers of images and classes, absent_classes,
-    {result: {metric: value}} as metrics, {result: {metric: [lower, upper]}} as intervals (none for auroc), and how the
-    intervals were made (bootstrap: level, resamples of the images, seed). It is removed first and written last, so that
-    it never describes tables of another evaluation. Raises UserError if a file cannot be written, or one of an earlier
-    evaluation cannot be removed.
+    {result: {metric: value}} as metrics, {result: {metric: [lower, upper]}} as intervals (none for auroc), how the
+    intervals were made (bootstrap: level, resamples of the images, seed), and {result: rows} as reliability, with the
+    rows of `reliability_table`. It is removed first and written last, so that it never describes tables of another
+    evaluation. train_images in per_class.csv is the number of training images of each class, if there is a run.json of
+    this training next to the weights. Raises UserError if a file cannot be written, or one of an earlier evaluation
+    cannot be removed.
     """
     _remove(output_dir / METRICS_FILE)
     if "masked" not in results:
         _remove(output_dir / "per_class_masked.csv")
         _remove(output_dir / "predictions_masked.csv")
+    trained = read_trained(Path(weights), files.classes, heated)
+    outcomes = {}
     for name, ((logits, targets, indices), metrics) in results.items():
         suffix = "" if name == "clean" else f"_{name}"
+        outcomes[name] = outcome_of(logits, targets, calibration=True)
         rows = per_class_table(logits, targets, files.classes)
+        for row in rows:
+            row["train_images"] = trained.images[row["class"]] if trained else None
         write_atomically(output_dir / f"per_class{suffix}.csv", table_as_csv(rows))
         names = [files.path_as_text(index) for index in indices.tolist()]
         table = prediction_table(logits, targets, files.classes, names)
@@ -125,8 +135,9 @@ def write_test_results(
         "classes": len(files.classes),
         "absent_classes": absent,
         "metrics": {name: metrics for name, (_, metrics) in results.items()},
-        "intervals": {name: bootstrap_intervals(outcome_of(*found[:2])) for name, (found, _) in results.items()},
+        "intervals": {name: bootstrap_intervals(outcome) for name, outcome in outcomes.items()},
         "bootstrap": {"level": LEVEL, "resamples": RESAMPLES, "seed": 0},
+        "reliability": {name: reliability_table(outcome) for name, outcome in outcomes.items()},
         "origin": origin,
     }
     write_json(output_dir / METRICS_FILE, summary)
@@ -199,12 +210,16 @@ def read_evaluation(folder: Path, name: str = "clean", metrics: Metrics | None =
             raise ValueError("a class is listed twice")
         for row in table:
             _ = [float(row[score]) for score in ("precision", "recall", "f1", "auroc") if row.get(score)]
+            if not 0 <= int(row.get("train_images") or 0) <= MOST_IMAGES:
+                raise ValueError(f"a number of training images is not in 0 to {MOST_IMAGES:,}")
         outcome = Outcome(
             np.array([number[row["target"]] for row in rows]),
             np.array([number[row["prediction"]] for row in rows]),
             np.array([int(row["true_rank"]) for row in rows]),
             np.array([float(row["loss"]) for row in rows]),
             len(table),
+            _numbers(rows, "probability", most=1),
+            _numbers(rows, "brier", most=2),
         )
         if outcome.true_ranks.min() < 1 or outcome.true_ranks.max() > len(table):
             raise ValueError(f"a true_rank is not in 1 to {len(table)}")
@@ -214,6 +229,29 @@ def read_evaluation(folder: Path, name: str = "clean", metrics: Metrics | None =
     if np.bincount(outcome.targets, minlength=len(table)).tolist() != images:
         raise UserError(f"{path}: holds other images than per_class{suffix}.csv; run --test-only again.")
     return Evaluation(metrics or {}, table, outcome)
+
+
+def training_images(table: list[dict[str, str]]) -> list[int]:
+    """The number of training images of each class. Raises UserError if the table lacks one."""
+    if not all(row.get("train_images") for row in table):
+        raise UserError(
+            "Recall by class frequency: the numbers of training images are missing. --test-only takes them from the "
+            "run.json next to the weights; run it again with the weights in the folder of their training."
+        )
+    return [int(row["train_images"]) for row in table]
+
+
+def _numbers(rows: list[dict[str, str]], column: str, most: float) -> np.ndarray | None:
+    """The numbers of a column, NaN for an empty cell; None if the table lacks it, as older ones do.
+
+    Raises ValueError for a number below 0 or above `most`.
+    """
+    if column not in rows[0]:
+        return None
+    numbers = np.array([float(row[column] or "nan") for row in rows])
+    if ((numbers < 0) | (numbers > most)).any():
+        raise ValueError(f"a {column} is not in 0 to {most}")
+    return numbers
 
 
 def read_table(path: Path, columns: tuple[str, ...]) -> list[dict[str, str]]:

@@ -95,11 +95,11 @@ def predict(
     return Predictions(all_logits[order], all_targets[order], all_indices[order])
 
 
-def measure(predictions: Predictions, auroc: bool = False) -> Metrics:
+def measure(predictions: Predictions, auroc: bool = False, calibration: bool = False) -> Metrics:
     """The metrics, computed on rank 0 and broadcast."""
     metrics = None
     if distributed.is_main_process():
-        metrics = classification_metrics(predictions.logits, predictions.targets, auroc)
+        metrics = classification_metrics(predictions.logits, predictions.targets, auroc, calibration)
     return distributed.broadcast_object(metrics)
 
 

@@ -198,7 +198,7 @@ def test(
     results = {}
     for name, prepare in {"clean": run.normalize, **(inputs or {})}.items():
         predictions = evaluate(classifier, prepare=prepare)
-        results[name] = (predictions, measure(predictions, auroc=True))
+        results[name] = (predictions, measure(predictions, auroc=True, calibration=True))
     if distributed.is_main_process():
         write_test_results(
             run.output_dir,
