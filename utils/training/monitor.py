@@ -88,10 +88,8 @@ class Monitor:
                 action(tracker)
             except Exception as error:
                 self.trackers.remove(tracker)
-                progress.say(
-                    f"warning: {tracker.name} failed ({first_line(error)}); the training continues without it, and a "
-                    "resumed run sends what is missing."
-                )
+                tracker.abandon()
+                progress.say(f"warning: {tracker.name} failed ({first_line(error)}); the training is not affected.")
 
     def _draw_all(self, predictions: Predictions, epochs_done: int) -> None:
         with warning_of(PLOTS):

@@ -7,9 +7,11 @@ run continues where the previous start stopped. Nothing else is sent.
 import importlib
 import json
 import os
+import re
 import secrets
 import threading
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Any
@@ -19,11 +21,10 @@ from PIL import Image
 
 from utils.results.log import read_log
 from utils.results.provenance import RUN
-from utils.results.validation import read_checked
+from utils.results.validation import has_starts, read_checked
 from utils.runtime import distributed, progress
 from utils.runtime.errors import UserError, first_line
 from utils.runtime.files import write_json
-from utils.runtime.reading import read_json
 from utils.runtime.text import printable
 
 if TYPE_CHECKING:  # all are imported where they are used: they are optional, and cost a process's start seconds
@@ -35,15 +36,15 @@ PLOTS, EVENTS = "plots", "tensorboard"  # folders in the --output-dir
 STATE = "trackers.json"  # of Weights & Biases and Trackio: the run's id, and the next epoch to send
 PROJECT = "policy-gradient-noise-masks"  # unless the environment names another
 POLICY = ("mask_", "policy_", "advantage_", "prior_", "concentrations_")  # prefixes of policy quantities in the log
-# How long the training waits for Weights & Biases and Trackio. Closing takes less than the 30 seconds after which
-# torchrun kills a process.
-OPEN_SECONDS, SEND_SECONDS, CLOSE_SECONDS = 60, 20, 20
+# How long the training waits for Weights & Biases and Trackio; the settings of wandb end its own waits sooner. Closing
+# takes less than the 30 seconds after which torchrun kills a process.
+OPEN_SECONDS, SEND_SECONDS, CLOSE_SECONDS, ABANDON_SECONDS = 60, 20, 25, 2
 # Nothing is sent that this module does not send. `silent` also keeps wandb from asking for a login in a terminal.
 WANDB_SETTINGS = {
     "console": "off", "save_code": False, "disable_code": True, "disable_git": True, "disable_job_creation": True,
     "label_disable": True, "x_disable_stats": True, "x_disable_machine_info": True, "x_disable_meta": True,
-    "x_save_requirements": False, "host": "", "silent": True, "init_timeout": OPEN_SECONDS // 2,
-    "finish_timeout": CLOSE_SECONDS // 2,
+    "x_save_requirements": False, "host": "", "silent": True, "init_timeout": 30, "finish_timeout": 15,
+    "finish_timeout_raises": True,
 }  # fmt: skip
 WANDB_VERSION = "0.28"  # the first with all of these settings
 
@@ -97,8 +98,14 @@ class Tracker:
     def close(self, failed: bool) -> None:
         """Close at the end of this start. failed: it ends before the training is complete."""
 
+    def abandon(self) -> None:
+        """Release what an error may have left behind; called before the tracker is dropped."""
+
     def run_json(self) -> dict[str, Any]:
-        return read_json(self.output_dir / RUN)
+        """The content of run.json, with escapes for bytes of class names that are not text."""
+        content = read_checked(self.output_dir / RUN, has_starts) or {}
+        text = json.dumps(content, ensure_ascii=False)
+        return json.loads(re.sub("[\ud800-\udfff]", lambda found: rf"\\u{ord(found[0]):x}", text))
 
 
 class TensorBoard(Tracker):
@@ -118,7 +125,8 @@ class TensorBoard(Tracker):
         return max(first_epoch - 1, 0) if any(self.folder.glob("*tfevents*")) else 0
 
     def catch_up(self) -> None:
-        """Write what is missing. After an error of the file system or TensorBoard, the next call tries again."""
+        """Write what is missing. After an error of the file system or TensorBoard, the next call writes it again."""
+        next_epoch = self.next_epoch
         try:
             if self.writer is None:  # only now: its thread must not exist when loaders fork their workers
                 from torch.utils.tensorboard import SummaryWriter
@@ -129,6 +137,7 @@ class TensorBoard(Tracker):
             self.writer.flush()
         except Exception:
             self.writer = None  # a failed writer keeps failing; a new one writes a new file
+            self.next_epoch = next_epoch
             raise
 
     def send(self, epoch: int, values: dict[str, float], masks: Path | None) -> None:
@@ -150,9 +159,12 @@ class Service(Tracker):
 
     def first_to_send(self, first_epoch: int) -> int:
         self.run: wandb.Run | trackio.Run | None = None
-        state = (read_checked(self.output_dir / STATE, has_state) or {}).get(self.name, {})
-        self.id = state.get("id") or self.new_id()
-        return state.get("next_epoch", 0)
+        state = (read_checked(self.output_dir / STATE, has_state) or {}).get(self.name)
+        if state is None or (first_epoch == 0 and state["next_epoch"] > 0):  # of another run, which was in this folder
+            self.id = self.new_id()
+            return 0
+        self.id = state["id"]
+        return state["next_epoch"]
 
     def new_id(self) -> str:
         return secrets.token_hex(4)  # does not use the random numbers of the training
@@ -221,8 +233,22 @@ class WeightsAndBiases(Service):
         self.run.log(values | picture, step=epoch, commit=True)
 
     def close(self, failed: bool) -> None:
-        if self.run is not None:
+        if self.run is None:
+            return
+        try:
             within(CLOSE_SECONDS, lambda: self.run.finish(exit_code=int(failed)))
+        except TimeoutError:
+            folder = self.run.settings.sync_dir
+            raise TimeoutError(f"not everything was sent in time; wandb sync {folder} sends the rest") from None
+        finally:
+            self.abandon()
+
+    def abandon(self) -> None:
+        """End wandb's service process, or wait for it no longer: at exit, wandb would wait without a limit."""
+        import wandb
+
+        with suppress(Exception):
+            within(ABANDON_SECONDS, wandb.teardown)
 
 
 class Trackio(Service):
