@@ -8,6 +8,7 @@ import threading
 
 import pytest
 from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from tests.helpers.parsing import PARSERS
 from tests.helpers.runs import assert_same_run, run_script, status_of
@@ -18,7 +19,16 @@ from utils.runtime.errors import UserError
 from utils.runtime.signals import Interrupted
 from utils.training import trackers
 from utils.training.monitor import Monitor
-from utils.training.trackers import PROJECT, TRACKERS, Tracker, Trackio, WeightsAndBiases, check_installed, within
+from utils.training.trackers import (
+    PROJECT,
+    TRACKERS,
+    TensorBoard,
+    Tracker,
+    Trackio,
+    WeightsAndBiases,
+    check_installed,
+    within,
+)
 
 START = {
     "command": "_normal/train.py --lr 1", "time": "2025-01-01T00:00:00+00:00", "device": "CPU", "machine": "m",
@@ -126,6 +136,13 @@ def follow(tracker, lines, folder, first_epoch):
     one.catch_up()
     one.close(failed=lines < len(LOG))
     return one
+
+
+def test_tensorboard_holds_run_json(folder):
+    follow(TensorBoard, 1, folder, 0)
+    events = EventAccumulator(str(folder / "tensorboard")).Reload()
+    ((text,),) = [event.tensor_proto.string_val for event in events.Tensors("run.json/text_summary")]
+    assert json.loads(text.decode().removeprefix("```\n").removesuffix("\n```")) == {"starts": [START], "data": SENT}
 
 
 def test_wandb_holds_the_log_the_gallery_and_run_json_and_nothing_else(wandb, folder):
