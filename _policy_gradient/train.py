@@ -143,7 +143,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     train = partial(train_one_epoch, training.network, masking, training.update)
     with build_saver(run, training, keep_best=masking is None) as saver:
         rehearse_run(run, training, train, evaluate, saver)
-        monitor = build_monitor(run, gallery_of(run, policy))
+        monitor = build_monitor(run, saver, gallery_of(run, policy))
         evaluate = partial(evaluate, stop_if_asked=saver.stop_if_asked, wait=saver.wait_for_batch)
         for epoch in range(run.start.epoch, run.args.epochs):
             line = {"epoch": epoch, **training.learning_rates()}

@@ -44,7 +44,9 @@ FLAGS = shlex.split(  # --print-freq 1: a line for each step, from which the ste
     "--lr-scheduler cosineannealinglr --print-freq 1"
 )
 # Arguments and log entries that may differ between equal runs.
-FREE = {"output_dir", "resume", "workers", "checkpoint_steps", "plot_every", "tensorboard", "images_per_second"}
+FREE = {
+    "output_dir", "resume", "workers", "checkpoint_steps", "plot_every", "tensorboard", "tracker", "images_per_second",
+}  # fmt: skip
 STEP_LINE = re.compile(r"^epoch (\d+) \[(\d+)/(\d+)\]", re.MULTILINE)
 
 

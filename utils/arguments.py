@@ -10,13 +10,14 @@ from typing import Any
 from utils.runtime.command_line import Parser
 from utils.runtime.errors import UserError
 
+NO_TRACKER = "none"  # the value of --tracker that ends those of an earlier start
 AUTO = "auto"  # the value of --resume for the newest checkpoint of --output-dir
 # What a resumed run may change, because training does not depend on it. `epochs` rebuilds the schedule; for `exclude`
 # and `data_path` the remaining images are compared.
 FREE_ON_RESUME = {
     "bad_images", "cache_dir", "checkpoint_steps", "data_path", "device", "epochs", "exclude", "finetune",
     "max_bad_images", "num_classes", "output_dir", "plot_every", "print_freq", "resume", "split", "tensorboard",
-    "test_only", "timeout", "upper_8_bits", "use_ema", "workers",
+    "test_only", "timeout", "tracker", "upper_8_bits", "use_ema", "workers",
 }  # fmt: skip
 # What a checkpoint never determines: where a start runs, what it writes to, and what it evaluates.
 OF_EACH_START = {"device", "output_dir", "resume", "split", "test_only", "timeout", "use_ema"}
@@ -51,7 +52,29 @@ def parse_given(parser: Parser, argv: Sequence[str] | None = None) -> dict[str, 
     for name in ("mean", "std"):  # three equal values mean one
         if len(given.get(name, ())) == 3 and len(set(given[name])) == 1:
             given[name] = given[name][:1]
+    if "tracker" in given:
+        given |= _trackers_given(given)
     return given
+
+
+def _trackers_given(given: dict[str, Any]) -> dict[str, Any]:
+    """--tracker as it is stored: without tensorboard, which has its own flag, and None for none.
+
+    Raises UserError for a contradiction.
+    """
+    names = list(dict.fromkeys(given["tracker"]))
+    if NO_TRACKER in names and len(names) > 1:
+        raise UserError(f"{typed('tracker', names)}: give {NO_TRACKER} alone, or leave it out.", agreed=True)
+    tensorboard = "tensorboard" in names
+    if tensorboard and not given.get("tensorboard", True):
+        raise UserError("--tracker tensorboard and --no-tensorboard: contradict each other; give one.", agreed=True)
+    others = [name for name in names if name not in (NO_TRACKER, "tensorboard")]
+    return {"tracker": others or None, "tensorboard": given.get("tensorboard", tensorboard)}
+
+
+def trackers(args: argparse.Namespace) -> list[str]:
+    """The names of the trackers that a run writes to."""
+    return [*(["tensorboard"] if args.tensorboard else []), *(args.tracker or [])]
 
 
 def check_limits(values: dict[str, Any]) -> None:

@@ -2,15 +2,17 @@
 
 import argparse
 import reprlib
-from collections.abc import Callable
-from typing import TypeVar
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
+from utils.arguments import NO_TRACKER
 from utils.data import transforms
 from utils.data.folders import SPLITS
 from utils.runtime.command_line import Parser, absolute, expanded
 from utils.training import optim
 from utils.training.loss import CLASS_WEIGHTS
 from utils.training.model_sources import model_name
+from utils.training.trackers import TRACKERS
 
 Number = TypeVar("Number", int, float)
 _SHORT = reprlib.Repr()
@@ -84,6 +86,17 @@ seconds = _number(float, lambda value: 0.001 <= value <= 1e7, "a number of secon
 
 
 Switch = argparse.BooleanOptionalAction  # --flag and --no-flag
+
+
+class Several(argparse.Action):
+    """A flag with one or more values, which may also be repeated."""
+
+    def __init__(self, option_strings: Sequence[str], dest: str, **settings: Any) -> None:
+        super().__init__(option_strings, dest, nargs="+", **settings)
+
+    def __call__(self, parser: Any, namespace: argparse.Namespace, values: Any, option_string: Any = None) -> None:
+        earlier = getattr(namespace, self.dest, None)
+        setattr(namespace, self.dest, [*(earlier if isinstance(earlier, list) else []), *values])
 
 
 def shared_parser(description: str) -> Parser:
@@ -212,7 +225,8 @@ def _add_run_flags(group: argparse._ArgumentGroup) -> None:
         "--output-dir, if there is one; with --test-only any weights")  # fmt: skip
     add("--checkpoint-steps", type=positive_int, help="steps between checkpoints; None: only after each epoch")
     add("--plot-every", type=positive_int, help="epochs between plots in --output-dir/plots; None: no plots")
-    add("--tensorboard", action=Switch, default=False, help="also write the log to --output-dir/tensorboard; "
-        "needs the package tensorboard")  # fmt: skip
+    add("--tracker", action=Several, choices=(*TRACKERS, NO_TRACKER), help="also send the log, the mask gallery and "
+        "run.json to these trackers; none: to none of those that a resumed run began with")  # fmt: skip
+    add("--tensorboard", action=Switch, default=False, help="short for --tracker tensorboard")
     add("--timeout", type=seconds, default=600.0, help="seconds that a process waits for the others or for a batch")
     add("--test-only", action="store_true", help="evaluate the weights of --resume (or --finetune) on --split")

@@ -207,6 +207,7 @@ RUNS = {
     "test_resume.py::test_checkpoints_within_an_epoch_and_their_copies_resume_exactly": "checkpoint_steps",
     "test_pictures.py::test_pictures_come_every_so_many_epochs_and_at_the_end": "plot_every",
     "test_tensorboard.py::test_a_resume_with_the_flag_writes_the_log_so_far": "tensorboard",
+    "test_trackers.py::test_a_stopped_and_killed_run_is_one_run_in_each_tracker": "tracker",
     "test_faults.py::test_no_rank_waits_forever_for_another": "timeout",
     "test_moving_average.py::test_files_hold_both_and_use_ema_chooses": "use_ema",
 }

@@ -6,7 +6,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.summary.writer import event_file_writer
 
-from utils.training.monitor import tag
+from utils.training.trackers import tag
 
 
 def number_files_from_zero(monkeypatch: pytest.MonkeyPatch) -> None:

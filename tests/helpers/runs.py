@@ -35,7 +35,7 @@ def assert_same(one, other, where=""):
 def state_of(folder, name="checkpoint.pth"):
     """A file's content without what may differ: folders and workers."""
     state = torch.load(folder / name, weights_only=True)
-    for free in ("checkpoint_steps", "output_dir", "plot_every", "resume", "tensorboard", "workers"):
+    for free in ("checkpoint_steps", "output_dir", "plot_every", "resume", "tensorboard", "tracker", "workers"):
         state["args"].pop(free)
     return state
 

@@ -37,8 +37,8 @@ def coarse(monkeypatch):
     monkeypatch.setattr(gallery, "MOST_CLASSES", 1)
 
 
-def pictures(folder, first_epoch=0, epochs=1, tensorboard=True):
-    return Monitor(folder, ["a", "b"], first_epoch=first_epoch, epochs=epochs, plot_every=1, tensorboard=tensorboard)
+def pictures(folder, first_epoch=0, epochs=1, trackers=("tensorboard",)):
+    return Monitor(folder, ["a", "b"], first_epoch=first_epoch, epochs=epochs, plot_every=1, trackers=trackers)
 
 
 def show_one_epoch(folder):
@@ -78,8 +78,8 @@ def test_pictures_and_events_change_no_bit_of_the_run(name, image_folder, tmp_pa
 def test_the_events_of_a_killed_last_epoch_are_written_on_resume(tmp_path):
     write_log(tmp_path, [{"epoch": 0, "val_f1": 0.5}])
     first = pictures(tmp_path, epochs=2)
-    first.events.write(0)
-    first.events.close()
+    first.trackers[0].catch_up()
+    first.close(failed=False)
     (tmp_path / "plots").mkdir()
     Image.new("L", (4, 4)).save(tmp_path / "plots" / "masks_1.png")
     write_log(tmp_path, [{"epoch": 0, "val_f1": 0.5}, {"epoch": 1, "val_f1": 0.75}])
@@ -93,7 +93,7 @@ def test_going_back_to_an_earlier_checkpoint_takes_later_galleries_away(tmp_path
     (tmp_path / "plots").mkdir()
     for name in ("masks_before.png", "masks_0.png", "masks_1.png", "masks_7.png", ".curves.png.12.tmp", "mine.txt"):
         (tmp_path / "plots" / name).write_bytes(b"")
-    pictures(tmp_path, first_epoch=1, epochs=3, tensorboard=False).begin(fresh=False)
+    pictures(tmp_path, first_epoch=1, epochs=3, trackers=()).begin(fresh=False)
     assert names_in(tmp_path / "plots") == {"masks_before.png", "masks_0.png", "mine.txt"}
 
 
@@ -126,7 +126,7 @@ def test_pictures_of_a_run_with_masks_say_that_the_model_is_heated(tmp_path, mon
     notes = []
     draw = class_plots.confusion_matrix
     monkeypatch.setattr(class_plots, "confusion_matrix", lambda *args: notes.append(args[-1]) or draw(*args))
-    monitor = pictures(tmp_path, tensorboard=False)
+    monitor = pictures(tmp_path, trackers=())
     monitor.draw_gallery = lambda epochs_done: 1 / 0
     line = {"epoch": 0, "train_loss": 1.0, "val_f1": 0.5}
     write_log(tmp_path, [line])

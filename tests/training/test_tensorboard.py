@@ -9,7 +9,7 @@ from tests.helpers.events import as_scalars, number_files_from_zero, scalars
 from tests.helpers.runs import run_script
 from utils.results.log import read_log, write_log
 from utils.runtime.errors import UserError
-from utils.training.monitor import Events, tag
+from utils.training.trackers import TensorBoard, tag
 
 
 @pytest.fixture(autouse=True)
@@ -97,26 +97,26 @@ def line(epoch, value):
 
 
 def test_what_could_not_be_written_is_written_by_the_next_epoch(tmp_path, monkeypatch):
-    told = Events(tmp_path, 0)
+    told = TensorBoard(tmp_path, 0)
     write_log(tmp_path, [line(0, 1.0)])
-    told.write(0)
+    told.catch_up()
     write_log(tmp_path, [line(0, 1.0), line(1, 2.0)])
     monkeypatch.setattr(told.writer, "flush", lambda: json.loads("fails"))
     with pytest.raises(ValueError):
-        told.write(1)
+        told.catch_up()
     write_log(tmp_path, [line(0, 1.0), line(1, 2.0), line(2, 3.0)])
-    told.write(2)
-    told.close()
+    told.catch_up()
+    told.close(failed=False)
     assert scalars(tmp_path) == {"train/loss": [(0, 1.0), (1, 2.0), (2, 3.0)]}
 
 
 def test_a_run_that_goes_back_to_an_earlier_checkpoint_takes_its_events_back(tmp_path):
     write_log(tmp_path, [line(0, 1.0), line(1, 2.0)])
-    first = Events(tmp_path, 0)
-    first.write(1)
-    first.close()
+    first = TensorBoard(tmp_path, 0)
+    first.catch_up()
+    first.close(failed=False)
     write_log(tmp_path, [line(0, 1.0), line(1, 5.0)])
-    again = Events(tmp_path, 1)
-    again.write(1)
-    again.close()
+    again = TensorBoard(tmp_path, 1)
+    again.catch_up()
+    again.close(failed=False)
     assert scalars(tmp_path) == {"train/loss": [(0, 1.0), (1, 5.0)]}

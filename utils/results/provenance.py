@@ -28,7 +28,7 @@ RUN = "run.json"
 # Flags of a training that neither affect it nor tell runs apart.
 NOT_COMPARED = {
     "--seed", "--output-dir", "--resume", "-j", "--workers", "--print-freq", "--plot-every", "--checkpoint-steps",
-    "--tensorboard", "--no-tensorboard", "--timeout",
+    "--tensorboard", "--no-tensorboard", "--timeout", "--tracker",
 }  # fmt: skip
 
 

@@ -286,19 +286,20 @@ def build_saver(run: Run, training: Training, keep_best: bool = True) -> Saver:
     )
 
 
-def build_monitor(run: Run, draw_gallery: Callable[..., Any] | None = None) -> Monitor:
-    """Plots and TensorBoard events of the run. draw_gallery: draws the policy's masks, given `epochs_done`."""
+def build_monitor(run: Run, saver: Saver, draw_gallery: Callable[..., Any] | None = None) -> Monitor:
+    """Plots and trackers of the run, which end with the saver. draw_gallery: draws masks, given `epochs_done`."""
     monitor = Monitor(
         run.output_dir,
         run.splits.classes,
         first_epoch=run.start.epoch,
         epochs=run.args.epochs,
         plot_every=run.args.plot_every,
-        tensorboard=run.args.tensorboard,
+        trackers=arguments.trackers(run.args),
         draw_gallery=draw_gallery,
     )
     if distributed.is_main_process():
         monitor.begin(fresh=run.start == Position())
+        saver.last_call = monitor.close
     return monitor
 
 

@@ -58,6 +58,7 @@ class Saver:
         self.keep_best = keep_best
         self.saved = start  # the position in status.json; up to date on rank 0 only
         self.stop = StopRequest()
+        self.last_call: Callable[[bool], None] | None = None  # when the block ends; argument: whether it failed
 
     def idle(self) -> "Saver":
         """A copy that never saves and ignores signals, for the rehearsal."""
@@ -74,6 +75,13 @@ class Saver:
         return self
 
     def __exit__(self, _: type | None, error: BaseException | None, __: TracebackType | None) -> None:
+        try:
+            self._record_end(error)
+        finally:
+            if self.last_call is not None:
+                self.last_call(error is not None)
+
+    def _record_end(self, error: BaseException | None) -> None:
         self.stop.__exit__()
         if error is None:
             with agreed():

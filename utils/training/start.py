@@ -12,8 +12,9 @@ from utils.checkpoints.checkpoint import NotDamaged, Weights
 from utils.runtime import distributed, progress
 from utils.runtime.errors import UserError, agreed
 from utils.runtime.text import printable
-from utils.training import fitting, monitor
+from utils.training import fitting
 from utils.training.model_sources import OWN_WEIGHTS, is_source
+from utils.training.trackers import check_installed
 
 PATHS = ("data_path", "exclude", "cache_dir")  # taken from the checkpoint on resume, unless given
 
@@ -95,8 +96,8 @@ def choose_start(parser: arguments.Parser, given: dict[str, Any], script: str) -
         args = arguments.for_fresh_start(parser, given)
         _report_random_weights(vars(args))
         start = Start(args, None, None)
-    if start.args.tensorboard and not test_only:
-        monitor.check_installed()
+    if not test_only:
+        check_installed(arguments.trackers(start.args))
     return start
 
 
