@@ -1,6 +1,7 @@
 """Folders prepared for training: the record prepare.json, the table images.csv, and names of class folders."""
 
 import os
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -91,7 +92,16 @@ def class_folders(labels: Iterable[str]) -> dict[str, str]:
     return folders
 
 
-def print_counts(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+def print_counts(counts: dict[str, Counter], classes: Sequence[str], groups: dict[str, int] | None = None) -> None:
+    """Print the images of each class in each split, and maybe the groups; counts: by split and class."""
+    rows = [(name, *(numbers[name] for numbers in counts.values())) for name in classes]
+    rows.append(("all", *(numbers.total() for numbers in counts.values())))
+    if groups is not None:
+        rows.append(("groups", *groups.values()))
+    print_table(("class", *counts, "total"), [(name, *numbers, sum(numbers)) for name, *numbers in rows])
+
+
+def print_table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
     """Print a table with a name and whole numbers in each row."""
     width = max(len(printable(row[0])) for row in (head, *rows))
     for name, *numbers in (head, *rows):

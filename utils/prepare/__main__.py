@@ -91,7 +91,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     available = placement.available()
     counts = {name: Counter(records[n].label for n in available if part[n] == p) for p, name in enumerate(parts)}
     groups = {name: len({records[n].group for n in available if part[n] == p}) for p, name in enumerate(parts)}
-    _print_counts(counts, groups if "group" in columns else None, sorted(folders.values()))
+    print_counts(counts, sorted(folders.values()), groups if "group" in columns else None)
     missing = [(parts[part[n]], records[n].image, reason) for n, reason in sorted(placement.reasons.items())]
     write_table(options.output / MISSING, MISSING_HEAD, missing)
     result = {
@@ -201,16 +201,6 @@ def _rows(placement: Placement, splits: Sequence[str]) -> list[tuple[object, ...
         window = placement.windows.get(number) or ("", "", "")
         rows.append((f"{split}/{record.label}/{record.name}", split, record.label, record.path, record.group, *window))
     return sorted(rows)
-
-
-def _print_counts(counts: dict[str, Counter], groups: dict[str, int] | None, classes: list[str]) -> None:
-    rows = [(name, *(numbers[name] for numbers in counts.values())) for name in classes]
-    rows = [(name, *numbers, sum(numbers)) for name, *numbers in rows]
-    totals = [numbers.total() for numbers in counts.values()]
-    rows.append(("all", *totals, sum(totals)))
-    if groups is not None:
-        rows.append(("groups", *groups.values(), sum(groups.values())))
-    print_counts(("class", *counts, "total"), rows)
 
 
 if __name__ == "__main__":

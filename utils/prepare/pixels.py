@@ -165,8 +165,8 @@ def _own_window(data: Any) -> Window | None:
 def check_pydicom() -> None:
     """Raise UserError without pydicom."""
     try:
-        import pydicom
+        import pydicom.pixels  # since version 3
     except ImportError:
-        raise UserError("DICOM files need pydicom: pip install pydicom.") from None
+        raise UserError("DICOM files need pydicom 3 or later: pip install 'pydicom>=3'.") from None
     pydicom.config.settings.reading_validation_mode = pydicom.config.IGNORE
     warnings.filterwarnings("ignore", module=r"pydicom\.")  # about odd values and padding in single files

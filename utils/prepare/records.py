@@ -68,7 +68,7 @@ def read_records(table: Table, columns: dict[str, str], root: str, suffix: str) 
             numbers = list_names(list(map(str, lines)), SHOWN_LINES)
             advice = "; give each image without a group a value of its own" if meaning == "group" else ""
             raise UserError(
-                f"{table.path}: the column {columns[meaning]!r} is empty in {count(len(lines), 'row')} (line {numbers}); "
+                f"{table.path}: {columns[meaning]!r} is empty in {count(len(lines), 'row')} (line {numbers}); "
                 f"fill it in, or remove the rows{advice}."
             )
     if unknown:

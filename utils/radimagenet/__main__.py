@@ -9,6 +9,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from utils.data.folders import SPLITS
 from utils.data.placing import KINDS, Tree
+from utils.data.prepared import print_table
 from utils.radimagenet.archive import Member, is_archive, read_archive
 from utils.radimagenet.lists import ROOT, ImageLists, list_name
 from utils.radimagenet.routes import Masks, place_archive, place_folder
@@ -144,10 +145,8 @@ def _summarise(output: Path, lists: ImageLists, available: dict[str, set[str]]) 
         table.append((name, *counts, sum(counts)))
     _write_table(output / "summary.csv", table)
     totals = [sum(row[column] for row in table) for column in range(1, len(SPLITS) + 2)]
-    width = max(len("class"), *(len(row[0]) for row in table))
     print_line("Images available:")
-    for name, *numbers in [TABLES["summary.csv"], *table, ("all", *totals)]:
-        print_line(f"{name:{width}}" + "".join(f"{number:>10}" for number in numbers))
+    print_table(TABLES["summary.csv"], [*table, ("all", *totals)])
     repeated = lists.repeated()
     _write_table(output / "repeated.csv", [(name, " ".join(splits)) for name, splits in repeated.items()])
     shared = sum(len(set(splits)) > 1 for splits in repeated.values())
