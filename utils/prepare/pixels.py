@@ -83,7 +83,7 @@ def as_png(path: str, kind: str, given: tuple[float, float] | None) -> tuple[byt
         if given is not None:
             window = Window(*given, "given")
         elif window is None:
-            window = Window(*map(float, np.percentile(levels, PERCENTILES)), "percentiles")
+            window = Window(*(float(f"{level:.6g}") for level in np.percentile(levels, PERCENTILES)), "percentiles")
         pixels = window.apply(levels)
         image = Image.fromarray(255 - pixels if inverted else pixels)
     text, buffer = PngInfo(), io.BytesIO()
@@ -93,10 +93,14 @@ def as_png(path: str, kind: str, given: tuple[float, float] | None) -> tuple[byt
     return buffer.getvalue(), window
 
 
-def recorded_window(path: str) -> tuple[str, ...]:
-    """Low, high and origin of the window in a PNG of `as_png`; () without one."""
+def recorded_window(path: str) -> Window | None:
+    """The window in a PNG of `as_png`; None without one."""
     with open_image(Path(path)) as image:
-        return tuple(image.info.get(TEXT, "").split())
+        text = image.info.get(TEXT)
+    if text is None:
+        return None
+    low, high, origin = text.split()
+    return Window(float(low), float(high), origin)
 
 
 def _read_image(path: str) -> Pixels:

@@ -11,7 +11,7 @@ from tqdm import tqdm
 from utils.data import placing
 from utils.data.listing import PassedOver
 from utils.data.placing import KINDS, Tree, find_existing, in_threads, is_written, put_one
-from utils.prepare.pixels import EIGHT_BITS, as_png, kind_of, recorded_window
+from utils.prepare.pixels import EIGHT_BITS, Window, as_png, kind_of, recorded_window
 from utils.prepare.records import Record
 from utils.runtime.errors import UserError
 
@@ -19,7 +19,6 @@ BATCH = 100  # images that a thread handles at once
 CONVERTED = "converted"  # folder of the PNG files that the folds link to
 
 Outcome = TypeVar("Outcome")
-Cells = tuple[object, ...]  # low, high and origin of a window
 
 
 class Placement:
@@ -33,7 +32,7 @@ class Placement:
         """window: given levels, or None for that of each image."""
         self.records, self.link, self.window = records, link, window
         self.reasons: dict[int, str] = {}
-        self.windows: dict[int, Cells] = {}
+        self.windows: dict[int, Window | None] = {}
         self.made = 0
         self._sources = [record.path for record in records]  # that links lead to
 
@@ -110,7 +109,7 @@ class Placement:
     def _convert(self, targets: dict[int, tuple[str, bool]]) -> None:
         """Write PNG files with the modification times of their sources, by which a later run recognises them."""
 
-        def convert(number: int) -> Cells | str:
+        def convert(number: int) -> Window | str | None:
             record, (target, exists) = self.records[number], targets[number]
             changed = os.stat(record.path).st_mtime
             if exists:
@@ -121,7 +120,7 @@ class Placement:
             except UserError as error:
                 return str(error)
             put_one(record.path, target, False, lambda *_: placing.write(target, png, changed) is None)
-            return () if window is None else tuple(window)
+            return window
 
         for number, outcome in zip(targets, _batched(convert, targets, "convert"), strict=True):
             if isinstance(outcome, str):

@@ -8,6 +8,7 @@ import numpy as np
 from scipy.sparse import csr_array
 
 MOST_FOLDS = 20  # that a share is made of: its unit is 1/20 if no smaller number of folds gives it exactly
+ATTEMPTS, GROUPS = 10, 20_000  # at most so many starts, and so many groups in all of them together
 LACKING = 1e12  # cost of a class that a part lacks, larger than any sum of deviations
 NO_GAIN = -1e-6  # a cost that is this close to 0 is rounding
 CANDIDATES = 200  # groups of each part that are tried for a swap
@@ -17,8 +18,8 @@ def divide(labels: np.ndarray, groups: np.ndarray | None, shares: Sequence[float
     """The part of each image, (N,) int64: an index into `shares`, which sum to 1; parts with a share of 0 stay empty.
 
     labels: (N,) class numbers; groups: (N,) group numbers, or None if each image is its own group. A part gets the
-    rounded share of each class. With groups it comes as close as single groups can bring it. A class with as many
-    groups as parts, or more, is in all of them; one with fewer is in the first ones.
+    rounded share of each class. With groups it comes as close as the best of several starts from scikit-learn's folds.
+    A class of as many groups as there are parts, or more, is in all of them; one of fewer is in the first ones.
     """
     content = _content(labels, np.arange(len(labels)) if groups is None else groups)
     holders = np.bincount(content.indices, minlength=content.shape[1])  # groups that hold each class
@@ -28,8 +29,18 @@ def divide(labels: np.ndarray, groups: np.ndarray | None, shares: Sequence[float
         by_class = order[np.argsort(labels[order], kind="stable")]
         part[by_class] = np.concatenate([np.repeat(np.arange(len(shares)), column) for column in targets.T])
         return part
-    first = np.unique(groups, return_index=True)[1]
-    return _improve(content, _stratified_folds(labels, groups, shares, seed)[first], targets)[groups]
+    first, exact = np.unique(groups, return_index=True)[1], np.outer(shares, np.bincount(labels))
+    best, least = None, (np.inf, np.inf)
+    for attempt in range(max(1, min(ATTEMPTS, GROUPS // len(first)))):
+        start = _stratified_folds(labels, groups, shares, (seed * ATTEMPTS + attempt) % 2**32)
+        part = _improve(content, start[first], targets)
+        found = _per_part(content, part, len(shares))
+        cost = int(((found == 0) & (targets > 0)).sum()), float(np.abs(found - exact).max())
+        if cost < least:
+            best, least = part[groups], cost
+        if cost <= (0, 1):
+            break
+    return best
 
 
 def round_shares(counts: np.ndarray, shares: Sequence[float], holders: np.ndarray) -> np.ndarray:
@@ -61,6 +72,12 @@ def _content(labels: np.ndarray, groups: np.ndarray) -> csr_array:
     return content
 
 
+def _per_part(content: csr_array, part: np.ndarray, parts: int) -> np.ndarray:
+    """The sums of the rows (G, C) in each part, (P, C)."""
+    members = csr_array((np.ones(len(part)), (part, np.arange(len(part)))), shape=(parts, len(part)))
+    return (members @ content).toarray()
+
+
 def _stratified_folds(labels: np.ndarray, groups: np.ndarray, shares: Sequence[float], seed: int) -> np.ndarray:
     """The part of each image, from scikit-learn's folds: the last share is held out, then the others are divided."""
     if len(shares) == 1 or not len(labels):
@@ -81,7 +98,10 @@ def _is_whole(number: float) -> bool:
 
 
 def _folds(labels: np.ndarray, groups: np.ndarray, number: int, seed: int) -> np.ndarray:
-    """The fold of each image by StratifiedGroupKFold; too few images for so many folds leave the last ones empty."""
+    """The fold of each image by StratifiedGroupKFold; with too few images for so many folds there are fewer.
+
+    Its seed only decides between groups of the same content, so the folds are numbered at random.
+    """
     from sklearn.model_selection import StratifiedGroupKFold
 
     fold, number = np.zeros(len(labels), np.int64), min(number, np.bincount(labels).max())
@@ -90,8 +110,9 @@ def _folds(labels: np.ndarray, groups: np.ndarray, number: int, seed: int) -> np
     folds = StratifiedGroupKFold(number, shuffle=True, random_state=seed)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about classes with fewer images than folds, which this command reports
-        for position, (_, members) in enumerate(folds.split(labels, labels, groups)):
-            fold[members] = position
+        parts = [members for _, members in folds.split(labels, labels, groups)]
+    for position, number_of_part in enumerate(np.random.default_rng(seed).permutation(number)):
+        fold[parts[number_of_part]] = position
     return fold
 
 
@@ -104,9 +125,8 @@ def _improve(content: csr_array, part: np.ndarray, targets: np.ndarray) -> np.nd
     part, parts, own = part.copy(), len(targets), np.arange(len(part))
     squares, holds = content.power(2).sum(axis=1), content.astype(bool).astype(np.float64)
     for _ in range(len(part) + 1000):
-        members = csr_array((np.ones(len(part)), (part, own)), shape=(parts, len(part)))
-        slope = 2 * (content @ ((members @ content).toarray() - targets).T)  # (G, P)
-        holders = np.where(targets > 0, (members @ holds).toarray(), np.inf)
+        slope = 2 * (content @ (_per_part(content, part, parts) - targets).T)  # (G, P)
+        holders = np.where(targets > 0, _per_part(holds, part, parts), np.inf)
         entering = squares[:, None] + slope - LACKING * (holds @ (holders == 0).astype(np.float64).T)
         leaving = squares[:, None] - slope + LACKING * (holds @ (holders == 1).astype(np.float64).T)
         cost = entering + leaving[own, part][:, None]
