@@ -82,7 +82,7 @@ class Table:
             yield line, [cells[position] for position in positions]
 
     def _lines(self) -> Iterator[tuple[int, list[str]]]:
-        rows = csv.reader(io.StringIO(self._text, newline=""), delimiter=self._separator)
+        rows = csv.reader(io.StringIO(self._text, newline=""), delimiter=self._separator, strict=True)
         try:
             for cells in rows:
                 yield rows.line_num, cells

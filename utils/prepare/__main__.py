@@ -9,7 +9,7 @@ DATA/prepare.json how it was made. After a kill, the same command resumes. Exist
 
 import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from importlib.metadata import version
 from pathlib import Path
 
@@ -39,7 +39,7 @@ from utils.results.provenance import commit_of
 from utils.runtime.command_line import Parser, expanded_path
 from utils.runtime.errors import UserError
 from utils.runtime.processes import run_script
-from utils.runtime.text import count, print_line
+from utils.runtime.text import count, list_names, print_line
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -48,13 +48,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     window = _window(options.window)
     plan = make_plan(options.split, options.val, options.test, options.seed, options.folds)
     table = Table(options.table)
-    columns = {
-        "image": table.column(options.image, "--image", IMAGE_COLUMNS, "the path of an image"),
-        "label": table.column(options.label, "--label", LABEL_COLUMNS, "the label"),
-    }
-    for meaning, given in (("group", options.group), ("split", options.split)):
-        if given is not None:
-            columns[meaning] = table.column(given, f"--{meaning}", (), "")
+    columns = _columns(table, options.image, options.label, options.group, options.split)
     print_line(f"{table.path}: " + "; ".join(f"{meaning}: column {name!r}" for meaning, name in columns.items()))
     root = os.path.abspath(options.root or table.path.parent)
     if not os.path.isdir(root):
@@ -69,9 +63,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     }
     resumed = check_output(options.output, settings)
     records, repeated = read_records(table, columns, root, options.suffix)
-    print_line(
-        f"{count(len(records), 'image')}" + (f"; {count(repeated, 'row')} repeated, used once." if repeated else ".")
-    )
+    print_line(f"{count(len(records), 'image')}; {count(repeated, 'row')} that repeat one.")
     folders = class_folders(record.label for record in records)
     for record in records:
         record.label = folders[record.label]
@@ -92,6 +84,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     counts = {name: Counter(records[n].label for n in available if part[n] == p) for p, name in enumerate(parts)}
     groups = {name: len({records[n].group for n in available if part[n] == p}) for p, name in enumerate(parts)}
     print_counts(counts, sorted(folders.values()), groups if "group" in columns else None)
+    _warn_of_lacking_classes(counts, folders.values())
     missing = [(parts[part[n]], records[n].image, reason) for n, reason in sorted(placement.reasons.items())]
     write_table(options.output / MISSING, MISSING_HEAD, missing)
     result = {
@@ -119,6 +112,28 @@ def main(argv: Sequence[str] | None = None) -> None:
         print_line(f"{options.output}: {count(len(available), 'image')}; {len(missing)} missing; see {RECORD}.")
 
 
+def _columns(
+    table: Table, image: str | None, label: str | None, group: str | None, split: str | None
+) -> dict[str, str]:
+    """The column of each meaning; those of image and label are guessed if they are not given."""
+    columns = {
+        "image": table.column(image, "--image", IMAGE_COLUMNS, "the path of an image"),
+        "label": table.column(label, "--label", LABEL_COLUMNS, "the label"),
+    }
+    for meaning, given in (("group", group), ("split", split)):
+        if given is not None:
+            columns[meaning] = table.column(given, f"--{meaning}", (), "")
+    return columns
+
+
+def _warn_of_lacking_classes(counts: dict[str, Counter], classes: Collection[str]) -> None:
+    """Warn of classes whose images in a split or fold are all missing."""
+    for name, numbers in counts.items():
+        if name != "test" and (lacking := sorted(set(classes) - numbers.keys())):
+            text = f"{count(len(lacking), 'class')} without available images in {name}: {list_names(lacking)}"
+            print_line(f"warning: {text}; training needs every class in train and val.")
+
+
 def _parser() -> Parser:
     parser = Parser(__doc__, prog="python -m utils.prepare")
     add = parser.add_argument
@@ -137,7 +152,8 @@ def _parser() -> Parser:
         "same test; val is another part in each")  # fmt: skip
     add("--window", nargs="+", metavar="LEVEL", help="LOW HIGH: these levels become black and white in 16-bit images, "
         "and in DICOM files after their rescaling (Hounsfield units); auto: the window of the DICOM file, else the "
-        "0.5th and 99.5th percentile of each image. Images of 8 bits are linked unchanged")  # fmt: skip
+        "0.5th and 99.5th percentile of each image. Images of 8 bits are linked unchanged. Write it after TABLE and "
+        "DATA")  # fmt: skip
     add("--link", choices=list(KINDS), default="symlink", help="how to put 8-bit images in DATA: relative links "
         "(default), for which the source must stay in place, relative to DATA; hard links, on one file system; or "
         "copies")  # fmt: skip
@@ -163,10 +179,10 @@ def _check_kinds(placement: Placement, window: object) -> None:
     """Raise UserError for images that need --window or pydicom, or if there is no image at all."""
     records = placement.records
     if len(placement.reasons) == len(records):
-        raise UserError(
-            f"none of the images can be used; the first: {placement.reasons[0].rstrip('.')}. Give the folder that the "
-            "paths start from as --root, and the ending that they lack as --suffix."
-        )
+        advice = "Give the folder that the paths start from as --root, and the ending that they lack as --suffix."
+        if "\\" in records[0].image:
+            advice = "Write the paths with / instead of \\."
+        raise UserError(f"none of the images can be used; the first: {placement.reasons[0].rstrip('.')}. {advice}")
     kinds = Counter(record.kind for record in records)
     examples = {record.kind: record.path for record in reversed(records)}
     if window is None:

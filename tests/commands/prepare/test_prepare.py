@@ -169,6 +169,18 @@ def test_missing_images_are_listed_and_added_later(table, data, capsys):
     assert read_rows(data / "missing.csv") == []
 
 
+def test_a_class_whose_images_are_missing_is_a_warning_and_backslashes_are_explained(table, data, capsys):
+    rows = read_rows(table)
+    for row in rows:
+        if row["label"] == "b" and row["fold"] == "valid":
+            (table.parent / row["file"]).unlink()
+    prepare(table, data, "--split", "fold", "--allow-missing")
+    assert "warning: 1 class without available images in val: b; training needs" in capsys.readouterr().out
+    windows = [(row["file"].replace("/", "\\"), row["label"]) for row in rows]
+    message = fails(write_table(table.with_name("w.csv"), windows, ("file", "label")), data.with_name("w"))
+    assert message.endswith("no such file. Write the paths with / instead of \\.")
+
+
 def test_paths_may_lack_their_ending_and_start_in_another_folder(tmp_path, data):
     rows = [(f"x{number}", "ab"[number % 2]) for number in range(8)]
     for name, _ in rows:

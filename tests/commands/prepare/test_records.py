@@ -58,6 +58,7 @@ def test_obvious_columns_are_found_and_others_are_asked_for(tmp_path):
         (b"file,label\n0.png,a\n", ["--label", "labels"], "did you mean label? its columns are file, label"),
         (b"file,label,label\n0.png,a,b\n", ["--label", "label"], "has 2 columns 'label' (--label)"),
         (b"file,label\n0.png,a\n1.png\n", [], "line 3: has 1 cells, where the header has 2"),
+        (b'file,label\n0.png,"a\n', [], "line 2: cannot be read (unexpected end of data); save it as CSV"),
         (b"file,label\n0.png,a,b\n", [], "line 2: has 3 cells, where the header has 2"),
         (b"file,label\n0.png,\n1.png,a\n2.png, \n", [], "'label' is empty in 2 rows (line 2, 4); fill it in"),
         (b"file,label,g\n0.png,a,\n", ["--group", "g"], "give each image without a group a value of its own"),
