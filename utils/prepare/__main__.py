@@ -63,7 +63,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     }
     resumed = check_output(options.output, settings)
     records, repeated = read_records(table, columns, root, options.suffix)
-    print_line(f"{count(len(records), 'image')}; {count(repeated, 'row')} that repeat one.")
+    repetitions = f"; {count(repeated, 'row')} that repeat one" if repeated else ""
+    print_line(f"{count(len(records), 'image')}{repetitions}.")
     folders = class_folders(record.label for record in records)
     for record in records:
         record.label = folders[record.label]
