@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from utils.data.images import read_image
 from utils.data.listing import PassedOver, find_images
-from utils.radimagenet.images import find_existing
+from utils.data.placing import find_existing
 from utils.runtime.command_line import Parser, expanded_path
 from utils.runtime.errors import UserError
 from utils.runtime.files import write_atomically

@@ -8,7 +8,18 @@ import pytest
 
 from tests.conftest import ROOT
 
-COMMANDS = ("audit", "radimagenet", "phantoms.__main__", "plots", "report", "weight_averaging", "export", "predict")
+COMMANDS = (
+    "audit",
+    "prepare",
+    "medmnist",
+    "radimagenet",
+    "phantoms.__main__",
+    "plots",
+    "report",
+    "weight_averaging",
+    "export",
+    "predict",
+)
 LAYERS = (  # a package imports only itself and layers before its own
     ("utils.runtime",),
     ("utils.phantoms",),

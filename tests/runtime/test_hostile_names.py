@@ -16,11 +16,11 @@ from tests.helpers.finished_runs import write_run
 from utils import arguments, export, plots, predict, report, weight_averaging
 from utils.audit import __main__ as audit
 from utils.checkpoints import checkpoint
+from utils.data import placing
 from utils.data.cache_build import CacheBuild
 from utils.data.folders import ImageFiles
 from utils.inference import classifier as inference
 from utils.phantoms import __main__ as phantoms_command
-from utils.radimagenet import images
 from utils.results.metrics import table_as_csv
 from utils.results.run_folder import read_table
 from utils.runtime.errors import UserError
@@ -46,7 +46,7 @@ def write_lines(path: Path) -> None:
 WRITERS = {
     "bytes": (lambda path: write_atomically(path, b"new"), temporary_path),
     "lines": (write_lines, temporary_path),
-    "image": (lambda path: images.write(str(path), b"new", 0), temporary_path),
+    "image": (lambda path: placing.write(str(path), b"new", 0), temporary_path),
     "probe": (
         lambda path: prove_writable(path.parent, memoryview(b"new")),
         lambda path: temporary_path(path.parent / "probe"),

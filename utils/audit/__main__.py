@@ -15,12 +15,13 @@ from utils.arguments import check_limits
 from utils.audit import outputs
 from utils.audit.duplicates import CORRELATION, RECALL
 from utils.audit.findings import findings
+from utils.audit.groups import group_findings, group_section, read_groups
 from utils.audit.images import measure_all
 from utils.audit.report import as_text, sections
 from utils.audit.rule import take_census
 from utils.data.folders import LAYOUT, SPLITS, ImageFiles, find_classes
 from utils.flags import fraction, natural, non_negative_float
-from utils.runtime.command_line import Parser, expanded
+from utils.runtime.command_line import Parser, expanded, expanded_path
 from utils.runtime.errors import UserError
 from utils.runtime.files import check_absent, make_parent, write_atomically
 from utils.runtime.processes import run_script
@@ -39,6 +40,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     root, output = Path(os.path.abspath(options.data)), Path(os.path.abspath(options.output))
     list_path = Path(os.path.abspath(options.exclude_list)) if options.exclude_list else None
     files = open_files(root)
+    groups = None if options.groups is None else read_groups(options.groups, options.group_column, files)
     _check_output(root, output, list_path, files, options.overwrite)
     measured = [measure_all(split, options.workers, options.upper_8_bits) for split in files]
     records = np.concatenate([split.records for split in measured])
@@ -52,7 +54,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         )
     heading = f"{root}: {len(census.records)} images in {len(census.classes)} classes"
     content = sections(census, search if options.exact else f"{search} {RECALL}")
-    found = findings(census)
+    if groups is not None:
+        content.append(group_section(groups))
+    found = findings(census, [] if groups is None else group_findings(groups))
     text = as_text(heading, found, content)
     write_atomically(output / "report.txt", text.encode())
     write_atomically(output / "report.html", outputs.page(heading, found, content, census, options.upper_8_bits))
@@ -87,6 +91,10 @@ def _parser() -> Parser:
     add("--exact", action="store_true", help="only images with identical pixels are duplicates")
     add("--blank", type=non_negative_float, default=BLANK_BELOW, metavar="LEVELS", help="an image is blank if the "
         "standard deviation of its levels, 0 to 255, is below this in every channel")  # fmt: skip
+    add("--groups", type=expanded_path, metavar="TABLE", help="CSV or TSV file with a column of images, as "
+        "<split>/<class>/<image>, and one of groups such as patients: reports groups in several splits. images.csv of "
+        "utils.prepare is such a table")  # fmt: skip
+    add("--group-column", default="group", metavar="COLUMN", help="column of --groups with the groups")
     add("--upper-8-bits", action="store_true", help="keep the upper 8 bits of PNG and TIFF images of 12 or 16 bits per "
         "channel, like the flag of the training; without it they are unreadable")  # fmt: skip
     add("-j", "--workers", type=natural, default=os.cpu_count(), help="processes that decode; 0: the main process")

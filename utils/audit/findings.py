@@ -1,5 +1,6 @@
 """The findings of an audit: what is wrong with a set of images, what to look at, and which flags to train with."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -19,9 +20,9 @@ class Finding(NamedTuple):
     sentence: str
 
 
-def findings(census: Census) -> list[Finding]:
-    """All findings, the worst first."""
-    found = [*_leaks(census), *_labels(census), *_files(census), *_classes(census)]
+def findings(census: Census, more: Sequence[Finding] = ()) -> list[Finding]:
+    """All findings, the worst first; more: from other sources than the images."""
+    found = [*_leaks(census), *more, *_labels(census), *_files(census), *_classes(census)]
     if not any(finding.severity == PROBLEM for finding in found):
         found.append(Finding(NOTE, f"No problem in {count(len(census.records), 'image')}."))
     if left_out := int((census.reason != STAYS).sum()):

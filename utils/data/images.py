@@ -36,13 +36,16 @@ def read_image(path: Path, gray: bool = False, upper_8_bits: bool = False) -> Im
 
 
 @contextmanager
-def open_image(path: Path, upper_8_bits: bool = False) -> Iterator[Image.Image]:
-    """Open an image without decoding its pixels; any error in the block becomes the UserError of `read_image`."""
+def open_image(path: Path, upper_8_bits: bool = False, any_depth: bool = False) -> Iterator[Image.Image]:
+    """Open an image without decoding its pixels; any error in the block becomes the UserError of `read_image`.
+
+    any_depth: accept images of more than 8 bits a channel, also signed and real ones.
+    """
     try:
         if not stat.S_ISREG(path.stat().st_mode):  # opening a pipe would wait for its writer
             raise ValueError("not a regular file")
         with Image.open(path, formats=FORMATS) as image:
-            _check_header(image, upper_8_bits)
+            _check_header(image, upper_8_bits, any_depth)
             image.info.pop("transparency", None)  # Pillow would warn about it and ignore it
             yield image
     except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error, ...
@@ -54,21 +57,23 @@ def to_8_bits(image: Image.Image) -> Image.Image:
     """The upper 8 bits of a 12- or 16-bit grey image. Other images stay: Pillow reduces 16-bit colour itself."""
     if not image.mode.startswith("I;16"):
         return image
-    levels = (np.asarray(image) >> (_bits(image) - 8)).astype(np.uint8)
+    levels = (np.asarray(image) >> (bits_per_channel(image) - 8)).astype(np.uint8)
     if image.format == "TIFF" and image.tag_v2.get(PHOTOMETRIC) == 0:  # 0 is white: Pillow inverts only 8-bit images
         levels = 255 - levels
     return Image.fromarray(levels)
 
 
-def _check_header(image: Image.Image, upper_8_bits: bool) -> None:
+def _check_header(image: Image.Image, upper_8_bits: bool, any_depth: bool) -> None:
     """Raise ValueError for an image that must not be decoded."""
     if image.width * image.height > Image.MAX_IMAGE_PIXELS:
         raise ValueError(f"{image.width} x {image.height} pixels, more than the limit of {Image.MAX_IMAGE_PIXELS}")
     if getattr(image, "is_animated", False):  # n_frames would read every directory of a TIFF
         raise ValueError("it holds several frames; save each as a separate file")
-    bits = _bits(image)
+    bits = bits_per_channel(image)
     if bits <= 8 and image.format == "TIFF" and 2 in image.tag_v2.get(SAMPLE_FORMAT, ()):
         raise ValueError("signed levels, which Pillow reads as unsigned; save it with levels of 0 to 255")
+    if any_depth:
+        return
     if bits > 8 and not upper_8_bits:
         raise ValueError(
             f"{bits} bits a channel; save it with 8, windowed as it should be seen, or give --upper-8-bits"
@@ -82,7 +87,7 @@ def _check_header(image: Image.Image, upper_8_bits: bool) -> None:
         )
 
 
-def _bits(image: Image.Image) -> int:
+def bits_per_channel(image: Image.Image) -> int:
     """Bits per channel in the file. Pillow's mode hides them: 16-bit colour, or grey with alpha, opens as 8-bit."""
     if image.format == "TIFF":
         return int(max(image.tag_v2.get(BITS_PER_SAMPLE, (1,))))

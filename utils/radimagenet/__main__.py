@@ -8,10 +8,11 @@ from pathlib import Path
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from utils.data.folders import SPLITS
+from utils.data.placing import KINDS, Tree
+from utils.data.prepared import print_table
 from utils.radimagenet.archive import Member, is_archive, read_archive
-from utils.radimagenet.images import KINDS
 from utils.radimagenet.lists import ROOT, ImageLists, list_name
-from utils.radimagenet.routes import Masks, Tree, place_archive, place_folder
+from utils.radimagenet.routes import Masks, place_archive, place_folder
 from utils.runtime.command_line import Parser, expanded_path
 from utils.runtime.errors import UserError
 from utils.runtime.files import write_atomically
@@ -69,13 +70,16 @@ def prepare(
     print_line(f"The lists name {len(lists)} images of {len(lists.folders)} classes: {counts}.")
     if lists.hidden:
         print_line(f"The lists name {lists.hidden} hidden files, which are skipped.")
-    tree = Tree(output, lists)
-    available = place_folder(tree, source, link, masks) if archive is None else place_archive(tree, members, masks)
+    tree = Tree(output, lists.names, "the lists")
+    if archive is None:
+        available = place_folder(tree, lists, source, link, masks)
+    else:
+        available = place_archive(tree, lists, members, masks)
     if masks:
         available = {
             name: {image for image in images if masks.allow(name, image)} for name, images in available.items()
         }
-    tree.check_sources(available)
+    tree.check_sources(available, "source or mask")
     if tree.passed_over.hidden:
         print_line(f"Hidden files or folders skipped in the source and in {output}: {tree.passed_over.hidden}.")
     _summarise(output, lists, available)
@@ -141,10 +145,8 @@ def _summarise(output: Path, lists: ImageLists, available: dict[str, set[str]]) 
         table.append((name, *counts, sum(counts)))
     _write_table(output / "summary.csv", table)
     totals = [sum(row[column] for row in table) for column in range(1, len(SPLITS) + 2)]
-    width = max(len("class"), *(len(row[0]) for row in table))
     print_line("Images available:")
-    for name, *numbers in [TABLES["summary.csv"], *table, ("all", *totals)]:
-        print_line(f"{name:{width}}" + "".join(f"{number:>10}" for number in numbers))
+    print_table(TABLES["summary.csv"], [*table, ("all", *totals)])
     repeated = lists.repeated()
     _write_table(output / "repeated.csv", [(name, " ".join(splits)) for name, splits in repeated.items()])
     shared = sum(len(set(splits)) > 1 for splits in repeated.values())

@@ -8,72 +8,15 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from utils.data.folders import SPLITS
 from utils.data.listing import PassedOver
+from utils.data.placing import KINDS, Batch, Tree, find_files, in_threads, put_all
 from utils.radimagenet.archive import Member, is_archive, read_archive
-from utils.radimagenet.images import (
-    KINDS,
-    Batch,
-    Put,
-    copy_corrected,
-    copy_member,
-    find_existing,
-    find_files,
-    in_threads,
-    put_all,
-    put_one,
-)
+from utils.radimagenet.images import copy_corrected, copy_member
 from utils.radimagenet.lists import ROOT, ImageLists
 from utils.runtime.errors import UserError
-from utils.runtime.text import list_names
 
 BATCH = 500  # images that a thread places at once
 ULTRASOUND = "US__"
-
-
-class Tree:
-    """OUTPUT/{train,val,test}/<class>/<image>, and the names that exist in it."""
-
-    def __init__(self, output: Path, lists: ImageLists) -> None:
-        """Create the folders. Raises UserError if one cannot be created, or holds names that are not in the lists."""
-        self.output, self.lists = output, lists
-        self.passed_over = PassedOver()  # in the tree and in the source
-        self.existing: dict[tuple[str, str], set[str]] = {}
-        for split in SPLITS:
-            classes = [name for name, splits in lists.names.items() if splits[split]]
-            _check_listed(output / split, find_existing(str(output / split), self.passed_over), set(classes))
-            for name in classes:
-                folder = self.folder(name, split)
-                self.existing[name, split] = find_existing(folder, self.passed_over)
-                _check_listed(Path(folder), self.existing[name, split], lists.names[name][split])
-        try:
-            for name, split in self.existing:
-                os.makedirs(self.folder(name, split), exist_ok=True)
-        except OSError as error:
-            raise UserError(f"{error.filename}: this folder cannot be created ({error.strerror}).") from None
-
-    def folder(self, name: str, split: str) -> str:
-        return os.path.join(self.output, split, name, "")
-
-    def put(self, source: str, name: str, image: str, put: Put) -> None:
-        """Put an image of a class in every split that lists it."""
-        for split in self.splits_of(name, image):
-            put_one(source, self.folder(name, split) + image, image in self.existing[name, split], put)
-
-    def check_sources(self, available: dict[str, set[str]]) -> None:
-        """Raise UserError for an image of an earlier run that has no source now; available: images by class."""
-        for (name, split), existing in self.existing.items():
-            if gone := sorted(existing - available[name]):
-                path = self.folder(name, split) + gone[0]
-                raise UserError(f"{path}: exists from an earlier run, but has no source or mask now; remove it.")
-
-    def splits_of(self, name: str, image: str) -> list[str]:
-        return [split for split in SPLITS if image in self.lists.names[name][split]]
-
-
-def _check_listed(folder: Path, existing: set[str], listed: set[str]) -> None:
-    if unlisted := sorted(existing - listed):
-        raise UserError(f"{folder}: not in the lists: {list_names(unlisted)}; remove them, or give another OUTPUT.")
 
 
 class Masks:
@@ -118,34 +61,36 @@ def stem(image: str) -> str:
     return os.path.splitext(image)[0]
 
 
-def place_folder(tree: Tree, source: Path, link: str, masks: Masks | None) -> dict[str, set[str]]:
+def place_folder(tree: Tree, lists: ImageLists, source: Path, link: str, masks: Masks | None) -> dict[str, set[str]]:
     """Link, copy or correct the listed images below `source`; return the names of the available ones by class."""
     available = {
-        name: find_files(os.path.join(source, folder), tree.passed_over) & tree.lists.listed(name)
-        for name, folder in tree.lists.folders.items()
+        name: find_files(os.path.join(source, folder), tree.passed_over) & lists.listed(name)
+        for name, folder in lists.folders.items()
     }
     corrected = {name for name in available if masks and name.startswith(ULTRASOUND)}
-    batches = list(_batches(tree, source, link, {name: available[name] for name in available.keys() - corrected}))
+    batches = list(
+        _batches(tree, lists, source, link, {name: available[name] for name in available.keys() - corrected})
+    )
     with tqdm(total=sum(len(batch.names) for batch in batches), desc=link, unit=" images", disable=None) as bar:
         for count in in_threads(functools.partial(put_all, put=KINDS[link]), batches):
             bar.update(count)
     if masks:
-        _correct_all(tree, source, {name: available[name] for name in corrected}, masks)
+        _correct_all(tree, lists, source, {name: available[name] for name in corrected}, masks)
     return available
 
 
-def _batches(tree: Tree, source: Path, link: str, available: dict[str, set[str]]) -> Iterator[Batch]:
+def _batches(tree: Tree, lists: ImageLists, source: Path, link: str, available: dict[str, set[str]]) -> Iterator[Batch]:
     for (name, split), existing in sorted(tree.existing.items()):
-        names = sorted(tree.lists.names[name][split] & available.get(name, set()))
+        names = sorted(lists.names[name][split] & available.get(name, set()))
         target = tree.folder(name, split)
-        folder = os.path.join(source, tree.lists.folders[name])
+        folder = os.path.join(source, lists.folders[name])
         if link == "symlink":  # relative, so that the links hold wherever the file system with both trees is mounted
             folder = os.path.relpath(os.path.realpath(folder), os.path.realpath(target))
         for start in range(0, len(names), BATCH):
             yield Batch(os.path.join(folder, ""), target, names[start : start + BATCH], existing)
 
 
-def _correct_all(tree: Tree, source: Path, available: dict[str, set[str]], masks: Masks) -> None:
+def _correct_all(tree: Tree, lists: ImageLists, source: Path, available: dict[str, set[str]], masks: Masks) -> None:
     """Write all images with a mask, in the order of the masks, so that each mask is read once."""
     images: dict[str, list[tuple[str, str]]] = defaultdict(list)  # (class, image) by stem
     for name in available:
@@ -155,20 +100,20 @@ def _correct_all(tree: Tree, source: Path, available: dict[str, set[str]], masks
     def correct(item: tuple[str, str | Member]) -> None:
         mask_stem, mask = item
         for name, image in images[mask_stem]:
-            path = os.path.join(source, tree.lists.folders[name], image)
+            path = os.path.join(source, lists.folders[name], image)
             tree.put(path, name, image, functools.partial(copy_corrected, mask=mask))
 
     for _ in in_threads(correct, masks.read(images.keys())):
         pass
 
 
-def place_archive(tree: Tree, members: Iterable[Member], masks: Masks | None) -> dict[str, set[str]]:
+def place_archive(tree: Tree, lists: ImageLists, members: Iterable[Member], masks: Masks | None) -> dict[str, set[str]]:
     """Write the listed images of an archive; return the names of the available ones by class.
 
     Raises UserError for an image that is twice in the archive.
     """
-    classes = {folder: name for name, folder in tree.lists.folders.items()}
-    available: dict[str, set[str]] = {name: set() for name in tree.lists.folders}
+    classes = {folder: name for name, folder in lists.folders.items()}
+    available: dict[str, set[str]] = {name: set() for name in lists.folders}
 
     def listed() -> Iterator[tuple[str, str, Member]]:
         for member in members:

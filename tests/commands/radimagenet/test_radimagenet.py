@@ -22,9 +22,9 @@ from tests.helpers.radimagenet import (
     rows_of,
     write_lists,
 )
+from utils.data import placing
 from utils.data.dataset import ImageFolder
 from utils.data.folders import check_same_classes, find_classes
-from utils.radimagenet import images as radimagenet_images
 from utils.radimagenet.__main__ import main, prepare
 from utils.runtime.errors import UserError
 from utils.runtime.processes import run_script
@@ -113,7 +113,7 @@ def kill_at(monkeypatch, function: str, call: int) -> None:
 )
 def test_a_killed_run_is_resumed(source, output, monkeypatch, way, function):
     arguments = origin(way, source)
-    monkeypatch.setattr(radimagenet_images, "THREADS", 1)
+    monkeypatch.setattr(placing, "THREADS", 1)
     with monkeypatch.context() as patches:
         kill_at(patches, function, 6)
         process = multiprocessing.get_context("fork").Process(target=prepare, args=(output,), kwargs=arguments)
@@ -135,7 +135,7 @@ def test_a_second_run_writes_nothing(source, output, monkeypatch, way):
     arguments = origin(way, source)
     prepare(output, **arguments)
     made = contents(output)
-    for module, name in ((os, "symlink"), (os, "link"), (radimagenet_images, "write")):
+    for module, name in ((os, "symlink"), (os, "link"), (placing, "write")):
         monkeypatch.setattr(module, name, lambda *_: pytest.fail("written again"))
     prepare(output, **arguments)
     assert contents(output) == made

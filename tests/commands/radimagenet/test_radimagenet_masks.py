@@ -11,7 +11,7 @@ from PIL import Image
 
 from tests.conftest import MakesAFolder
 from tests.helpers.radimagenet import contents, expected, fails, pack, rows_of
-from utils.radimagenet import images as radimagenet_images
+from utils.data import placing
 from utils.radimagenet.__main__ import prepare
 from utils.radimagenet.masks import correct, read_mask, resize
 from utils.runtime.errors import UserError
@@ -121,7 +121,7 @@ def test_corrected_images_are_the_same_from_folder_and_archive(source, masks, ou
         prepare(tmp_path / str(number), **arguments)
         assert contents(tmp_path / str(number)) == corrected
         with monkeypatch.context() as patches:
-            patches.setattr(radimagenet_images, "write", None)  # a second run writes nothing
+            patches.setattr(placing, "write", None)  # a second run writes nothing
             prepare(tmp_path / str(number), **arguments)
 
 
