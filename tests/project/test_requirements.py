@@ -14,7 +14,8 @@ from packaging.utils import canonicalize_name
 
 from tests.conftest import ROOT
 
-OPTIONAL = {"tensorboard", "wandb", "onnx", "onnxruntime", "onnxscript"}  # imported by the code, listed for development
+# Imported by the code, listed for development only.
+OPTIONAL = {"tensorboard", "wandb", "onnx", "onnxruntime", "onnxscript", "pydicom", "medmnist"}
 UNLISTED = {"trackio"}  # imported by the code, cannot be listed: it requires a Pillow older than that of this project
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 CODE = ("_normal", "_policy_gradient", "benchmarks", "experiments", "figures", "utils")
@@ -69,7 +70,8 @@ def test_every_package_that_the_tests_import_is_named():
 
 
 def test_optional_packages_are_installed_for_development_only():
-    assert extra("trackers").keys() | extra("onnx").keys() == OPTIONAL
+    named = {name for extra_name in ("trackers", "onnx", "dicom") for name in extra(extra_name)}
+    assert named | {"medmnist"} == OPTIONAL  # medmnist brings much more than the names of classes
     assert extra("dev").keys() >= OPTIONAL
     assert not named_in("requirements.txt").keys() & OPTIONAL
 
