@@ -8,7 +8,10 @@ import pytest
 
 from tests.conftest import ROOT
 
-COMMANDS = ("audit", "radimagenet", "phantoms.__main__", "plots", "report", "weight_averaging", "export", "predict")
+COMMANDS = (
+    *("audit", "radimagenet", "phantoms.__main__", "plots", "report", "weight_averaging", "export", "predict"),
+    "probe",
+)
 LAYERS = (  # a package imports only itself and layers before its own
     ("utils.runtime",),
     ("utils.phantoms",),
