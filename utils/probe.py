@@ -12,11 +12,10 @@ import shlex
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from utils import arguments
 from utils.data.folders import LAYOUT, SPLITS, ImageFiles, read_excluded
@@ -24,8 +23,9 @@ from utils.data.splits import print_excluded, print_split
 from utils.flags import Switch, add_input_flags, natural, positive_int
 from utils.flags import seed as seed_number
 from utils.inference import probes
+from utils.inference.comparison import Difference, Intervals, Result, compare, probe_all, scores_over_draws
 from utils.inference.features import Features, Source, load_features, open_sources
-from utils.inference.probes import PROBE_TITLES, PROBES, SCORES
+from utils.inference.probes import PROBE_TITLES, SCORES
 from utils.results import provenance
 from utils.results.metrics import LEVEL, METRIC_TITLES, RESAMPLES
 from utils.runtime.command_line import expanded
@@ -35,39 +35,12 @@ from utils.runtime.files import check_absent, write_atomically, write_json
 from utils.runtime.processes import run_script
 from utils.runtime.progress import say
 from utils.runtime.reading import open_regular
-from utils.runtime.text import count, csv_table, list_names, printable
+from utils.runtime.text import count, csv_table, list_names, print_line, printable
 from utils.training import build
 from utils.training.model_sources import model_name
 
 JSON, CSV, PICTURE = "probe.json", "probe.csv", "probe.png"
 READING = ("batch_size", "workers", "bad_images", "max_bad_images")  # flags of the loaders
-
-
-class Result(NamedTuple):
-    """A probe of one backbone, fitted to all training images, or to a few-shot draw of them.
-
-    metrics: of the test images; auroc is left out for draws, since it takes long with many classes.
-    """
-
-    weights: str
-    probe: str
-    shots: int | None
-    draw: int | None
-    parameter: float  # the chosen k or C
-    val_f1: float
-    converged: bool
-    metrics: dict[str, float | None]
-
-
-class Difference(NamedTuple):
-    """A metric of one backbone minus that of the first, with a 95 % interval (None if it is undefined)."""
-
-    weights: str
-    probe: str
-    shots: int | None
-    metric: str
-    mean: float
-    interval: list[float] | None
 
 
 def build_parser() -> arguments.Parser:
@@ -173,90 +146,38 @@ def extract_all(
     return features
 
 
-def probe_all(
-    features: dict[str, dict[str, Features]], classes: int, shots: list[int], draws: int, seed: int
-) -> tuple[list[Result], dict[tuple[str, str], np.ndarray]]:
-    """The results of all probes, and the predictions (N,) of those fitted to all images, by weights and probe.
-
-    The draws are the same images for all weights.
-    """
-    results, predictions = [], {}
-    subsets = [(None, None), *((number, draw) for number in shots for draw in range(draws))]
-    seconds = 1 if sys.stderr.isatty() else 30  # between two updates of the bar; in a log each takes a line
-    total = len(features) * len(PROBES) * len(subsets)
-    with tqdm(total=total, desc="probes", leave=False, mininterval=seconds, disable=total < 10) as bar:
-        for weights, splits in features.items():
-            test = splits["test"]
-            for number, draw in subsets:
-                train, val = (_drawn(splits, name, classes, number, draw, seed) for name in ("train", "val"))
-                for probe, fit in PROBES.items():
-                    fitted = fit(train, val, test, classes)
-                    predicted = fitted.logits.argmax(1).numpy()
-                    if number is None:
-                        predictions[weights, probe] = predicted
-                        metrics = probes.full_metrics(fitted.logits, test.targets)
-                    else:
-                        scores = probes.scores_of(test.targets, predicted, classes).tolist()
-                        metrics = dict(zip(SCORES, scores, strict=True))
-                    found = (fitted.parameter, fitted.val, fitted.converged, metrics)
-                    results.append(Result(weights, probe, number, draw, *found))
-                    bar.update()
-    return results, predictions
-
-
-def _drawn(
-    splits: dict[str, Features], name: str, classes: int, shots: int | None, draw: int | None, seed: int
-) -> Features:
-    """A split's features: all, or those of a few-shot draw."""
-    if shots is None:
-        return splits[name]
-    return splits[name].subset(probes.few_shots(splits[name].targets, classes, shots, draw, seed, name))
-
-
-def compare(
-    results: list[Result], predictions: dict[tuple[str, str], np.ndarray], targets: np.ndarray, classes: int, seed: int
-) -> tuple[dict[tuple[str, str], dict[str, list[float]]], list[Difference]]:
-    """Intervals of SCORES by weights and probe, and the differences to the first weights.
-
-    With all training images both are bootstrap intervals over the test images; with few shots, those of the differences
-    are t intervals over the draws.
-    """
-    names = list(dict.fromkeys(result.weights for result in results))
-    shots = list(dict.fromkeys(result.shots for result in results))
-    intervals: dict[tuple[str, str], dict[str, list[float]]] = {}
-    differences = []
-    for probe in PROBES:
-        resampled = probes.bootstrap(targets, np.stack([predictions[name, probe] for name in names]), classes, seed)
-        for row, name in enumerate(names):
-            bounds = [probes.percentile_interval(resampled[:, row, place]) for place in range(len(SCORES))]
-            intervals[name, probe] = dict(zip(SCORES, bounds, strict=True))
-        for row, name in enumerate(names[1:], 1):
-            for number in shots:
-                for place, metric in enumerate(SCORES):
-                    values = score_differences(results, name, names[0], probe, number, metric)
-                    if number is None:
-                        interval = probes.percentile_interval(resampled[:, row, place] - resampled[:, 0, place])
-                    else:
-                        interval = probes.t_interval(values)
-                    differences.append(Difference(name, probe, number, metric, float(np.mean(values)), interval))
-    return intervals, differences
-
-
-def scores_over_draws(results: list[Result], weights: str, probe: str, shots: int | None, metric: str) -> list[float]:
-    """The metric of each draw, in order; of all training images, a single value."""
-    wanted = (weights, probe, shots)
-    return [result.metrics[metric] for result in results if (result.weights, result.probe, result.shots) == wanted]
-
-
-def score_differences(
-    results: list[Result], weights: str, first: str, probe: str, shots: int | None, metric: str
-) -> list[float]:
-    """The metric of each draw minus that of the first weights for the same draw."""
-    own, others = (scores_over_draws(results, name, probe, shots, metric) for name in (weights, first))
-    return [value - other for value, other in zip(own, others, strict=True)]
-
-
 # Outputs
+
+
+def describe_start(argv: Sequence[str] | None, device: torch.device) -> dict[str, Any]:
+    """The command, time, versions and hardware, as in run.json. argv: of `main`."""
+    import sklearn
+
+    start = provenance.describe("", argv, device)
+    start["command"] = shlex.join(["python", "-m", "utils.probe", *(sys.argv[1:] if argv is None else argv)])
+    start["versions"]["scikit-learn"] = sklearn.__version__
+    return start
+
+
+def describe_settings(shots: list[int], draws: int, seed: int) -> dict[str, Any]:
+    return {
+        "seed": seed,
+        "shots": shots,
+        "draws": draws if shots else 0,
+        "k": probes.NEIGHBOURS,
+        "temperature": probes.TEMPERATURE,
+        "C": probes.STRENGTHS,
+        "iterations": probes.ITERATIONS,
+        "level": LEVEL,
+        "resamples": RESAMPLES,
+    }
+
+
+def describe_result(result: Result, intervals: Intervals) -> dict[str, Any]:
+    """The fields of the result; with all training images also the intervals of its metrics."""
+    if result.shots is not None:
+        return result._asdict()
+    return {**result._asdict(), "intervals": intervals[result.weights, result.probe]}
 
 
 def describe_source(source: Source, width: int) -> dict[str, Any]:
@@ -280,9 +201,7 @@ def long_table(results: list[Result]) -> str:
     return csv_table(rows)
 
 
-def short_table(
-    results: list[Result], intervals: dict[tuple[str, str], dict[str, list[float]]], differences: list[Difference]
-) -> Iterator[str]:
+def short_table(results: list[Result], intervals: Intervals, differences: list[Difference]) -> Iterator[str]:
     """The lines to print: SCORES of each backbone and probe, then the differences of SCORES[0]."""
     rows = [["weights", "probe", "images per class", *(METRIC_TITLES[name] for name in (*SCORES, "auroc")), "chosen"]]
     for weights, probe, shots in dict.fromkeys((result.weights, result.probe, result.shots) for result in results):
@@ -363,53 +282,33 @@ def main(argv: Sequence[str] | None = None) -> None:
     targets = features[names[0]]["test"].targets
     intervals, differences = compare(results, predictions, targets, len(classes), seed)
 
-    import sklearn
-
-    start = provenance.describe("", argv, device)
-    start["command"] = shlex.join(["python", "-m", "utils.probe", *(sys.argv[1:] if argv is None else argv)])
-    start["versions"]["scikit-learn"] = sklearn.__version__
+    read = {name: len(split.targets) for name, split in features[names[0]].items()}
     widths = {name: split["train"].values.shape[1] for name, split in features.items()}
-    described_results = []
-    for result in results:
-        entry = result._asdict()
-        if result.shots is None:
-            entry["intervals"] = intervals[result.weights, result.probe]
-        described_results.append(entry)
-    write_json(
-        folder / JSON,
-        {
-            "origin": start,
-            "data": {
-                name: {"root": str(files.root), "images": len(files), "read": len(features[names[0]][name].targets)}
-                for name, files in splits.items()
-            },
-            "classes": classes,
-            "settings": {
-                "seed": seed,
-                "shots": shots,
-                "draws": draws if shots else 0,
-                "k": probes.NEIGHBOURS,
-                "temperature": probes.TEMPERATURE,
-                "C": probes.STRENGTHS,
-                "iterations": probes.ITERATIONS,
-                "level": LEVEL,
-                "resamples": RESAMPLES,
-            },
-            "weights": [describe_source(source, widths[source.name]) for source in sources],
-            "results": described_results,
-            "differences": [difference._asdict() for difference in differences],
+    content = {
+        "origin": describe_start(argv, device),
+        "data": {
+            name: {"root": str(files.root), "images": len(files), "read": read[name]} for name, files in splits.items()
         },
-    )
+        "classes": classes,
+        "settings": describe_settings(shots, draws, seed),
+        "weights": [describe_source(source, widths[source.name]) for source in sources],
+        "results": [describe_result(result, intervals) for result in results],
+        "differences": [difference._asdict() for difference in differences],
+    }
+    write_json(folder / JSON, content)
     write_atomically(folder / CSV, long_table(results).encode(errors="backslashreplace"))
     if shots:
-        write_picture(folder / PICTURE, results, shots, len(features[names[0]]["train"].targets) / len(classes))
+        write_picture(folder / PICTURE, results, shots, read["train"] / len(classes))
     else:
         (folder / PICTURE).unlink(missing_ok=True)  # of the results that --overwrite replaced
     for line in short_table(results, intervals, differences):
-        print(line)
+        print_line(line)
     if stopped := sum(not result.converged for result in results):
-        say(f"{count(stopped, 'logistic regression')} did not converge in {probes.ITERATIONS} iterations (probe.json).")
-    say(f"{folder}: {', '.join(filter(None, (JSON, CSV, PICTURE if shots else '')))}")
+        print_line(
+            f"warning: {count(stopped, 'logistic regression')} of {len(results) // 2} stopped after "
+            f"{probes.ITERATIONS} iterations before convergence; {JSON} names them."
+        )
+    print_line(f"{folder}: {', '.join(filter(None, (JSON, CSV, PICTURE if shots else '')))}")
 
 
 if __name__ == "__main__":
