@@ -305,8 +305,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         print_line(line)
     if stopped := sum(not result.converged for result in results):
         print_line(
-            f"warning: {count(stopped, 'logistic regression')} of {len(results) // 2} stopped after "
-            f"{probes.ITERATIONS} iterations before convergence; {JSON} names them."
+            f"warning: {stopped} of {len(results) // 2} logistic regressions stopped after {probes.ITERATIONS} "
+            f"iterations before convergence ('converged' in {JSON})."
         )
     print_line(f"{folder}: {', '.join(filter(None, (JSON, CSV, PICTURE if shots else '')))}")
 

@@ -73,6 +73,7 @@ def logistic_regression(train: Features, val: Features, test: Features, classes:
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.linear_model import LogisticRegression
     from sklearn.preprocessing import StandardScaler
+    from threadpoolctl import threadpool_limits
 
     scaler = StandardScaler().fit(train.values)
     train_values, val_values = scaler.transform(train.values), scaler.transform(val.values)
@@ -87,7 +88,8 @@ def logistic_regression(train: Features, val: Features, test: Features, classes:
 
     best = None
     for strength in STRENGTHS:
-        with warnings.catch_warnings():
+        # One thread: the result then does not depend on their number, and several are slower for products of this size.
+        with warnings.catch_warnings(), threadpool_limits(1, user_api="blas"):
             warnings.simplefilter("ignore", ConvergenceWarning)  # see `converged`
             model = LogisticRegression(C=strength, max_iter=ITERATIONS).fit(train_values, train.targets)
         score = _score(logits_of(model, val_values), val)

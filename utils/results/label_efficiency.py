@@ -35,7 +35,7 @@ def label_efficiency(panels: dict[str, list[Curve]], shots: Sequence[int], mean_
         for number, curve in enumerate(curves):
             style = line_style(number)
             values = [*curve.draws.mean(1), curve.full]
-            panel.plot(places, values, **style, clip_on=False, zorder=3, label=curve.name)
+            panel.plot(places, values, **style, clip_on=False, zorder=3)
             panel.fill_between(
                 shots, curve.draws.min(1), curve.draws.max(1), color=style["color"], alpha=0.2, linewidth=0
             )
@@ -50,6 +50,7 @@ def label_efficiency(panels: dict[str, list[Curve]], shots: Sequence[int], mean_
         panel.spines[["top", "right"]].set_visible(False)
     axes[0].set_ylabel(as_text(score))
     names = [in_lines(curve.name, NAME_WIDTH) for curve in next(iter(panels.values()))]
+    names = [f" {name}" if name.startswith("_") else name for name in names]  # matplotlib 3.9 leaves others out
     figure.legend(axes[0].lines, names, loc="upper center", bbox_to_anchor=(0.5, 0), frameon=False, handlelength=4)
     figure.tight_layout()
     return figure
