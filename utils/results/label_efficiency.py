@@ -51,6 +51,9 @@ def label_efficiency(panels: dict[str, list[Curve]], shots: Sequence[int], mean_
     axes[0].set_ylabel(as_text(score))
     names = [in_lines(curve.name, NAME_WIDTH) for curve in next(iter(panels.values()))]
     names = [f" {name}" if name.startswith("_") else name for name in names]  # matplotlib 3.9 leaves others out
-    figure.legend(axes[0].lines, names, loc="upper center", bbox_to_anchor=(0.5, 0), frameon=False, handlelength=4)
+    legend = {"loc": "upper center", "bbox_to_anchor": (0.5, 0), "frameon": False, "handlelength": 4}
+    figure.legend(
+        axes[0].lines, names, title="mean of the draws; shaded: lowest to highest", title_fontsize=9, **legend
+    )
     figure.tight_layout()
     return figure
