@@ -38,7 +38,7 @@ LARGEST = {
     "epochs": 100_000, "workers": 1_024, "batch_size": 1_000_000, "grad_accum_steps": 10_000,
     "masks_per_image": 10_000, "ra_reps": 1_000, "train_crop_size": 8_192, "val_resize_size": 8_192,
     "val_crop_size": 8_192, "grid": 1_024, "kernel": 8_191, "images_per_class": 100_000, "jobs": 1_024,
-    "resamples": 1_000_000,
+    "resamples": 1_000_000, "draws": 10_000,
 }  # fmt: skip
 
 

@@ -9,16 +9,18 @@ import pytest
 from tests.conftest import ROOT
 
 COMMANDS = (
-    "audit",
-    "prepare",
-    "medmnist",
-    "radimagenet",
-    "phantoms.__main__",
-    "plots",
-    "report",
-    "weight_averaging",
-    "export",
-    "predict",
+    *(
+        "audit",
+        "prepare",
+        "medmnist",
+        "radimagenet",
+        "phantoms.__main__",
+        "plots",
+        "report",
+        "weight_averaging",
+        "export",
+    ),
+    *("predict", "probe"),
 )
 LAYERS = (  # a package imports only itself and layers before its own
     ("utils.runtime",),

@@ -110,7 +110,7 @@ def test_the_pages_name_each_command():
     assert found >= {
         *("_normal.train", "_policy_gradient.train", "_policy_gradient.gallery", "utils.audit", "utils.plots"),
         *("utils.export", "utils.predict", "utils.weight_averaging", "utils.radimagenet", "utils.phantoms"),
-        *("utils.prepare", "utils.medmnist"),
+        *("utils.prepare", "utils.medmnist", "utils.probe"),
         *("experiments.run", "experiments.analyse", "experiments.learning_signal", "experiments.build_mini_rin"),
         *("benchmarks.run", "benchmarks.curves", "benchmarks.soak"),
     }

@@ -70,9 +70,10 @@ def open_splits(args: argparse.Namespace, trained_classes: list[str] | None = No
     if training is not None and (root / "test").is_dir():  # now, not after the training
         opened.append(ImageFiles.find(root / "test", excluded["test"], training.classes))
     for files in opened:
-        _print_split(files)
+        print_split(files)
     if args.exclude:
-        _print_excluded(args.exclude, excluded, [split for split in (training, evaluation) if split is not None])
+        trained_or_evaluated = [split.files for split in (training, evaluation) if split is not None]
+        print_excluded(args.exclude, excluded, trained_or_evaluated)
     num_classes = len(evaluation.classes)
     if args.num_classes is not None and args.num_classes != num_classes:
         raise UserError(
@@ -97,7 +98,7 @@ def _image_folder(
     )
 
 
-def _print_split(files: ImageFiles) -> None:
+def print_split(files: ImageFiles) -> None:
     """Print a split's images and classes, the ignored files, and the classes of the training that it lacks."""
     progress.say(files.describe())
     if ignored := files.describe_ignored():
@@ -109,12 +110,12 @@ def _print_split(files: ImageFiles) -> None:
         )
 
 
-def _print_excluded(path: str, excluded: dict[str, set[str]], opened: list[ImageFolder]) -> None:
+def print_excluded(path: str, excluded: dict[str, set[str]], opened: list[ImageFiles]) -> None:
     """Print how many images are excluded and how many lines match no image; raises UserError if no line matches.
 
     Lines for splits that this run does not open are ignored.
     """
-    counts = {split.root.name: split.files.excluded for split in opened}
+    counts = {files.root.name: files.excluded for files in opened}
     absent = sum(len(excluded[name]) for name in ("", *counts)) - sum(counts.values())
     if absent and absent == sum(map(len, excluded.values())):
         raise UserError(f"--exclude {path}: names no image of the data; expected lines such as train/<class>/<image>.")

@@ -67,14 +67,7 @@ def open_classifier(given: dict[str, Any], device: torch.device) -> Classifier:
     weights = read_weights(given["file"], given.get("use_ema"))
     for note in weights.notes:
         print_to_stderr(note)
-    flags = {name: value for name, value in given.items() if name in arguments.MODEL_FLAGS}
-    saved = fitting.usable_args(weights, flags, print_to_stderr)
-    parser = shared_parser("")
-    add_mask_flags(parser)
-    args = arguments.for_weights(parser, flags, saved, weights.path, test_only=True)
-    if "model" not in flags and not isinstance(saved.get("model"), str):
-        raise UserError(f"{weights.path}: does not name its model; give --model NAME.")
-    fitting.report_preprocessing(vars(args), flags, weights.args, weights.path, print_to_stderr)
+    args = args_of(weights, given, test_only=True)
     classes = _class_names(weights, given.get("classes"))
     model = build.classifier(args, classes, None, None, device)
     state_dict = fitting.fit(model, weights, print_to_stderr)
@@ -84,6 +77,23 @@ def open_classifier(given: dict[str, Any], device: torch.device) -> Classifier:
         raise UserError(f"{weights.path}: its head has {rows} classes, but {source} {len(classes)}.")
     fitting.load_complete(model, state_dict, weights.path)
     return Classifier(model.eval(), classes, args, weights)
+
+
+def args_of(weights: Weights, given: dict[str, Any], *, test_only: bool) -> argparse.Namespace:
+    """The training's flags of a weight file, with `given` and defaults for what it does not record.
+
+    test_only: whether flags for sizes must agree with the file too, as in an evaluation of its classifier. Raises
+    UserError for flags that contradict the file, and if neither names a model.
+    """
+    flags = {name: value for name, value in given.items() if name in arguments.MODEL_FLAGS}
+    saved = fitting.usable_args(weights, flags, print_to_stderr)
+    parser = shared_parser("")
+    add_mask_flags(parser)
+    args = arguments.for_weights(parser, flags, saved, weights.path, test_only=test_only)
+    if "model" not in flags and not isinstance(saved.get("model"), str):
+        raise UserError(f"{weights.path}: does not name its model; give --model NAME.")
+    fitting.report_preprocessing(vars(args), flags, weights.args, weights.path, print_to_stderr)
+    return args
 
 
 def print_to_stderr(message: str) -> None:

@@ -104,7 +104,7 @@ def _over_epochs(
         handles, names = [], []
         for number, (name, logs) in enumerate(lines.items()):
             if any(_points(logs, panel.key) for panel in shown):
-                handles.append(Line2D([], [], **_style(number)))
+                handles.append(Line2D([], [], **line_style(number)))
                 # matplotlib 3.9 leaves out labels that begin with an underscore.
                 names.append(f" {as_text(name)}" if name.startswith("_") else as_text(name))
         anchor = (0.5, -0.5 / height)
@@ -144,7 +144,7 @@ def _draw_panel(axes: Axes, panel: Panel, lines: dict[str, list[list[dict]]]) ->
         if points := _points(logs, panel.key):
             epochs, values = list(points), list(points.values())
             means = [sum(several) / len(several) for several in values]
-            style = _style(number)
+            style = line_style(number)
             every = math.ceil(len(epochs) / MARKERS_PER_LINE)
             # A line at the end of the axis keeps its whole width: not clipped, and in front of the axis (2.5).
             axes.plot(epochs, means, **style, markevery=every, clip_on=False, zorder=3)
@@ -203,7 +203,7 @@ def _value(line: dict, key: str) -> float | None:
     return value if isinstance(value, (int, float)) else None
 
 
-def _style(number: int) -> dict[str, object]:
+def line_style(number: int) -> dict[str, object]:
     """Colour, style and marker of a run's line; no two of the first 140 runs share all three."""
     return {
         "color": COLOURS[number % len(COLOURS)],
