@@ -17,8 +17,7 @@ $(VENV)/runtime: requirements.txt
 
 $(VENV)/development: $(VENV)/runtime pyproject.toml
 	$(BIN)/pip install --quiet --editable '.[dev]'
-	# Trackio wants an older Pillow, and works with this one. pip reports the conflict, and that is all.
-	$(BIN)/pip install --quiet trackio && $(BIN)/pip install --quiet --upgrade 'pillow>=13.0.0'
+	$(BIN)/pip install --quiet --no-deps trackio  # it wants an older Pillow, and works with this one
 	touch $@
 
 check: lint

@@ -288,7 +288,7 @@ def check_installed(names: Iterable[str]) -> None:
     """Raise UserError on rank 0, before a run starts, if the package of a tracker cannot be imported or used."""
     if not distributed.is_main_process():
         return
-    os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # read on import: reports to wandb's developers
+    os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # reports to wandb's developers
     for name in names:
         tracker = TRACKERS[name]
         flag = "--tensorboard" if tracker is TensorBoard else f"--tracker {name}"
