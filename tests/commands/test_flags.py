@@ -101,6 +101,8 @@ def check_model_ema(parsed):
         torch.nn.init.constant_(model.weight, 1.0)
         ema.update(0, 1)
         assert ema.model.weight.item() == pytest.approx(weight_of_new)
+    ema = build.moving_average(parsed(*flags, "--model-ema-decay", 0.8, "--grad-accum-steps", 2), model)
+    assert ema.average.decay == pytest.approx(1 - 0.2 * 2)  # an update has 16 images
 
 
 def check_seed(parsed):

@@ -9,6 +9,9 @@ import torch.distributed as dist
 from torch import nn
 
 from _policy_gradient import policy
+from _policy_gradient.masking import build_masking, build_objective, build_policy
+from tests.conftest import SMALL_POLICY
+from tests.helpers.parsing import parse
 from tests.helpers.ranks import call_warm, run_ranks
 from tests.helpers.runs import SCRIPTS, assert_same, assert_same_run, state_of, status_of
 from utils.results.log import read_log
@@ -211,3 +214,26 @@ def test_a_part_of_the_batch_passes_at_once():
     whole = images.detach().requires_grad_()
     nn.functional.cross_entropy(whole.mean((2, 3)), torch.tensor([0, 1, 2, 0, 1, 2])).backward()
     torch.testing.assert_close(images.grad, whole.grad)
+
+
+def test_a_part_of_the_batch_passes_through_the_policy_at_once():
+    args = parse("_policy_gradient", *SMALL_POLICY, "--grad-accum-steps", 3)
+    network, sizes = build_policy(args, None, None, torch.device("cpu")), []
+    masking = build_masking(args, network, build_objective(args), torch.device("cpu"))
+    network.register_forward_pre_hook(lambda _, inputs: sizes.append(len(inputs[0])))
+    heads = masking.policy(torch.rand(12, 3, 32, 32))
+    assert [tuple(head.shape) for head in heads] == [(12, 64), (12, 64)]
+    assert sizes == [4, 4, 4]
+    heads[0].sum().backward()
+    assert sizes == [4] * 6  # computed again
+
+
+def test_the_reward_is_not_weighted_in_any_part():
+    """Each image's cross-entropy without weights, and its loss with the weight of its class: 2, 1 and 3."""
+    update, settings = GuardedUpdate({}, torch.device("cpu")), Plain(2)
+    settings.class_weights = torch.tensor([2.0, 1, 3])
+    images, targets = torch.rand(4, 3, 4, 4, requires_grad=True), torch.tensor([0, 2, 1, 0])
+    _, reward, losses = accumulation.classify(Largest(), images, targets, update, settings)
+    expected = nn.functional.cross_entropy(images.detach().mean((2, 3)), targets, reduction="none")
+    assert reward.tolist() == pytest.approx(expected.tolist())
+    assert losses.tolist() == pytest.approx((torch.tensor([2.0, 3, 1, 2]) * expected).tolist())
