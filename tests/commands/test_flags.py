@@ -149,7 +149,7 @@ def check_drop_path(parsed):
     images = torch.rand(4, 3, 64, 64)
     assert torch.equal(plain.eval()(images), model.eval()(images))
     assert not torch.equal(model.train()(images), model(images))
-    with pytest.raises(UserError, match=r"--drop-path: timm's densenet121 does not take it; leave the flag out"):
+    with pytest.raises(UserError, match=r"--drop-path: densenet121 does not take it; leave the flag out"):
         first_classifier(parsed("--model", "densenet121", "--drop-path", 0.2))
 
 
