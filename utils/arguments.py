@@ -213,6 +213,13 @@ def _namespace(values: dict[str, Any]) -> argparse.Namespace:
             )
     if args.opt == "sgd_nesterov" and args.momentum == 0:
         raise UserError("--opt sgd_nesterov: Nesterov momentum needs --momentum above 0.")
+    for name in ("drop_rate", "drop_path"):
+        rate = getattr(args, name)
+        if rate and getattr(args, "freeze_backbone", False):
+            raise UserError(
+                f"{typed(name, rate)}: has no effect with --freeze-backbone, because a frozen backbone has no dropout; "
+                "leave one of them out."
+            )
     if args.test_only and not (args.resume or getattr(args, "finetune", None)):
         raise UserError("--test-only: name the weights to evaluate with --resume FILE.")
     return args

@@ -50,8 +50,8 @@ FREQUENCY_HELP = (
     "rarest third of the classes, the middle third and the most frequent one; equally frequent classes stay together."
 )
 RELIABILITY_HELP = (
-    "Each point is a group of images of similar confidence. On the dashed line the probabilities can be taken at their "
-    "word; below it they are too high, above it too low. The bars show how many images each group has."
+    "Each point is a group of images of similar confidence. On the dashed line their probabilities are right; below "
+    "it they are too high, above it too low. The bars show how many images each group has."
 )
 MARK = b'<meta name="generator" content="utils.report">'  # in the head of a page that may be replaced
 

@@ -124,6 +124,8 @@ def test_values_of_other_code_are_taken_only_if_they_fit():
         (("--workers", "100000"), "--workers 100000: expected at most 1024"),
         (("--val-resize-size", "1000000"), "--val-resize-size 1000000: expected at most 8192"),
         (("--opt", "sgd_nesterov", "--momentum", "0"), "--momentum above 0"),
+        (("--freeze-backbone", "--drop-rate", "0.2"), "--drop-rate 0.2: has no effect with --freeze-backbone"),
+        (("--freeze-backbone", "--drop-path", "0.1"), "--drop-path 0.1: has no effect with --freeze-backbone"),
         (("--test-only",), "--test-only: name the weights"),
         (("--opt", "lamb"), "invalid choice: 'lamb'"),
     ],

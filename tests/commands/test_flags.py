@@ -101,6 +101,8 @@ def check_model_ema(parsed):
         torch.nn.init.constant_(model.weight, 1.0)
         ema.update(0, 1)
         assert ema.model.weight.item() == pytest.approx(weight_of_new)
+    ema = build.moving_average(parsed(*flags, "--model-ema-decay", 0.8, "--grad-accum-steps", 2), model)
+    assert ema.average.decay == pytest.approx(1 - 0.2 * 2)  # an update has 16 images
 
 
 def check_seed(parsed):
@@ -147,7 +149,7 @@ def check_drop_path(parsed):
     images = torch.rand(4, 3, 64, 64)
     assert torch.equal(plain.eval()(images), model.eval()(images))
     assert not torch.equal(model.train()(images), model(images))
-    with pytest.raises(UserError, match=r"--drop-path: timm's densenet121 does not take it; leave the flag out"):
+    with pytest.raises(UserError, match=r"--drop-path: densenet121 does not take it; leave the flag out"):
         first_classifier(parsed("--model", "densenet121", "--drop-path", 0.2))
 
 

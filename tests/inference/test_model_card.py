@@ -62,7 +62,7 @@ def test_the_metrics_are_those_measured_with_exactly_these_weights(tmp_path, ima
 
 def test_the_card_of_a_run_says_what_it_was_trained_and_tested_on(tmp_path, image_folder):
     flags = [*SMALL, "--data-path", str(image_folder), "--output-dir", str(tmp_path / "run"), "--epochs", "1"]
-    normal.main(flags)
+    normal.main([*flags, "--grad-accum-steps", "2"])
     best = tmp_path / "run" / "model_best.pth"
     normal.main(["--device=cpu", "--workers=0", "--resume", str(best), "--test-only", "--data-path", str(image_folder)])
     origin = json.loads((tmp_path / "run" / "run.json").read_text())
@@ -75,7 +75,7 @@ def test_the_card_of_a_run_says_what_it_was_trained_and_tested_on(tmp_path, imag
     starts = re.findall(r"^- (\d+ process.*), python", card, re.MULTILINE)
     assert starts == [
         f"{count} on CPU, global batch {batch}"
-        for count, batch in (("1 process", 8), ("8 processes", 64), ("4 processes", 32))
+        for count, batch in (("1 process", 16), ("8 processes", 128), ("4 processes", 64))
     ]
     assert "is unknown" not in card.split("## Classes")[0]
     assert "on 21 images of the `val` split of the same data set. The epoch was chosen by its results on this" in card

@@ -2,6 +2,8 @@
 
 import os
 import signal
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,13 +11,19 @@ import torch.distributed as dist
 from torch import nn
 
 from _policy_gradient import policy
+from _policy_gradient.masking import build_masking, build_objective, build_policy
+from tests.conftest import SMALL, SMALL_POLICY
+from tests.helpers.parsing import parse
 from tests.helpers.ranks import call_warm, run_ranks
 from tests.helpers.runs import SCRIPTS, assert_same, assert_same_run, state_of, status_of
+from utils.data import splits
 from utils.results.log import read_log
-from utils.runtime import distributed
+from utils.runtime import distributed, node_limits
+from utils.runtime.errors import UserError
 from utils.runtime.signals import Interrupted
 from utils.training import accumulation
 from utils.training.accumulation import InParts
+from utils.training.run import use_cache_and_compile
 from utils.training.update import GuardedUpdate
 
 # Without BatchNorm: `test_vit` has LayerNorm only.
@@ -211,3 +219,48 @@ def test_a_part_of_the_batch_passes_at_once():
     whole = images.detach().requires_grad_()
     nn.functional.cross_entropy(whole.mean((2, 3)), torch.tensor([0, 1, 2, 0, 1, 2])).backward()
     torch.testing.assert_close(images.grad, whole.grad)
+
+
+def test_a_part_of_the_batch_passes_through_the_policy_at_once():
+    args = parse("_policy_gradient", *SMALL_POLICY, "--grad-accum-steps", 3)
+    network, sizes = build_policy(args, None, None, torch.device("cpu")), []
+    masking = build_masking(args, network, build_objective(args), torch.device("cpu"))
+    network.register_forward_pre_hook(lambda _, inputs: sizes.append(len(inputs[0])))
+    heads = masking.policy(torch.rand(12, 3, 32, 32))
+    assert [tuple(head.shape) for head in heads] == [(12, 64), (12, 64)]
+    assert sizes == [4, 4, 4]
+    heads[0].sum().backward()
+    assert sizes == [4] * 6  # computed again
+
+
+def test_the_reward_is_not_weighted_in_any_part():
+    """Each image's cross-entropy without weights, and its loss with the weight of its class: 2, 1 and 3."""
+    update, settings = GuardedUpdate({}, torch.device("cpu")), Plain(2)
+    settings.class_weights, settings.label_smoothing = torch.tensor([2.0, 1, 3]), 0.3
+    images, targets = torch.rand(4, 3, 4, 4, requires_grad=True), torch.tensor([0, 2, 1, 0])
+    _, reward, losses = accumulation.classify(Largest(), images, targets, update, settings)
+    logits = images.detach().mean((2, 3))
+    for values, weight in ((reward, None), (losses, settings.class_weights)):
+        expected = nn.functional.cross_entropy(logits, targets, weight, reduction="none", label_smoothing=0.3)
+        assert values.tolist() == pytest.approx(expected.tolist())
+
+
+def test_only_one_part_a_step_uses_cuda_graphs(monkeypatch):
+    """A graph would overwrite the outputs of the previous part, which are still needed."""
+    modes = []
+    monkeypatch.setattr(nn.Module, "compile", lambda _, mode: modes.append(mode))
+    for parts in (1, 2):
+        args = parse("_normal", "--compile", "--grad-accum-steps", parts)
+        use_cache_and_compile(SimpleNamespace(args=args, splits=None, device=torch.device("cuda")), [nn.Linear(1, 1)])
+    assert modes == ["reduce-overhead", None]
+
+
+def test_shared_memory_must_hold_whole_batches(image_folder, monkeypatch):
+    """The workers pass on batches of all parts: here 2 of 24 images of 3 x 32 x 32 bytes."""
+    monkeypatch.setattr(node_limits, "free_shared_memory", lambda: 100_000)
+    flags = [*SMALL, "--data-path", image_folder, "--workers", 1, "--grad-accum-steps"]
+    for parts in (1, 3):
+        args = parse("_normal", *flags, parts)
+        training = splits.open_splits(args).training
+        with pytest.raises(UserError, match=r"2 batches of 0\.1 MB") if parts == 3 else nullcontext():
+            splits.training_loader(args, training, torch.device("cpu"))

@@ -89,7 +89,7 @@ def _refused_rate(name: str, error: Exception) -> UserError | None:
     """The error for a rate that the model does not take; None for any other error."""
     for rate, flag in (("drop_path_rate", "--drop-path"), ("drop_rate", "--drop-rate")):
         if isinstance(error, TypeError) and f"'{rate}'" in str(error):
-            return UserError(f"{flag}: timm's {name} does not take it; leave the flag out, or choose another --model.")
+            return UserError(f"{flag}: {name} does not take it; leave the flag out, or choose another --model.")
     return None
 
 
