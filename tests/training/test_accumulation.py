@@ -201,6 +201,7 @@ class Plain:
         return torch.autocast("cpu", enabled=False)
 
 
+@pytest.mark.slow
 def test_processes_average_once_for_each_update(tmp_path):
     (whole, gradient), (parts, same) = (call_warm(reductions, n, str(tmp_path / str(n))) for n in (1, 3))
     assert (whole, parts) == (1, 1)
