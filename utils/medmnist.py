@@ -51,7 +51,7 @@ class Split:
         labels = _read_labels(archive, f"{name}_labels.npy")
         with archive.open(f"{name}_images.npy") as file:
             self.shape, dtype = _read_header(file, f"{name}_images")
-        if dtype != np.uint8 or len(self.shape) not in (3, 4):
+        if dtype != np.uint8 or len(self.shape) not in (3, 4) or self.shape[3:] in ((1,), (2,), (4,)):
             raise UserError(
                 f"{name}_images: {dtype} of the shape {self.shape}; expected uint8 of (N, H, W) or (N, H, W, 3)."
             )
@@ -218,8 +218,14 @@ def _place(path: Path, tree: Tree, split: Split, folder_of: dict[int, str], chan
     new = sum(not exists for _, exists in targets)
     if new:
         items = zip(targets, split.images(), strict=True)
-        for _ in tqdm(in_threads(put, items), total=len(targets), desc=split.name, unit=" images", disable=None):
-            pass
+        try:
+            for _ in tqdm(in_threads(put, items), total=len(targets), desc=split.name, unit=" images", disable=None):
+                pass
+        except (zipfile.BadZipFile, zlib.error, EOFError):
+            # The checksum stands at the end, so any image may be wrong; a resumed run would keep those that exist.
+            for target, _ in targets:
+                Path(target).unlink(missing_ok=True)
+            raise
     return new
 
 

@@ -124,6 +124,10 @@ def test_a_stopped_run_is_resumed_and_the_same_command_makes_nothing(tmp_path, m
             "train_images: float64 of the shape (12, 28, 28); expected uint8",
         ),
         (arrays(train_images=np.array([None] * 12)), "train_images: an array of object"),
+        (
+            arrays(shape=(28, 28, 1)),
+            "train_images: uint8 of the shape (12, 28, 28, 1); expected uint8 of (N, H, W) or (N, H, W, 3).",
+        ),
         ({"x": np.zeros(3)}, "lacks train_images, train_labels, val_images, val_labels, test_images, test_labels; exp"),
     ],
 )
@@ -149,3 +153,18 @@ def test_damaged_files_end_in_a_sentence(tmp_path):
     assert "No such file or directory" in fails(tmp_path / "gone.npz", tmp_path / "z")
     os.mkfifo(tmp_path / "pipe.npz")
     assert "not a regular file" in fails(tmp_path / "pipe.npz", tmp_path / "z")
+
+
+def test_no_image_of_a_damaged_split_stays_for_a_later_run(tmp_path):
+    """The whole file has the time of the damaged one, as downloads keep the server's."""
+    path = write(tmp_path / "pathmnist.npz", np.savez, **arrays())
+    whole = path.read_bytes()
+    prepare(path, tmp_path / "expected")
+    path.write_bytes(whole[:2000] + b"damage" + whole[2006:])
+    os.utime(path, (1_600_000_000, 1_600_000_000))
+    fails(path, tmp_path / "data")
+    assert placed(tmp_path / "data") == {}
+    path.write_bytes(whole)
+    os.utime(path, (1_600_000_000, 1_600_000_000))
+    prepare(path, tmp_path / "data")
+    assert placed(tmp_path / "data") == placed(tmp_path / "expected")

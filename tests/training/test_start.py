@@ -78,4 +78,7 @@ def test_the_steps_are_those_of_a_whole_epoch_after_a_change_of_processes(capsys
     training = SimpleNamespace(data=data, state=state, settings=settings, learning_rates=dict)
     run.print_plan(SimpleNamespace(args=args, start=begun), training)
     assert "resumed: c.pth, at step 1 of epoch 1" in (out := capsys.readouterr().out)
-    assert "1 process x 8 = 8 images; 6 steps an epoch" in out
+    assert "1 process x 8 = 8 images; 6 steps an epoch, 2 epochs in all" in out
+    args.epochs = 1
+    run.print_plan(SimpleNamespace(args=args, start=begun), training)
+    assert "6 steps an epoch, 1 epoch in all" in capsys.readouterr().out

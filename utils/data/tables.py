@@ -18,19 +18,23 @@ IMAGE_COLUMNS = {
     *("filepath", "dicom", "dicompath", "picture"),
 }
 MOST_BYTES = 2**30  # of a table
+WORKBOOKS = (b"PK\x03\x04", b"\xd0\xcf\x11\xe0")  # first bytes of .xlsx or .ods, and of .xls
 
 
 class Table:
     """The header of a table, and its rows one at a time.
 
-    Encoding: UTF-8, or UTF-16 or UTF-32 with a byte order mark. The separator is a tab in .tsv and .tab files, else the
-    first of comma, semicolon and tab that the header holds. Raises UserError for an unreadable or empty table.
+    Encoding: UTF-8, or UTF-16 or UTF-32 with a byte order mark. The separator is a tab in .tsv and .tab files, else
+    whichever of comma, semicolon and tab is most frequent in the header. Raises UserError for an unreadable or empty
+    table.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
             data = read_bytes(path, MOST_BYTES)
+            if data.startswith(WORKBOOKS):
+                raise UserError(f"{path}: is a workbook, not a CSV or TSV file; save its sheet as CSV UTF-8.")
             self._text = decode_text(data)
         except (OSError, ValueError) as error:
             reason = getattr(error, "strerror", None) or error
@@ -38,10 +42,11 @@ class Table:
         self.sha256 = hashlib.sha256(data).hexdigest()
         first = next(io.StringIO(self._text), "")
         separators = ["\t"] if path.suffix.lower() in (".tsv", ".tab") else [",", ";", "\t"]
-        self._separator = next((separator for separator in separators if separator in first), separators[0])
+        self._separator = max(separators, key=first.count)
         self.columns = [name.strip() for name in next((cells for _, cells in self._lines()), [])]
         if not any(self.columns):
-            raise UserError(f"{path}: is empty; expected a first line with the names of the columns.")
+            reason = "its first line is empty" if self._text.strip() else "is empty"
+            raise UserError(f"{path}: {reason}; expected a first line with the names of the columns.")
 
     def column(self, given: str | None, flag: str, usual: Collection[str], meaning: str) -> str:
         """The column that a flag names, or without one the only column with a usual name.
@@ -52,6 +57,9 @@ class Table:
         if given is None:
             named = [name for name in self.columns if re.sub(r"[\s_.-]", "", name).lower() in usual]
         columns = f"its columns are {list_names(self.columns, shown=30)}"
+        if len(self.columns) == 1:
+            separators = "tabs" if self.path.suffix.lower() in (".tsv", ".tab") else "commas, semicolons or tabs"
+            columns = f"its only column is {list_names(self.columns)}; expected columns separated by {separators}"
         if len(named) == 1:
             return named[0]
         if given is not None:

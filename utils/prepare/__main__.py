@@ -63,9 +63,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     }
     resumed = check_output(options.output, settings)
     records, repeated = read_records(table, columns, root, options.suffix)
-    repetitions = f"; {count(repeated, 'row')} that repeat one" if repeated else ""
+    repetitions = f"; {count(repeated, 'repeated row')}" if repeated else ""
     print_line(f"{count(len(records), 'image')}{repetitions}.")
     folders = class_folders(record.label for record in records)
+    if damaged := [label for label in folders if any("\udc80" <= letter <= "\udcff" for letter in label)]:
+        print_line(
+            f"warning: {table.path}: is not UTF-8, so {count(len(damaged), 'label')} lost letters: "
+            f"{list_names(damaged)}; save it as UTF-8, in Excel as CSV UTF-8, and prepare a new folder."
+        )
     for record in records:
         record.label = folders[record.label]
     parts, part = divide_records(records, plan, sorted(folders.values()), "group" in columns)
@@ -182,7 +187,7 @@ def _check_kinds(placement: Placement, window: object) -> None:
     if len(placement.reasons) == len(records):
         advice = "Give the folder that the paths start from as --root, and the ending that they lack as --suffix."
         if "\\" in records[0].image:
-            advice = "Write the paths with / instead of \\."
+            advice = "Write the paths with / instead of \\, and without a drive such as C:."
         raise UserError(f"none of the images can be used; the first: {placement.reasons[0].rstrip('.')}. {advice}")
     kinds = Counter(record.kind for record in records)
     examples = {record.kind: record.path for record in reversed(records)}

@@ -117,7 +117,8 @@ def write_test_results(
         for row in rows:
             if row["images"]:
                 scores = "  ".join(f"{key} {row[key]:.4f}" for key in ("precision", "recall", "f1"))
-                say(f"  {printable(row['class']):<{width}}  {row['images']:>6} images  {scores}")
+                noun = "image " if row["images"] == 1 else "images"
+                say(f"  {printable(row['class']):<{width}}  {row['images']:>6} {noun}  {scores}")
     absent = [row["class"] for row in rows if not row["images"]]  # the same in each result
     if absent:
         present = len(files.classes) - len(absent)

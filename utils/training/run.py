@@ -25,7 +25,7 @@ from utils.runtime import distributed, progress
 from utils.runtime.errors import agreed
 from utils.runtime.processes import join_processes
 from utils.runtime.progress import Position
-from utils.runtime.text import printable
+from utils.runtime.text import count, printable
 from utils.training import build, output_dir
 from utils.training.compiling import check_compiler, compile_in_place
 from utils.training.evaluation import Predictions, measure, predict
@@ -349,7 +349,7 @@ def print_plan(run: Run, training: Training) -> None:
     progress.say(
         f"global batch: {processes} {'process' if processes == 1 else 'processes'} x {args.batch_size}"
         f"{f' x {parts} parts' if parts > 1 else ''} = {sampler.global_batch} images; {steps} steps an epoch, "
-        f"{args.epochs} epochs in all"
+        f"{count(args.epochs, 'epoch')} in all"
     )
     if (weights := training.settings.class_weights) is not None:
         listed = (f"{weights[i].item():.3g} ({run.splits.classes[i]})" for i in (weights.argmin(), weights.argmax()))

@@ -178,7 +178,7 @@ def test_a_class_whose_images_are_missing_is_a_warning_and_backslashes_are_expla
     assert "warning: 1 class without available images in val: b; training needs" in capsys.readouterr().out
     windows = [(row["file"].replace("/", "\\"), row["label"]) for row in rows]
     message = fails(write_table(table.with_name("w.csv"), windows, ("file", "label")), data.with_name("w"))
-    assert message.endswith("no such file. Write the paths with / instead of \\.")
+    assert message.endswith("no such file. Write the paths with / instead of \\, and without a drive such as C:.")
 
 
 def test_paths_may_lack_their_ending_and_start_in_another_folder(tmp_path, data):
@@ -190,6 +190,14 @@ def test_paths_may_lack_their_ending_and_start_in_another_folder(tmp_path, data)
     assert not data.exists()
     prepare(table, data, "--root", tmp_path / "elsewhere", "--suffix", ".png", "--val", ".25", "--test", "0")
     assert sorted(map(os.path.basename, placed(data))) == [f"x{number}.png" for number in range(8)]
+
+
+def test_labels_that_are_not_utf_8_are_a_warning(table, data, capsys):
+    """As Excel saves "CSV" without "UTF-8"."""
+    table.write_bytes(table.read_text().replace(",a,", ",métastase,").encode("cp1252"))
+    prepare(table, data)
+    output = capsys.readouterr().out
+    assert "is not UTF-8, so 1 label lost letters: m\\udce9tastase; save it as UTF-8" in output
 
 
 def test_hostile_names_stay_what_they_are(tmp_path, data):

@@ -27,6 +27,7 @@ def names_of(images, kind="8 bits"):
         ("\ufeffpath;class\r\nx.png;a,b\r\n", "t.csv", [["x.png", "a,b"]]),
         ("path\tclass\nx,1.png\ta\n", "t.tsv", [["x,1.png", "a"]]),
         ("path\tclass\nx.png\ta\n", "t.txt", [["x.png", "a"]]),
+        ("path;class;age, years\nx,1.png;a;3\n", "t.csv", [["x,1.png", "a"]]),
         ('class,path\n"a ""b"", c","x\n.png"\n', "t.csv", [["x\n.png", 'a "b", c']]),
     ],
 )
@@ -52,6 +53,13 @@ def test_obvious_columns_are_found_and_others_are_asked_for(tmp_path):
     ("content", "flags", "message"),
     [
         (b"", [], "is empty; expected a first line with the names of the columns"),
+        (b"\nfile,label\n0.png,a\n", [], "its first line is empty; expected a first line with the names"),
+        (b"PK\3\4\0", [], "is a workbook, not a CSV or TSV file; save its sheet as CSV UTF-8"),
+        (
+            b"file|label\n",
+            [],
+            "its only column is file|label; expected columns separated by commas, semicolons or tabs",
+        ),
         (b"file,label\n", [], "lists no image"),
         (b"p\0a\0", [], "it holds zero bytes, as UTF-16 does"),
         (b"file,label\n0.png,a\n", ["--group", "patients"], "has no column 'patients' (--group); its columns are"),
