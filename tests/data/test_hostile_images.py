@@ -109,7 +109,7 @@ def test_other_than_regular_files_are_refused(tmp_path):
         refused(tmp_path / name, "not a regular file")
     for name, target in (("dangling.png", "nowhere.png"), ("itself.png", "itself.png")):
         (tmp_path / name).symlink_to(target)
-    refused(tmp_path / "dangling.png", "No such file or directory")
+    refused(tmp_path / "dangling.png", "a link to nowhere.png, which is not there")
     refused(tmp_path / "itself.png", "Too many levels of symbolic links")
     refused(tmp_path / ("n" * 300), "File name too long")
 

@@ -1,5 +1,6 @@
 """Decodes image files, and refuses those whose pixels would be ambiguous or unsafe to read."""
 
+import os
 import stat
 import warnings
 from collections.abc import Iterator
@@ -50,6 +51,8 @@ def open_image(path: Path, upper_8_bits: bool = False, any_depth: bool = False) 
             yield image
     except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error, ...
         reason = getattr(error, "strerror", None) or str(error).split("\n")[0]
+        if isinstance(error, FileNotFoundError) and path.is_symlink():
+            reason = f"a link to {os.readlink(path)}, which is not there"
         raise UserError(f"{path}: cannot be read as an image ({reason}); replace or remove it.") from None
 
 

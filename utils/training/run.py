@@ -20,7 +20,7 @@ from utils.data.dataset import BadImages
 from utils.data.splits import Splits
 from utils.data.transforms import Normalize
 from utils.results import provenance
-from utils.results.run_folder import write_test_results
+from utils.results.run_folder import METRICS_FILE, write_test_results
 from utils.runtime import distributed, progress
 from utils.runtime.errors import agreed
 from utils.runtime.processes import join_processes
@@ -211,6 +211,7 @@ def test(
             origin=origin,
         )
     run.bad_images.say_count()
+    progress.say(f"{METRICS_FILE}, with intervals, and the tables are in {run.output_dir.resolve()}")
     if run.weights.is_heated:
         progress.say(HEATED)
 
