@@ -57,7 +57,7 @@ class Monitor:
             self._track(lambda tracker: tracker.catch_up())
         if self.plot_every is not None and fresh and self.draw_gallery is not None:
             self._draw("masks_before.png", self.draw_gallery, epochs_done=0)
-        gc.collect()  # see `show`
+            gc.collect()  # see `show`
 
     def show(self, predictions: Predictions, line: dict[str, Any]) -> None:
         """Draw the epoch's plots and send it to the trackers, once its checkpoint is saved.
@@ -68,10 +68,10 @@ class Monitor:
         done = line["epoch"] + 1
         if self.plot_every is not None and (done % self.plot_every == 0 or done == self.epochs):
             self._draw_all(predictions, done)
+            # matplotlib's parser leaves exceptions in reference cycles that hold the frame of `main`. The loaders would
+            # outlive it, and the interpreter would wait 20 s for their workers at exit.
+            gc.collect()
         self._track(lambda tracker: tracker.catch_up())
-        # matplotlib's parser leaves exceptions in reference cycles that hold the frame of `main`. The loaders would
-        # outlive it, and the interpreter would wait 20 s for their workers at exit.
-        gc.collect()
 
     def close(self, failed: bool) -> None:
         """Close the trackers. failed: this start ends before the training is complete."""
