@@ -104,7 +104,7 @@ def check_shots(shots: list[int], targets: np.ndarray, classes: list[str]) -> No
                 "number (all training images are used in any case)."
             )
         if small:
-            say(f"--shots {number}: {list_names(small)} ({count(len(small), 'class')}) have fewer; all are used.")
+            say(f"--shots {number}: fewer images in {list_names(small)} ({count(len(small), 'class')}); all are used.")
 
 
 def prepare_output(folder: Path, root: Path, overwrite: bool) -> None:

@@ -194,3 +194,14 @@ def test_excluded_and_unreadable_images_are_left_out(tmp_path, weights, capsys):
     printed = capsys.readouterr().out
     assert "1 unreadable images were skipped" in printed
     assert "leaves out 1 of train, 0 of val, 1 of test; lines that name no image: 0" in printed
+
+
+def test_features_of_another_width_are_computed_again(tmp_path, weights, data, capsys):
+    probe(tmp_path, data, weights[0])
+    table = (tmp_path / "probe.csv").read_bytes()
+    [path] = (tmp_path / "features").glob("first-train-*.npz")
+    arrays = stored(tmp_path, "first", "train")
+    np.savez(path, **{**arrays, "values": arrays["values"][:, :5]})
+    probe(tmp_path, data, weights[0], "--overwrite")
+    assert f"{path}: is damaged; the features are computed again." in capsys.readouterr().out
+    assert (tmp_path / "probe.csv").read_bytes() == table

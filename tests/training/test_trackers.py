@@ -5,6 +5,7 @@ import os
 import signal
 import sys
 import threading
+import time
 
 import pytest
 from PIL import Image
@@ -171,15 +172,34 @@ def test_wandb_holds_the_log_the_gallery_and_run_json_and_nothing_else(wandb, fo
     assert names == {f"run-{first.id}.wandb", pictures[0].name, "debug.log", "debug-internal.log"}
 
 
+@pytest.mark.slow
+def test_wandb_keeps_an_epoch_although_the_run_is_killed_soon_after(wandb, folder):
+    if "x_transaction_log_flush_interval" not in wandb.Settings.model_fields:
+        pytest.skip("this wandb has no such setting")
+    check_installed(["wandb"])
+    write_log(folder, LOG[:1])
+    one = WeightsAndBiases(folder, 0)
+    one.open()
+    one.catch_up()
+    try:
+        end = time.monotonic() + 10
+        while not wandb_rows(records(folder)) and time.monotonic() < end:
+            time.sleep(0.1)
+        assert [numbers(row) for row in wandb_rows(records(folder))] == as_rows(LOG[:1])  # before the run is closed
+    finally:
+        one.close(failed=False)
+
+
 def test_trackio_holds_the_log_the_gallery_and_run_json(trackio, folder):
     first = follow(Trackio, 2, folder, 0)
-    again = follow(Trackio, 3, folder, 1)
+    again = follow(Trackio, 3, folder.rename(folder.with_name("renamed")), 1)
     assert again.id == first.id
-    rows = trackio_rows(trackio, PROJECT)[f"a run-{first.id}"]
+    assert first.id.startswith("a run-")
+    rows = trackio_rows(trackio, PROJECT)[first.id]
     assert [row["step"] for row in rows] == [0, 1, 2]
     assert [numbers(row) for row in rows] == as_rows(LOG)
     assert [("masks" in row) for row in rows] == [False, True, False]
-    (run,) = [run for run in trackio.Api().runs(PROJECT) if run.name == f"a run-{first.id}"]
+    (run,) = [run for run in trackio.Api().runs(PROJECT) if run.name == first.id]
     assert {name: value for name, value in run.config.items() if not name.startswith("_")} == {
         "starts": [START],
         "data": SENT,
@@ -221,7 +241,7 @@ def test_a_stopped_and_killed_run_is_one_run_in_each_tracker(name, image_folder,
     assert [line["epoch"] for line in log] == [0, 1]
     assert state["next_epoch"] == 2
     if name == "trackio":
-        rows = trackio_rows(package, PROJECT)[f"{tmp_path.name}-{state['id']}"]
+        rows = trackio_rows(package, PROJECT)[state["id"]]
     else:
         starts = records(tmp_path)
         ids = [record.run.run_id for start in starts for record in start if record.HasField("run")]

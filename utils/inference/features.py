@@ -136,7 +136,7 @@ def load_features(
     parameters = {"backbone": digest_of(source.backbone), "model": source.args.model, **source.preparation}
     stem = re.sub(r"[^A-Za-z0-9._-]+", "-", Path(source.name).stem)[:LONGEST_STEM].strip("-.") or "weights"
     path = folder / f"{stem}-{files.root.name}-{fingerprint(files, parameters)}.npz"
-    features = _read(path, files)
+    features = _read(path, files, source.backbone.classifier.head_hidden_size)
     if features is not None and (len(features.values) == len(files) or source.args.bad_images == "skip"):
         say(f"{source.name}: {files.root.name}: features reused from {path}")
         if skipped := len(files) - len(features.values):
@@ -176,15 +176,15 @@ def compute_features(source: Source, files: ImageFiles, bad_images: BadImages, d
     return Features(values.numpy(), targets.numpy(), indices.numpy())
 
 
-def _read(path: Path, files: ImageFiles) -> Features | None:
-    """The features in a file of `load_features`; None if there is none, or if it is damaged."""
+def _read(path: Path, files: ImageFiles, width: int) -> Features | None:
+    """The features (N, width) in a file of `load_features`; None if there is none, or if it is damaged."""
     try:
         with open_regular(path) as file, np.load(file, allow_pickle=False) as content:
             features = Features(*(content[name] for name in Features._fields))
         values, targets, indices = features
         is_valid = (
             (values.dtype, targets.dtype, indices.dtype) == (np.float32, np.int64, np.int64)
-            and values.ndim == 2
+            and values.shape[1:] == (width,)
             and len(values) == len(targets) == len(indices) > 0
             and np.isfinite(values).all()
             and (np.diff(indices, prepend=-1) > 0).all()

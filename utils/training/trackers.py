@@ -257,12 +257,15 @@ class Trackio(Service):
     name, package = "trackio", "trackio"
     install = 'pip install trackio, followed by pip install "pillow>=13", because trackio installs an older pillow'
 
+    def new_id(self) -> str:
+        return f"{self.run_name()}-{super().new_id()}"  # kept when the folder is renamed
+
     def start(self) -> "trackio.Run":
         import trackio
 
         return trackio.init(
             project=os.environ.get("TRACKIO_PROJECT") or PROJECT,
-            name=f"{self.run_name()}-{self.id}",  # by which trackio finds the run again
+            name=self.id,  # by which trackio finds the run again
             resume="allow",
             config=self.run_json(),
             embed=False,
@@ -289,6 +292,9 @@ def check_installed(names: Iterable[str]) -> None:
     if not distributed.is_main_process():
         return
     os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # reports to wandb's developers
+    # Seconds until a sent epoch is in wandb's file (otherwise 15), where a kill cannot undo it. As a variable, since
+    # versions without this setting refuse it as an argument.
+    os.environ.setdefault("WANDB_X_TRANSACTION_LOG_FLUSH_INTERVAL", "1")
     for name in names:
         tracker = TRACKERS[name]
         flag = "--tensorboard" if tracker is TensorBoard else f"--tracker {name}"
