@@ -132,6 +132,7 @@ def test_the_picture_is_as_wide_as_its_panels(output):
         assert 400 < picture.height < 800
 
 
+@pytest.mark.slow
 def test_a_second_run_gives_the_same_from_the_stored_features(output, content, weights, data, capsys):
     before = {name: (output / name).read_bytes() for name in ("probe.csv", "probe.png")}
     with pytest.raises(UserError, match=r"probe.json: already exists; give another --output-dir, or --overwrite"):

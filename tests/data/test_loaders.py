@@ -55,6 +55,7 @@ def daemons():
     return [process for process in multiprocessing.active_children() if process.daemon]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("number", "expected"),
     [

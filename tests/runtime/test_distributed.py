@@ -92,6 +92,7 @@ def test_a_loss_that_is_not_finite_or_a_signal_on_one_rank_affects_all(tmp_path)
 TORCHRUN = pytest.param("agreed", run_script, marks=pytest.mark.slow)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "run"), [TORCHRUN, ("agreed", run_ranks), ("alone", run_ranks)])
 def test_one_rank_that_fails_stops_all_with_one_sentence(kind, run, tmp_path):
     result = run(WORKER, "failure", tmp_path / "none", kind, processes=2, check=False)

@@ -224,6 +224,7 @@ def test_too_little_memory_is_a_user_error(capfd):
         run_script(lambda: int("another"))
 
 
+@pytest.mark.slow
 def test_the_name_of_a_run_is_printed_without_control_characters(tmp_path, capfd):
     folder = write_run(tmp_path / "a\x1b[2J\nb")
     report.main([str(folder)])

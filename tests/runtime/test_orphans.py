@@ -49,6 +49,7 @@ def remaining(pids, seconds):
     return left
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("start", "environment", "stopped", "ends"),
     [
@@ -152,6 +153,7 @@ def main():
     join_processes("cpu", 1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("master", ["nobody listens", "nobody answers", "the others do not come"])
 def test_joining_ends_within_the_timeout(master, tmp_path):
     rank = 0 if master == "the others do not come" else 1

@@ -98,6 +98,7 @@ def test_two_processes_in_parts(name, uneven, tmp_path):
         assert_close_runs(tmp_path / folder, tmp_path / "parts")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_resumed_from_a_signal_within_an_accumulation(name, image_folder, tmp_path, monkeypatch, capsys):
     """The signal comes between two parts; the run stops after the whole update, and continues bit for bit."""

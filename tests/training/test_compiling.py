@@ -53,6 +53,7 @@ def test_other_errors_are_not_reported_as_compile_failures(error):
     assert compiling.compile_failure(error) is None
 
 
+@pytest.mark.slow
 def test_a_model_that_cannot_be_compiled_ends_the_run_early(image_folder, tmp_path, monkeypatch):
     def backend(*_):
         raise NotImplementedError("no kernel for this operator\nmore lines")

@@ -143,6 +143,7 @@ def test_a_kill_while_replacing_a_damaged_checkpoint_leaves_a_valid_one(tmp_path
     assert epochs_of(folder) == {CHECKPOINT: 1, PREVIOUS: 0}
 
 
+@pytest.mark.slow
 def test_a_kill_at_any_system_call_leaves_the_log_with_or_without_its_new_line(tmp_path):
     before, folder = tmp_path / "before", tmp_path / "run"
     before.mkdir()

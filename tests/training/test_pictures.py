@@ -159,6 +159,7 @@ def test_a_folder_that_cannot_be_made_ends_nothing(tmp_path, capsys):
     assert said.count("warning: tensorboard could not be written") == 1
 
 
+@pytest.mark.slow
 def test_no_worker_outlives_a_run_with_pictures(image_folder, tmp_path, monkeypatch):
     """What matplotlib calls leaves exceptions in cycles; they must not hold main's frame, and with it the loaders."""
     draw = learning_curves

@@ -146,6 +146,7 @@ def test_tensorboard_holds_run_json(folder):
     assert json.loads(text.decode().removeprefix("```\n").removesuffix("\n```")) == {"starts": [START], "data": SENT}
 
 
+@pytest.mark.slow
 def test_wandb_holds_the_log_the_gallery_and_run_json_and_nothing_else(wandb, folder):
     first = follow(WeightsAndBiases, 2, folder, 0)
     both = [START, START | {"epoch": 1}]
