@@ -24,6 +24,7 @@ from utils.data.prepared import (
     class_folders,
     finish,
     print_counts,
+    warn_of_lacking_classes,
     write_table,
 )
 from utils.results.provenance import commit_of
@@ -155,6 +156,7 @@ def _prepare(path: Path, output: Path, name: str | None, archive: zipfile.ZipFil
         split: Counter(folder_of[label] for label in content.labels.tolist()) for split, content in splits.items()
     }
     print_counts(counts, list(folder_of.values()))
+    warn_of_lacking_classes(counts, folder_of.values())
     total = sum(len(content.labels) for content in splits.values())
     result = {"file": os.path.abspath(path), "images": total, "counts": counts, "commit": commit_of(Path(__file__))}
     finish(output, settings, result)

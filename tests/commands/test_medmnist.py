@@ -168,3 +168,9 @@ def test_no_image_of_a_damaged_split_stays_for_a_later_run(tmp_path):
     os.utime(path, (1_600_000_000, 1_600_000_000))
     prepare(path, tmp_path / "data")
     assert placed(tmp_path / "data") == placed(tmp_path / "expected")
+
+
+def test_a_class_without_images_in_val_is_named(tmp_path, capsys):
+    content = arrays(val_labels=np.array([[0], [1]] * 3, np.uint8))
+    prepare(write(tmp_path / "pathmnist.npz", **content), tmp_path / "data")
+    assert "warning: 1 class without available images in val: debris; training needs" in capsys.readouterr().out

@@ -2,7 +2,7 @@
 
 import os
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,7 @@ from utils.data.listing import is_hidden
 from utils.runtime.errors import UserError
 from utils.runtime.files import write_atomically, write_json
 from utils.runtime.reading import read_json
-from utils.runtime.text import canonical, csv_table, list_names, print_line, printable
+from utils.runtime.text import canonical, count, csv_table, list_names, print_line, printable
 
 RECORD, IMAGES = "prepare.json", "images.csv"
 IMAGES_HEAD = ("image", "split", "class", "source", "group", "window_low", "window_high", "window_from")
@@ -99,6 +99,14 @@ def print_counts(counts: dict[str, Counter], classes: Sequence[str], groups: dic
     if groups is not None:
         rows.append(("groups", *groups.values()))
     print_table(("class", *counts, "total"), [(name, *numbers, sum(numbers)) for name, *numbers in rows])
+
+
+def warn_of_lacking_classes(counts: dict[str, Counter], classes: Collection[str]) -> None:
+    """Warn of classes whose images in a split or fold are all missing."""
+    for name, numbers in counts.items():
+        if name != "test" and (lacking := sorted(set(classes) - numbers.keys())):
+            text = f"{count(len(lacking), 'class')} without available images in {name}: {list_names(lacking)}"
+            print_line(f"warning: {text}; training needs every class in train and val.")
 
 
 def print_table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:

@@ -9,7 +9,7 @@ DATA/prepare.json how it was made. After a kill, the same command resumes. Exist
 
 import os
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 
@@ -27,6 +27,7 @@ from utils.data.prepared import (
     class_folders,
     finish,
     print_counts,
+    warn_of_lacking_classes,
     write_table,
 )
 from utils.data.tables import IMAGE_COLUMNS, Table
@@ -90,7 +91,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     counts = {name: Counter(records[n].label for n in available if part[n] == p) for p, name in enumerate(parts)}
     groups = {name: len({records[n].group for n in available if part[n] == p}) for p, name in enumerate(parts)}
     print_counts(counts, sorted(folders.values()), groups if "group" in columns else None)
-    _warn_of_lacking_classes(counts, folders.values())
+    warn_of_lacking_classes(counts, folders.values())
     missing = [(parts[part[n]], records[n].image, reason) for n, reason in sorted(placement.reasons.items())]
     write_table(options.output / MISSING, MISSING_HEAD, missing)
     result = {
@@ -130,14 +131,6 @@ def _columns(
         if given is not None:
             columns[meaning] = table.column(given, f"--{meaning}", (), "")
     return columns
-
-
-def _warn_of_lacking_classes(counts: dict[str, Counter], classes: Collection[str]) -> None:
-    """Warn of classes whose images in a split or fold are all missing."""
-    for name, numbers in counts.items():
-        if name != "test" and (lacking := sorted(set(classes) - numbers.keys())):
-            text = f"{count(len(lacking), 'class')} without available images in {name}: {list_names(lacking)}"
-            print_line(f"warning: {text}; training needs every class in train and val.")
 
 
 def _parser() -> Parser:
