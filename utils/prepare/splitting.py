@@ -8,7 +8,7 @@ import numpy as np
 from scipy.sparse import csr_array
 
 MOST_FOLDS = 20  # that a share is made of: its unit is 1/20 if no smaller number of folds gives it exactly
-ATTEMPTS, GROUPS = 10, 20_000  # at most so many starts, and so many groups in all of them together
+ATTEMPTS, GROUPS = 10, 20_000  # most starts, and most groups in all starts together
 LACKING = 1e12  # cost of a class that a part lacks, larger than any sum of deviations
 NO_GAIN = -1e-6  # a cost that is this close to 0 is rounding
 CANDIDATES = 200  # groups of each part that are tried for a swap
@@ -98,7 +98,7 @@ def _is_whole(number: float) -> bool:
 
 
 def _folds(labels: np.ndarray, groups: np.ndarray, number: int, seed: int) -> np.ndarray:
-    """The fold of each image by StratifiedGroupKFold; with too few images for so many folds there are fewer.
+    """The fold of each image by StratifiedGroupKFold; fewer folds than `number` if all classes are smaller than it.
 
     Its seed only decides between groups of the same content, so the folds are numbered at random.
     """
