@@ -123,7 +123,7 @@ def run_stages(arm: Arm, seed: int, options: argparse.Namespace, processes: Proc
             flags = shlex.split(options.flags)
             data = options.data_path
             if stage.subset:
-                data = options.output / SUBSETS / stage.subset.name
+                data = options.output / SUBSETS / stage.subset.of_seed(seed).name
             elif options.exclude:
                 flags += ["--exclude", str(options.exclude)]
             for command in commands(stage, seed, run, data, flags):
@@ -199,8 +199,9 @@ def run_plan(plan: Plan, options: argparse.Namespace) -> tuple[list[str], list[s
             read_record(run / PROGRESS, arm)  # raises its errors before anything runs
             pending.append((arm, seed))
     print_line(f"{plan.name}: {len(plan.runs())} runs, {len(plan.runs()) - len(pending)} finished before")
-    for stage in (stage for arm in plan.arms for stage in arm.stages if stage.subset):
-        link_subset(options.data_path, stage.subset, options.output / SUBSETS / stage.subset.name, options.exclude)
+    subsets = {stage.subset.of_seed(seed) for arm, seed in pending for stage in arm.stages if stage.subset}
+    for subset in sorted(subsets, key=lambda subset: subset.name):
+        link_subset(options.data_path, subset, options.output / SUBSETS / subset.name, options.exclude)
 
     processes = Processes(options.jobs)
     for number in stopping_signals():

@@ -23,7 +23,7 @@ FREE_ON_RESUME = {
 OF_EACH_START = {"device", "output_dir", "resume", "split", "test_only", "timeout", "use_ema"}
 # What weights were trained for: taken from their file if it records them.
 MODEL_FLAGS = (
-    "model", "policy_model", "mask_policy", "head_weight", "grid", "kernel", "sigma", "mask_range",
+    "model", "policy_model", "mask_policy", "head_weight", "grid", "kernel", "sigma", "mask_range", "keep_mean",
     "train_crop_size", "val_resize_size", "val_crop_size", "interpolation", "gray", "upper_8_bits", "backend",
     "mean", "std",
 )  # fmt: skip
