@@ -155,7 +155,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             line |= train(training.data, saver, training.settings)
             warn_of_bounds(epoch, line.get("concentrations_at_bounds", 0.0))
             training.step_schedules()
-            predictions, metrics = validate(evaluate, training.validated, auroc=epoch == run.args.epochs - 1)
+            predictions, metrics = None, {}
+            if run.validates(epoch):
+                predictions, metrics = validate(evaluate, training.validated, auroc=epoch == run.args.epochs - 1)
             saver.finish_epoch(metrics, line, partial(monitor.show, predictions))
     run.finish(saver)
 
