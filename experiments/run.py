@@ -7,7 +7,6 @@ import queue
 import shlex
 import shutil
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -21,6 +20,7 @@ sys.path.insert(0, str(ROOT))
 
 import torch
 
+from experiments import warm
 from experiments.plan import FINISHED, Arm, Plan, Stage, as_written, folder_of_run, read_plan, read_record
 from experiments.subsets import link_subset
 from utils.arguments import check_limits
@@ -44,14 +44,14 @@ class Unfinished(Exception):
 
 
 class Processes:
-    """Runs commands for several threads until it is stopped.
+    """Runs Python commands for several threads until it is stopped.
 
     jobs: number of threads. With several GPUs, each command sees one of them, assigned in turn.
     """
 
     def __init__(self, jobs: int) -> None:
         self.stopping = False
-        self.running: set[subprocess.Popen] = set()
+        self.running: set[warm.Command] = set()
         self.gpus: queue.SimpleQueue[dict[str, str]] = queue.SimpleQueue()  # environment variables, one entry per job
         count, visible = torch.cuda.device_count(), os.environ.get("CUDA_VISIBLE_DEVICES")
         names = visible.split(",") if visible else [str(gpu) for gpu in range(count)]
@@ -62,11 +62,10 @@ class Processes:
         """Run a command, append its output to a file, and return its exit code, or INTERRUPTED after `stop`."""
         if self.stopping:
             return INTERRUPTED
-        python_path = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]  # for `-m utils...` from any folder
         gpu = self.gpus.get()
-        environment = {**os.environ, **gpu, "PYTHONPATH": os.pathsep.join(python_path)}
+        environment = {**os.environ, **gpu, "PYTHONPATH": warm.with_root(os.environ.get("PYTHONPATH"))}
         try:
-            process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment)
+            process = warm.Command(command, output, environment)
             self.running.add(process)
             if self.stopping:  # `stop` was called since the first line, and may not have seen the process
                 process.terminate()
@@ -158,14 +157,14 @@ def lock(file: BinaryIO) -> bool:
 
 
 def tidy(run: Path, done: Sequence[Stage], remaining: Sequence[Stage] = ()) -> None:
-    """Keep only KEPT of the stages that are done, and the weights from which the remaining stages start.
+    """Keep only KEPT and `keep` of the stages that are done, and the weights from which the remaining stages start.
 
     The weights of every epoch of every stage would soon fill a disk.
     """
     needed = {run / stage.start for stage in remaining if stage.start}
     for stage in done:
         for path in (run / stage.name).iterdir():
-            if path.name not in KEPT and path not in needed:
+            if path.name not in (*KEPT, *stage.keep) and path not in needed:
                 shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
     if not remaining:
         (run / PROGRESS).unlink(missing_ok=True)

@@ -5,6 +5,7 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 import threading
 import time
 from contextlib import nullcontext
@@ -145,6 +146,13 @@ def test_a_run_resumes_at_the_stage_where_it_ended(folder):
     assert names(seed / "first") == ["log.jsonl"]
 
 
+def test_a_stage_keeps_the_files_that_it_names(folder):
+    stage = """Stage("only", "_normal", "--epochs 1", test="all", keep=("model_best.pth", "absent.pth"))"""
+    run_arms(folder, f"""Arm("keeps", ({stage},), 1),""", "keeps")
+    kept = ["log.jsonl", "metrics.json", "model_best.pth", "predictions.csv"]
+    assert names(folder / "out" / "keeps" / "seed0" / "only") == kept
+
+
 def test_a_run_of_another_process_is_left_to_it(folder, capsys):
     """A training outlives a killed run.py, and still holds the lock on its output."""
     seed = folder / "out" / "first" / "seed0"
@@ -161,15 +169,19 @@ def test_a_run_of_another_process_is_left_to_it(folder, capsys):
 
 
 def test_a_process_that_starts_during_a_stop_is_stopped(tmp_path, monkeypatch):
-    processes, popen = run.Processes(1), subprocess.Popen
+    processes, command = run.Processes(1), run.warm.Command
 
-    def start(*arguments, **settings):
+    def start(*arguments):
         processes.stop()  # does not see the process yet
-        return popen(*arguments, **settings)
+        return command(*arguments)
 
-    monkeypatch.setattr(run.subprocess, "Popen", start)
+    monkeypatch.setattr(run.warm, "Command", start)
+    script = tmp_path / "script.py"
+    script.write_text("import time\ntime.sleep(60)")
+    begin = time.monotonic()
     with (tmp_path / "output.txt").open("ab") as output:
-        assert processes.execute(["sleep", "20"], output) == run.INTERRUPTED
+        assert processes.execute([sys.executable, str(script)], output) == run.INTERRUPTED
+    assert time.monotonic() - begin < 50
     assert not processes.running
 
 
@@ -181,10 +193,11 @@ def test_commands_see_a_gpu_each_and_the_users_modules(gpus, visible, expected, 
     monkeypatch.setenv("PYTHONPATH", "/modules")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     monkeypatch.setattr(run.torch.cuda, "device_count", lambda: gpus)
-    processes = run.Processes(2)
+    processes, script = run.Processes(2), tmp_path / "script.py"
+    script.write_text("import os\nprint(os.environ['PYTHONPATH'], os.environ['CUDA_VISIBLE_DEVICES'], sep=':')")
     with (tmp_path / "output.txt").open("ab") as output:
         for _ in range(2):
-            assert processes.execute(["sh", "-c", "echo $PYTHONPATH:$CUDA_VISIBLE_DEVICES"], output) == 0
+            assert processes.execute([sys.executable, str(script)], output) == 0
     assert (tmp_path / "output.txt").read_text().split() == [f"{ROOT}:/modules:{gpu}" for gpu in expected]
 
 
