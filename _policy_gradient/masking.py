@@ -51,9 +51,9 @@ def draw_masks(
 ) -> MaskedImages:
     """Sample K masks for each image (B, 3, S, S) from the heads' output (B, G*G), smooth and apply them.
 
-    clamped_density, pathwise_sign: see `sample_action`. mask_weight: from `fading_weight`, () on the device; None: no fading. It is a
-    tensor because a CUDA graph reads it at each replay, while a number would become part of the graph. The function has
-    no side effects besides random numbers, so that it can be replayed as a CUDA graph.
+    clamped_density, pathwise_sign: see `sample_action`. mask_weight: from `fading_weight`, () on the device; None: no
+    fading. It is a tensor because a CUDA graph reads it at each replay, while a number would become part of the graph.
+    The function has no side effects besides random numbers, so that it can be replayed as a CUDA graph.
     """
     log_concentrations = policy.log_concentrations(head_alpha, head_beta)  # (2, B, G*G)
     action = sample_action(

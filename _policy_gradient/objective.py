@@ -114,7 +114,7 @@ class Objective(nn.Module):
 
     @property
     def pathwise_sign(self) -> float:
-        """The factor of the loss's gradient at the cells, on its way to the policy; 0 for none (see `sample_action`)."""
+        """The factor of the loss's gradient at the cells on its way to the policy; 0: none (see `sample_action`)."""
         return self.sign if self.name == "pathwise" else 0.0
 
     def print_fact(self, grid: int) -> None:

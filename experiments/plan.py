@@ -54,8 +54,8 @@ class Stage:
 
     script: _normal or _policy_gradient; flags: as typed; start: weights to fine-tune, relative to the run's folder;
     average: number of last epochs whose mean is written to average.pth, 0 for none; test: name of a task, for which
-    model_best.pth (chosen on `val`) is evaluated on `test`; subset: part of the data, None for all; keep: names of files
-    that stay when the run is finished, such as model_best.pth.
+    model_best.pth (chosen on `val`) is evaluated on `test`; subset: part of the data, None for all; keep: further files
+    of the stage's folder that remain once the stage is done, such as model_best.pth.
     Results of several stages with the same task, such as several draws of few images, are averaged.
     """
 

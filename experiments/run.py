@@ -4,6 +4,7 @@ import argparse
 import fcntl
 import os
 import queue
+import re
 import shlex
 import shutil
 import signal
@@ -21,7 +22,8 @@ sys.path.insert(0, str(ROOT))
 
 import torch
 
-from experiments.plan import FINISHED, Arm, Plan, Stage, as_written, folder_of_run, read_plan, read_record
+from experiments import warm
+from experiments.plan import FINISHED, Arm, Plan, Stage, as_written, folder_of_run, matches, read_plan, read_record
 from experiments.subsets import link_subset
 from utils.arguments import check_limits
 from utils.data.folders import LAYOUT
@@ -30,7 +32,7 @@ from utils.runtime.errors import UserError
 from utils.runtime.files import not_followed, write_json
 from utils.runtime.processes import run_script
 from utils.runtime.signals import EXIT_CODE as INTERRUPTED
-from utils.runtime.signals import stopping_signals
+from utils.runtime.signals import SIGNALS, stopping_signals
 from utils.runtime.text import print_line
 
 PROGRESS = "progress.json"  # of a run that has begun
@@ -44,29 +46,31 @@ class Unfinished(Exception):
 
 
 class Processes:
-    """Runs commands for several threads until it is stopped.
+    """Runs Python commands for several threads until it is stopped.
 
-    jobs: number of threads. With several GPUs, each command sees one of them, assigned in turn.
+    jobs: number of threads; ranks: processes of a training. With enough GPUs for two trainings, each command sees
+    `ranks` of them, assigned in turn.
     """
 
-    def __init__(self, jobs: int) -> None:
+    def __init__(self, jobs: int, ranks: int = 1) -> None:
         self.stopping = False
-        self.running: set[subprocess.Popen] = set()
+        self.ranks = ranks
+        self.running: set[warm.Command | subprocess.Popen] = set()
         self.gpus: queue.SimpleQueue[dict[str, str]] = queue.SimpleQueue()  # environment variables, one entry per job
-        count, visible = torch.cuda.device_count(), os.environ.get("CUDA_VISIBLE_DEVICES")
-        names = visible.split(",") if visible else [str(gpu) for gpu in range(count)]
+        names = visible_gpus()
+        groups = [names[first : first + ranks] for first in range(0, len(names) - ranks + 1, ranks)]
         for job in range(jobs):
-            self.gpus.put({"CUDA_VISIBLE_DEVICES": names[job % count]} if count > 1 else {})
+            group = groups[job % len(groups)] if len(groups) > 1 else None
+            self.gpus.put({"CUDA_VISIBLE_DEVICES": ",".join(group)} if group else {})
 
     def execute(self, command: Sequence[str], output: BinaryIO) -> int:
         """Run a command, append its output to a file, and return its exit code, or INTERRUPTED after `stop`."""
         if self.stopping:
             return INTERRUPTED
-        python_path = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]  # for `-m utils...` from any folder
         gpu = self.gpus.get()
-        environment = {**os.environ, **gpu, "PYTHONPATH": os.pathsep.join(python_path)}
+        environment = {**os.environ, **gpu, "PYTHONPATH": warm.with_root(os.environ.get("PYTHONPATH"))}
         try:
-            process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment)
+            process = self.start(command, output, environment)
             self.running.add(process)
             if self.stopping:  # `stop` was called since the first line, and may not have seen the process
                 process.terminate()
@@ -76,6 +80,16 @@ class Processes:
             self.gpus.put(gpu)
         return INTERRUPTED if self.stopping else code
 
+    def start(
+        self, command: Sequence[str], output: BinaryIO, environment: dict[str, str]
+    ) -> warm.Command | subprocess.Popen:
+        if self.ranks == 1:
+            return warm.Command(command, output, environment)
+        # In a session of its own, so that Ctrl-C reaches torchrun once, from `stop`.
+        return subprocess.Popen(
+            command, stdout=output, stderr=subprocess.STDOUT, env=environment, start_new_session=True
+        )
+
     def stop(self, *_: Any) -> None:
         """Let all running commands save a checkpoint and end, and start no more; also a signal handler."""
         self.stopping = True
@@ -83,13 +97,20 @@ class Processes:
             process.terminate()
 
 
-def commands(stage: Stage, seed: int, run: Path, data: Path, flags: Sequence[str]) -> list[list[str]]:
+def visible_gpus() -> list[str]:
+    """The names of this machine's GPUs in CUDA_VISIBLE_DEVICES."""
+    count, visible = torch.cuda.device_count(), os.environ.get("CUDA_VISIBLE_DEVICES")
+    return visible.split(",")[:count] if visible else [str(gpu) for gpu in range(count)]
+
+
+def commands(stage: Stage, seed: int, run: Path, data: Path, flags: Sequence[str], ranks: int = 1) -> list[list[str]]:
     """The commands of a stage as a user would type them: train, average, test. The training resumes by itself.
 
-    run: the run's folder; flags: for this machine, such as --device and --workers.
+    run: the run's folder; flags: for this machine, such as --device and --workers; ranks: processes of a training.
     """
     folder = run / stage.name
-    script = [sys.executable, str(ROOT / stage.script / "train.py"), "--data-path", str(data), *flags]
+    python = [sys.executable, *(torchrun(ranks) if ranks > 1 else [])]
+    script = [*python, str(ROOT / stage.script / "train.py"), "--data-path", str(data), *flags]
     start = ["--finetune", str(run / stage.start)] if stage.start else []
     train = [*script, *shlex.split(stage.flags), *start, "--seed", str(seed)]
     result = [[*train, "--resume", "auto", "--output-dir", str(folder)]]
@@ -101,6 +122,16 @@ def commands(stage: Stage, seed: int, run: Path, data: Path, flags: Sequence[str
         best = ["--resume", str(folder / "model_best.pth"), "--output-dir", str(folder)]
         result.append([*script, "--test-only", "--split", "test", *best])
     return result
+
+
+def torchrun(ranks: int) -> list[str]:
+    """What stands between `python` and a script that is to run as several processes.
+
+    torchrun passes on all signals that stop a training; by default SIGUSR1 would kill it.
+    """
+    signals = ",".join(number.name for number in SIGNALS)
+    options = ["--standalone", f"--nproc_per_node={ranks}", f"--signals-to-handle={signals}"]
+    return ["-m", "torch.distributed.run", *options]
 
 
 def run_stages(arm: Arm, seed: int, options: argparse.Namespace, processes: Processes) -> float:
@@ -126,7 +157,7 @@ def run_stages(arm: Arm, seed: int, options: argparse.Namespace, processes: Proc
                 data = options.output / SUBSETS / stage.subset.of_seed(seed).name
             elif options.exclude:
                 flags += ["--exclude", str(options.exclude)]
-            for command in commands(stage, seed, run, data, flags):
+            for command in commands(stage, seed, run, data, flags, options.processes):
                 write_json(run / PROGRESS, record)
                 start = time.monotonic()
                 code = processes.execute(command, output)
@@ -158,14 +189,14 @@ def lock(file: BinaryIO) -> bool:
 
 
 def tidy(run: Path, done: Sequence[Stage], remaining: Sequence[Stage] = ()) -> None:
-    """Keep only KEPT of the stages that are done, and the weights from which the remaining stages start.
+    """Keep only KEPT and `keep` of the stages that are done, and the weights from which the remaining stages start.
 
     The weights of every epoch of every stage would soon fill a disk.
     """
     needed = {run / stage.start for stage in remaining if stage.start}
     for stage in done:
         for path in (run / stage.name).iterdir():
-            if path.name not in KEPT and path not in needed:
+            if path.name not in (*KEPT, *stage.keep) and path not in needed:
                 shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
     if not remaining:
         (run / PROGRESS).unlink(missing_ok=True)
@@ -181,6 +212,9 @@ def build_parser() -> Parser:
     add("-o", "--output", type=expanded_path, help="folder for the runs; default: experiments/results/<plan's name>")
     add("--flags", default="", help='for every training, for example "--device cpu --workers 0"')
     add("--jobs", type=int, default=1, help="number of runs at a time; default: %(default)s")
+    add("--processes", type=int, default=1, help="processes of each training and test, started by torchrun, each with "
+        "its own GPU and the plan's batch size; default: %(default)s")  # fmt: skip
+    add("--arms", default="*", metavar="PATTERNS", help="only these arms: shell patterns, separated by commas")
     add("--minutes", type=float, default=float("inf"), help="stop all runs after this time; default: no limit")
     return parser
 
@@ -191,19 +225,22 @@ def run_plan(plan: Plan, options: argparse.Namespace) -> tuple[list[str], list[s
     A signal or the end of --minutes stops all runs.
     """
     pending = []
-    for arm, seed in plan.runs():
+    runs = [(arm, seed) for arm, seed in plan.runs() if matches(arm.name, options.arms)]
+    if not runs:
+        raise UserError(f"--arms {options.arms}: matches none of {', '.join(arm.name for arm in plan.arms)}.")
+    for arm, seed in runs:
         run = folder_of_run(options.output, arm.name, seed)
         if read_record(run / FINISHED, arm):
             tidy(run, arm.stages)  # again, in case an earlier call was killed
         else:
             read_record(run / PROGRESS, arm)  # raises its errors before anything runs
             pending.append((arm, seed))
-    print_line(f"{plan.name}: {len(plan.runs())} runs, {len(plan.runs()) - len(pending)} finished before")
+    print_line(f"{plan.name}: {len(runs)} runs, {len(runs) - len(pending)} finished before")
     subsets = {stage.subset.of_seed(seed) for arm, seed in pending for stage in arm.stages if stage.subset}
     for subset in sorted(subsets, key=lambda subset: subset.name):
         link_subset(options.data_path, subset, options.output / SUBSETS / subset.name, options.exclude)
 
-    processes = Processes(options.jobs)
+    processes = Processes(options.jobs, options.processes)
     for number in stopping_signals():
         signal.signal(number, processes.stop)
     timer = threading.Timer(min(60 * options.minutes, threading.TIMEOUT_MAX), processes.stop)
@@ -239,8 +276,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     plan = read_plan(options.plan)
     # Relative, so that the paths that runs record are valid elsewhere too.
     options.output = options.output or Path(os.path.relpath(ROOT / "experiments" / "results" / plan.name))
-    if options.jobs < 1:
-        raise UserError(f"--jobs {options.jobs}: expected 1 or more.")
+    for flag, value in (("--jobs", options.jobs), ("--processes", options.processes)):
+        if value < 1:
+            raise UserError(f"{flag} {value}: expected 1 or more.")
+    gpus = len(visible_gpus())
+    if 0 < gpus < options.processes and "cpu" not in re.split("[ =]", options.flags):
+        raise UserError(
+            f"--processes {options.processes}: every process needs its own GPU, and this machine has {gpus}. Give at "
+            f'most {gpus}, or --flags "--device cpu".'
+        )
     if not options.data_path.is_dir():
         raise UserError(f"--data-path {options.data_path}: no such folder. Expected {LAYOUT}.")
     failed, unfinished = run_plan(plan, options)

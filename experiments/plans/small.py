@@ -59,14 +59,16 @@ CHOSEN: dict[str, float] = {}  # by small_tuning.py
 
 def rate_flags(arm: str, rate: float) -> str:
     """The learning rates of the first training, or of the only one, from that of the classifier."""
-    if arm.startswith("pathwise"):  # without a divisor and an advantage of size 1, the policy's gradients are smaller
+    if arm in ("reinforce-8", "pathwise-8", "pathwise-8-adversarial"):  # at a tenth of it the masks hardly moved
         return f"--lr {rate:g} --policy-lr {rate:g}"
     if arm != "published-48":
         return f"--lr {rate:g}"
     return f"--lr {rate / PUBLISHED_SCALE:.4g} --wd {1e-4 * PUBLISHED_SCALE:.4g} --policy-lr {rate / 10:g}"
 
 
-def stages(arm: str, rate: float, *, shots: int = SHOTS, model: str = "test_resnet", test: bool = True) -> tuple[Stage, ...]:
+def stages(
+    arm: str, rate: float, *, shots: int = SHOTS, model: str = "test_resnet", test: bool = True
+) -> tuple[Stage, ...]:
     """The trainings of an arm with a learning rate; without `test` for a choice on `val`."""
     script, flags, _ = ARMS[arm]
     subset = Subset(CLASSES, shots=shots, draw="seed", test="rest")
@@ -86,7 +88,9 @@ def stages(arm: str, rate: float, *, shots: int = SHOTS, model: str = "test_resn
     )
 
 
-def arms(names: tuple[str, ...], seeds: dict[str, int], shots: int = SHOTS, model: str = "test_resnet") -> tuple[Arm, ...]:
+def arms(
+    names: tuple[str, ...], seeds: dict[str, int], shots: int = SHOTS, model: str = "test_resnet"
+) -> tuple[Arm, ...]:
     """The arms with their chosen learning rates. seeds: by arm, their number."""
     return tuple(
         Arm(name, stages(name, CHOSEN[name], shots=shots, model=model), seeds[name], FIRST_SEED, ARMS[name][2])

@@ -5,6 +5,7 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 import threading
 import time
 from contextlib import nullcontext
@@ -12,6 +13,7 @@ from contextlib import nullcontext
 import pytest
 
 from experiments import run
+from experiments.plan import Stage
 from tests.conftest import ROOT
 from utils.runtime.errors import UserError
 
@@ -25,17 +27,17 @@ CHAIN = """Arm("chain", (
 ), 1),"""
 # Records each start. With --fail it always fails, with --fail-once the first time; with --wait it first waits.
 STAND_IN = """
-import pathlib, signal, sys, time
+import os, pathlib, signal, sys, time
 folder = pathlib.Path(sys.argv[sys.argv.index("--output-dir") + 1])
 folder.mkdir(parents=True, exist_ok=True)
 test, first = "--test-only" in sys.argv, not (folder / "started").exists()
 (folder / "started").touch()
-signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))
+signal.signal(signal.SIGTERM, lambda *_: (print("saved"), sys.exit(75)))
 with (folder.parents[2] / "starts.txt").open("a") as starts:
     starts.write(f"{folder.parents[1].name}/{folder.name}\\n")
 if "--fail" in sys.argv or ("--fail-once" in sys.argv and first):
     sys.exit("error: broken.")
-if "--wait" in sys.argv and first:
+if "--wait" in sys.argv and (first or "RANK" in os.environ):
     time.sleep(60)
 for name in ("metrics.json", "predictions.csv") if test else ("log.jsonl", "model_best.pth"):
     (folder / name).write_text("content")
@@ -109,19 +111,41 @@ def test_a_run_that_fails_does_not_stop_the_others(folder, capsys):
     assert "bad, seed 0: failed: only: exit code 1: error: broken. (" in capsys.readouterr().out
 
 
-def test_a_signal_stops_all_runs_and_they_resume_next_time(folder, capsys):
-    def signal_after_start():
-        while not starts(folder):
+def terminate_after_starts(folder, count):
+    """Send SIGTERM to this process once the stand-in was started so many times."""
+
+    def wait():
+        while len(starts(folder)) < count:
             time.sleep(0.01)
         os.kill(os.getpid(), signal.SIGTERM)
 
-    threading.Thread(target=signal_after_start, daemon=True).start()
+    threading.Thread(target=wait, daemon=True).start()
+
+
+def test_a_signal_stops_all_runs_and_they_resume_next_time(folder, capsys):
+    terminate_after_starts(folder, 1)
     run_plan(folder, waits="--wait --epochs 1", other="--epochs 1")
     output = capsys.readouterr().out
     assert "waits, seed 0: interrupted" in output and "2 runs are not finished" in output
     assert starts(folder) == ["waits/only"]  # the other run was not started
     run_plan(folder, waits="--wait --epochs 1", other="--epochs 1")
     assert starts(folder) == ["waits/only"] * 3 + ["other/only"] * 2  # trained, tested
+
+
+def test_torchrun_starts_trainings_and_tests_but_not_averaging(tmp_path):
+    stage = Stage("first", "_normal", "--epochs 3", average=3, test="all")
+    launchers = [" ".join(command[1:4]) for command in run.commands(stage, 0, tmp_path, tmp_path, [], ranks=8)]
+    torchrun = "-m torch.distributed.run --standalone"
+    assert launchers == [torchrun, f"-m utils.weight_averaging {tmp_path}/first/model_0.pth", torchrun]
+
+
+@pytest.mark.slow
+def test_a_signal_reaches_all_processes_of_a_training(folder, capsys):
+    terminate_after_starts(folder, 2)
+    run_plan(folder, "--processes", "2", waits="--wait --epochs 1")
+    assert "waits, seed 0: interrupted" in capsys.readouterr().out
+    assert starts(folder) == ["waits/only"] * 2
+    assert (folder / "out" / "waits" / "seed0" / "output.txt").read_text().count("saved") == 2
 
 
 def test_the_deadline_stops_runs(folder, capsys):
@@ -145,6 +169,13 @@ def test_a_run_resumes_at_the_stage_where_it_ended(folder):
     assert names(seed / "first") == ["log.jsonl"]
 
 
+def test_a_stage_keeps_the_files_that_it_names(folder):
+    stage = """Stage("only", "_normal", "--epochs 1", test="all", keep=("model_best.pth", "absent.pth"))"""
+    run_arms(folder, f"""Arm("keeps", ({stage},), 1),""", "keeps")
+    kept = ["log.jsonl", "metrics.json", "model_best.pth", "predictions.csv"]
+    assert names(folder / "out" / "keeps" / "seed0" / "only") == kept
+
+
 def test_a_run_of_another_process_is_left_to_it(folder, capsys):
     """A training outlives a killed run.py, and still holds the lock on its output."""
     seed = folder / "out" / "first" / "seed0"
@@ -161,40 +192,53 @@ def test_a_run_of_another_process_is_left_to_it(folder, capsys):
 
 
 def test_a_process_that_starts_during_a_stop_is_stopped(tmp_path, monkeypatch):
-    processes, popen = run.Processes(1), subprocess.Popen
+    processes, command = run.Processes(1), run.warm.Command
 
-    def start(*arguments, **settings):
+    def start(*arguments):
         processes.stop()  # does not see the process yet
-        return popen(*arguments, **settings)
+        return command(*arguments)
 
-    monkeypatch.setattr(run.subprocess, "Popen", start)
+    monkeypatch.setattr(run.warm, "Command", start)
+    script = tmp_path / "script.py"
+    script.write_text("import time\ntime.sleep(60)")
+    begin = time.monotonic()
     with (tmp_path / "output.txt").open("ab") as output:
-        assert processes.execute(["sleep", "20"], output) == run.INTERRUPTED
+        assert processes.execute([sys.executable, str(script)], output) == run.INTERRUPTED
+    assert time.monotonic() - begin < 50
     assert not processes.running
 
 
 @pytest.mark.parametrize(
-    ("gpus", "visible", "expected"),
-    [(1, "", ["", ""]), (2, "", ["0", "1"]), (2, "5,7", ["5", "7"])],
+    ("gpus", "visible", "ranks", "expected"),
+    [
+        *((1, "", 1, ["", ""]), (2, "", 1, ["0", "1"]), (2, "5,7", 1, ["5", "7"])),
+        *((4, "", 2, ["0,1", "2,3"]), (5, "1,2,3,4,5", 2, ["1,2", "3,4"]), (3, "", 2, ["", ""]), (1, "", 2, ["", ""])),
+    ],
 )
-def test_commands_see_a_gpu_each_and_the_users_modules(gpus, visible, expected, tmp_path, monkeypatch):
+def test_commands_see_their_gpus_and_the_users_modules(gpus, visible, ranks, expected, tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", "/modules")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     monkeypatch.setattr(run.torch.cuda, "device_count", lambda: gpus)
-    processes = run.Processes(2)
+    processes, script = run.Processes(2, ranks), tmp_path / "script.py"
+    script.write_text("import os\nprint(os.environ['PYTHONPATH'], os.environ['CUDA_VISIBLE_DEVICES'], sep=':')")
     with (tmp_path / "output.txt").open("ab") as output:
         for _ in range(2):
-            assert processes.execute(["sh", "-c", "echo $PYTHONPATH:$CUDA_VISIBLE_DEVICES"], output) == 0
+            assert processes.execute([sys.executable, str(script)], output) == 0
     assert (tmp_path / "output.txt").read_text().split() == [f"{ROOT}:/modules:{gpu}" for gpu in expected]
 
 
-def test_bad_input_gets_a_sentence(tmp_path):
+def test_bad_input_gets_a_sentence(tmp_path, monkeypatch):
     plan = str(ROOT / "experiments" / "plans" / "classification_small.py")
     output = ["-o", str(tmp_path / "out")]
     with pytest.raises(UserError, match=r"none: no such folder\. Expected DATA/"):
         run.main([plan, "--data-path", str(tmp_path / "none"), *output])
     with pytest.raises(UserError, match="--jobs 0: expected 1 or more"):
         run.main([plan, "--data-path", str(tmp_path), "--jobs", "0", *output])
+    with pytest.raises(UserError, match="--processes 0: expected 1 or more"):
+        run.main([plan, "--data-path", str(tmp_path), "--processes", "0", *output])
+    monkeypatch.setattr(run.torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(UserError, match="--processes 4: every process needs its own GPU, and this machine has 2"):
+        run.main([plan, "--data-path", str(tmp_path), "--processes", "4", *output])
     assert not (tmp_path / "out").exists()
 
 

@@ -82,7 +82,10 @@ def test_the_control_has_the_effective_rate_of_published():
         ("PLAN = Plan('p', '?', (ARM, ARM), 'a')", "two arms have the same name"),
         ("PLAN = Plan('p', '?', (Arm('a', (STAGE, STAGE), 1),), 'a')", "two stages of the arm 'a' have the same name"),
         ("PLAN = Plan('p', '?', (ARM,), 'b')", "compares 'b', which is not one of its arms"),
-        ("PLAN = Plan('p', '?', (ARM,), 'a', (Contrast('x', 'c', 'a'),))", "compares 'c', which is not one of its arms"),
+        (
+            "PLAN = Plan('p', '?', (ARM,), 'a', (Contrast('x', 'c', 'a'),))",
+            "compares 'c', which is not one of its arms",
+        ),
     ],
 )
 def test_an_invalid_plan_is_refused(text, message, tmp_path):

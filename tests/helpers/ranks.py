@@ -4,7 +4,6 @@ A start takes less than a second, where `torchrun SCRIPT` imports for ten.
 """
 
 import importlib
-import multiprocessing
 import os
 import signal
 import socket
@@ -13,20 +12,17 @@ import sys
 import uuid
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack
 from multiprocessing.connection import wait
-from multiprocessing.context import ForkServerContext
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
-from unittest.mock import patch
 
-import sklearn.metrics  # noqa: F401 (with the next two: what is imported here, ranks do not import again)
 from torch.distributed.launcher.api import elastic_launch
 from torch.distributed.run import config_from_args, parse_args
 
-from _normal import train as normal  # noqa: F401
-from _policy_gradient import train as policy_gradient  # noqa: F401
+from experiments import warm
 from tests.conftest import ROOT
 from utils.runtime.lifetimes import end_with_launcher
 from utils.runtime.processes import run_script
@@ -34,15 +30,12 @@ from utils.runtime.processes import run_script
 PATIENCE = 120  # seconds; no test asserts a time, but none hangs for ever either
 
 
-def _server() -> ForkServerContext:
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])
-    return context
+warm.PRELOAD.append(__name__)
 
 
 def call_warm(function: Callable, *arguments: object) -> Any:
     """The result of a function of a module, called in a fork of the warm process."""
-    with patch.dict(os.environ, {"PYTHONPATH": str(ROOT)}), ProcessPoolExecutor(1, _server()) as pool:
+    with ProcessPoolExecutor(1, warm.server(), initializer=warm.receive_signals) as pool:
         return pool.submit(function, *arguments).result(PATIENCE)
 
 
@@ -50,27 +43,9 @@ def start_warm(
     target: Callable[..., None], *arguments: object, stdout: Path | None, stderr: Path | None, cwd: Path = ROOT
 ) -> BaseProcess:
     """Call a function in a fork of the warm process; its output is added to the files. None: closed."""
-    for path in (stdout, stderr):
-        if path is not None:
-            path.touch()  # the caller may read it at once
-    process = _server().Process(target=_in_child, args=(target, arguments, stdout, stderr, cwd))
-    with patch.dict(os.environ, {"PYTHONPATH": str(ROOT)}):  # the warm process must find this file
-        process.start()
-    return process
-
-
-def _in_child(
-    target: Callable[..., None], arguments: Sequence[object], stdout: Path | None, stderr: Path | None, cwd: Path
-) -> None:
-    os.chdir(cwd)
-    multiprocessing.set_start_method("fork", force=True)  # for loader workers, as in a run from the command line
-    for number, (name, path) in enumerate((("stdout", stdout), ("stderr", stderr)), 1):
-        if path is None:
-            os.close(number)
-            setattr(sys, name, None)
-        else:
-            os.dup2(os.open(path, os.O_WRONLY | os.O_APPEND), number)
-    target(*arguments)
+    with ExitStack() as files:
+        streams = [None if path is None else files.enter_context(path.open("ab")).fileno() for path in (stdout, stderr)]
+        return warm.start(target, *arguments, stdout=streams[0], stderr=streams[1], cwd=cwd)
 
 
 def _run(script: str, arguments: Sequence[str]) -> None:
