@@ -2,11 +2,12 @@
 
 The setting is one in which masks can help: 40 images of each of seven classes that are hard to tell apart, and training
 long enough to overfit. All arms but `conventional` train for 60 epochs with masks, or with what they are compared with,
-average the last three, and train for 40 more epochs without masks, all in batches of 32, for the same number of updates.
+average the last three, and train for 40 more epochs without masks. All train in batches of 32 and take the same number
+of updates.
 
-A replicate (a seed) draws the training images, the initial weights and the order anew, the same for all arms. All images
-that were neither drawn nor in `val` are tested on, with the weights of the last epoch: nothing is chosen on `val` but
-the learning rate, once for each arm (small_tuning.py), on seeds that are not used again.
+A replicate (a seed) draws the training images, the initial weights and the order anew, the same for all arms. All
+images that were neither drawn nor in `val` are tested on, with the weights of the last epoch: nothing is chosen on
+`val` but the learning rate, once for each arm (small_tuning.py), on seeds that are not used again.
 """
 
 import math
@@ -54,7 +55,7 @@ ARMS: dict[str, tuple[str, str, str | None]] = {
 MAIN = ("none", "uniform-4", "uniform-8-two-masks", "reinforce-8")
 PRIMARY = (Contrast("masks", "uniform-4", "none"), Contrast("learning", "reinforce-8", "uniform-8-two-masks"))
 RATES = (0.02, 0.05, 0.125)  # tried for each arm
-CHOSEN: dict[str, float] = {}  # by small_tuning.py
+CHOSEN = dict.fromkeys(ARMS, 0.05)  # until small_tuning.py has run
 
 
 def rate_flags(arm: str, rate: float) -> str:
