@@ -44,7 +44,7 @@ def test_every_flag_of_a_plan_is_known_to_its_script(path):
             assert stage.start is None or stage.start in before
 
 
-@pytest.mark.parametrize(("name", "epochs"), [("classification", 40), ("classification_small", 16)])
+@pytest.mark.parametrize(("name", "epochs"), [("classification", 40), ("small", 100)])
 def test_all_arms_take_equally_many_updates(name, epochs):
     for arm in read_plan(ROOT / "experiments" / "plans" / f"{name}.py").arms:
         given = [parse_given(SCRIPTS[stage.script].build_parser(), shlex.split(stage.flags)) for stage in arm.stages]
@@ -86,6 +86,7 @@ def test_the_control_has_the_effective_rate_of_published():
             "PLAN = Plan('p', '?', (ARM,), 'a', (Contrast('x', 'c', 'a'),))",
             "compares 'c', which is not one of its arms",
         ),
+        ("PLAN = Plan('p', '?', (ARM,), 'a', outcome='f2')", "outcome 'f2' is unknown. Give one of balanced_loss"),
     ],
 )
 def test_an_invalid_plan_is_refused(text, message, tmp_path):
