@@ -32,6 +32,8 @@ ARRAYS = ("metadata", "targets", "predictions", "losses", "confidences")
 
 def read_results(plan: Plan, path: Path) -> Results:
     """The finished runs from a folder of runs, or from a file that `experiments/collect.py` wrote."""
+    if not path.exists():
+        raise UserError(f"{path}: does not exist. Expected the output folder of run.py, or a file of collect.py.")
     return read_collected(plan, path) if path.is_file() else read_folders(plan, path)
 
 

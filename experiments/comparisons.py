@@ -132,7 +132,7 @@ def probability_of_better(differences: np.ndarray, sign: int) -> tuple[float, fl
     """
     better = np.sum(sign * differences > 0) + np.sum(differences == 0) / 2
     lower, upper = wilson_intervals(better, np.array(len(differences)))
-    return float(better / len(differences)), float(lower), float(upper)
+    return float(better / len(differences)), max(float(lower), 0.0), min(float(upper), 1.0)  # beyond by rounding only
 
 
 def holm(p_values: list[float]) -> list[float]:

@@ -95,7 +95,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if min(options.images) < 1:
         raise UserError(f"--images {min(options.images)}: expected 1 or more.")
     lower, upper = possible_congruences(options.a, options.b)
-    congruences = np.linspace(lower, upper, STEPS).tolist()
+    congruences = np.unique(np.linspace(lower, upper, STEPS)).tolist()  # a single one where only that is possible
     if options.congruence is not None:
         if not lower <= options.congruence <= upper:
             raise UserError(

@@ -114,6 +114,7 @@ def test_probability_of_better_equals_counts_and_scipy():
     wins = np.where(np.arange(40) < 31, 0.1, -0.1)
     interval = stats.binomtest(31, 40).proportion_ci(method="wilson")
     assert probability_of_better(wins, 1) == pytest.approx((31 / 40, interval.low, interval.high))
+    assert probability_of_better(np.ones(2), -1)[:2] == (0, 0)
     assert probability_of_better(np.ones(8), 1)[1:] == pytest.approx((8 / (8 + 1.959964**2), 1))
 
 
