@@ -1,4 +1,4 @@
-"""--objective pathwise and --keep-mean: slopes of the samples, the gradient of the expected loss, signs, fixed means."""
+"""--objective pathwise and --keep-mean: the samples' slopes, the gradient of the expected loss, signs, fixed means."""
 
 import math
 
