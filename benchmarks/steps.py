@@ -211,7 +211,7 @@ def _pathwise_price(setting: Setting, flags: list[str]) -> Measurement:
         loop = build(policy_gradient, setting.generated(), setting.new_folder(objective), *command)
         sides[objective] = partial(loop.train_epoch, FixedLoader(loop, steps))
     seconds = {name: milliseconds(spent, steps) for name, spent in setting.time(sides).items()}
-    what = f"pathwise step over a reinforce step, {setting.model('resnet10t')} {describe(flags)}, B={setting.batch_size}"
+    what = f"pathwise step over a reinforce one, {setting.model('resnet10t')} {describe(flags)}, B={setting.batch_size}"
     return measured(10, what, "ms/step", compare(seconds["pathwise"], seconds["reinforce"]), None, "")
 
 
