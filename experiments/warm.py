@@ -22,8 +22,8 @@ from typing import Any, BinaryIO
 from utils.runtime.signals import SIGNALS
 
 ROOT = Path(__file__).resolve().parents[1]
-# The warm process imports these; what only some commands need is included if it takes long.
-PRELOAD = ["_normal.train", "_policy_gradient.train", "sklearn.metrics", "torch._dynamo"]
+# The warm process imports these, and with them everything that takes long.
+PRELOAD = ["_normal.train", "_policy_gradient.train", "sklearn.metrics"]
 
 _lock = threading.Lock()  # multiprocessing's table of processes is not safe if several threads change it
 
