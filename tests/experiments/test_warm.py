@@ -69,8 +69,10 @@ def waiting(tmp_path):
     script, output = tmp_path / "waiter.py", tmp_path / "output.txt"
     script.write_text(WAITER)
     output.touch()
-    yield script, output
-    (tmp_path / "end").touch()
+    try:
+        yield script, output
+    finally:
+        (tmp_path / "end").touch()
 
 
 @pytest.mark.parametrize("as_module", [False, True])
