@@ -119,7 +119,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             line = {"epoch": epoch, **training.learning_rates()}
             line |= train(training.data, saver, training.settings)
             training.step_schedules()
-            predictions, metrics = validate(evaluate, training.validated, auroc=epoch == run.args.epochs - 1)
+            predictions, metrics = None, {}
+            if run.validates(epoch):
+                predictions, metrics = validate(evaluate, training.validated, auroc=epoch == run.args.epochs - 1)
             saver.finish_epoch(metrics, line, partial(monitor.show, predictions))
     run.finish(saver)
 

@@ -16,7 +16,7 @@ from utils.training.model_sources import model_name
 SCRIPT = "_policy_gradient"
 
 LEARNING_FLAGS = ("policy_model", "policy_lr", "head_weight", "policy_sign", "baseline", "entropy_weight")
-MASK_FLAGS = ("objective", "masks_per_image", "grid", "kernel", "sigma", "mask_range", "mask_fade_epochs")
+MASK_FLAGS = ("objective", "masks_per_image", "grid", "kernel", "sigma", "mask_range", "keep_mean", "mask_fade_epochs")
 IGNORED_FLAGS = {  # by --mask-policy
     "learned": (),
     "prior": ("policy_model",),
@@ -38,6 +38,8 @@ def build_parser() -> arguments.Parser:
     add("--sigma", type=positive_float, default=6.0, help="standard deviation of the blur, pixels")
     add("--mask-range", type=non_negative_float, nargs=2, default=[0.0, 1.0], metavar=("LOW", "HIGH"), help="a mask "
         "m in (0, 1) is applied as LOW + (HIGH - LOW) m")  # fmt: skip
+    add("--keep-mean", action="store_true", help="multiply the cells of each image so that their mean is .5: the "
+        "policy decides where to mask, not how much")  # fmt: skip
     add("--mask-fade-epochs", type=natural, default=0, metavar="N", help="in the k-th of the last N epochs a mask m is "
         "applied as 1 + w (m - 1), w = 1 - k / (N + 1); 0: none")  # fmt: skip
     add = parser.add_argument_group("objective").add_argument

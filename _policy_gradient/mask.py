@@ -51,29 +51,47 @@ def fading_weight(epoch: int, epochs: int, fade_epochs: int) -> float:
     return 1 - into_fading / (fade_epochs + 1)
 
 
+KEPT_MEAN = 0.5  # of the cells of each image with --keep-mean: that of uniform cells
+
+
 class SmoothMask(nn.Module):
     """Cells in (0, 1) to a mask of the image's size: A M A^T (nearest upsampling, then Gaussian blur).
 
     Equal to the published code, which calls `interpolate` and `gaussian_blur` on (B, 1, size, size). A mask in (low,
-    high) is low + (high - low) times the published mask in (0, 1).
+    high) is low + (high - low) times the published mask in (0, 1). With keep_mean the cells of each image are first
+    multiplied by a number that makes their mean .5; some are then above 1, and some values of the mask above high.
     """
 
     smoothing: Tensor
 
-    def __init__(self, size: int, grid: int, kernel: int, sigma: float, low: float = 0.0, high: float = 1.0) -> None:
+    def __init__(
+        self,
+        size: int,
+        grid: int,
+        kernel: int,
+        sigma: float,
+        low: float = 0.0,
+        high: float = 1.0,
+        keep_mean: bool = False,
+    ) -> None:
         """Raises UserError for sizes that do not fit, and unless 0 <= low < high."""
         super().__init__()
         check_mask_range(low, high)
         self.grid = grid
-        self.low, self.high = low, high
+        self.low, self.high, self.keep_mean = low, high, keep_mean
         # Not part of the state, because it follows from the arguments.
         self.register_buffer("smoothing", smoothing_matrix(size, grid, kernel, sigma), persistent=False)
 
     def forward(self, cells: Tensor) -> Tensor:
-        """Cells (B, G*G) float32 to masks (B, 1, S, S) float32 in (low, high); float32 even under autocast."""
+        """Cells (B, G*G) float32 to masks (B, 1, S, S) float32 in (low, high); float32 even under autocast.
+
+        With keep_mean, masks are above low, and their mean is (low + high) / 2 up to the blur at the borders.
+        """
         if torch.is_autocast_enabled(cells.device.type):  # leaving autocast costs the host as much as both products
             with torch.autocast(cells.device.type, enabled=False):
                 return self(cells)
+        if self.keep_mean:
+            cells = cells * (KEPT_MEAN / cells.mean(dim=1, keepdim=True))  # cells are at least 1e-6
         if (self.low, self.high) != (0, 1):  # scale cells instead of the many pixels: rows of A sum to 1
             cells = self.low + (self.high - self.low) * cells
         rows = cells.view(-1, self.grid) @ self.smoothing.T  # (B*G, S)

@@ -46,16 +46,19 @@ def draw_masks(
     *,
     masks_per_image: int = 1,
     clamped_density: bool = False,
+    pathwise_sign: float = 0.0,
     mask_weight: Tensor | None = None,
 ) -> MaskedImages:
     """Sample K masks for each image (B, 3, S, S) from the heads' output (B, G*G), smooth and apply them.
 
-    clamped_density: see `sample_action`. mask_weight: from `fading_weight`, () on the device; None: no fading. It is a
-    tensor because a CUDA graph reads it at each replay, while a number would become part of the graph. The function has
-    no side effects besides random numbers, so that it can be replayed as a CUDA graph.
+    clamped_density, pathwise_sign: see `sample_action`. mask_weight: from `fading_weight`, () on the device; None: no
+    fading. It is a tensor because a CUDA graph reads it at each replay, while a number would become part of the graph.
+    The function has no side effects besides random numbers, so that it can be replayed as a CUDA graph.
     """
     log_concentrations = policy.log_concentrations(head_alpha, head_beta)  # (2, B, G*G)
-    action = sample_action(*log_concentrations, masks_per_image, clamped_density=clamped_density)
+    action = sample_action(
+        *log_concentrations, masks_per_image, clamped_density=clamped_density, pathwise_sign=pathwise_sign
+    )
     masks = mask(action.cells)  # (B*K, 1, S, S)
     if mask_weight is not None:
         masks = 1 + mask_weight * (masks - 1)
@@ -128,6 +131,7 @@ class Masking:
             mask,
             masks_per_image=objective.masks_per_image,
             clamped_density=objective.clamped_density,
+            pathwise_sign=objective.pathwise_sign,
             mask_weight=self.mask_weight,
         )
         # The backend replays torch's own kernels and generates none, so results are equal bit for bit.
@@ -177,7 +181,7 @@ def build_policy(
 
 def build_mask(args: argparse.Namespace, size: int, device: torch.device) -> SmoothMask:
     """The mask for images of size x size pixels, on the device; not faded."""
-    return SmoothMask(size, args.grid, args.kernel, args.sigma, *args.mask_range).to(device)
+    return SmoothMask(size, args.grid, args.kernel, args.sigma, *args.mask_range, args.keep_mean).to(device)
 
 
 def build_objective(args: argparse.Namespace) -> Objective:
@@ -192,7 +196,8 @@ def build_masking(args: argparse.Namespace, policy: Policy, objective: Objective
         device,
         epochs=args.epochs,
         fade_epochs=args.mask_fade_epochs,
-        as_graph=args.compile and device.type == "cuda",
+        # A graph of the drawing with a gradient to the cells has not been tried.
+        as_graph=args.compile and device.type == "cuda" and not objective.pathwise_sign,
         parts=args.grad_accum_steps,
     )
 

@@ -1,4 +1,4 @@
-"""The losses of classifier and policy: the published objective, its unscaled form, and textbook REINFORCE."""
+"""The losses of classifier and policy: the published objective, its unscaled form, REINFORCE, and pathwise."""
 
 import math
 from typing import NamedTuple
@@ -10,7 +10,7 @@ from utils.runtime import distributed
 from utils.runtime.errors import UserError
 from utils.runtime.progress import say
 
-OBJECTIVES = ("published", "published-unscaled", "reinforce")
+OBJECTIVES = ("published", "published-unscaled", "reinforce", "pathwise")
 BASELINES = ("none", "ema", "loo")
 POLICY_SIGNS = ("cooperative", "adversarial")
 BASELINE_DECAY = 0.99  # decay of the moving-average baseline per training step
@@ -110,7 +110,12 @@ class Objective(nn.Module):
     @property
     def clamped_density(self) -> bool:
         """Whether log-densities are evaluated at the clamped cells, as published (see `sample_action`)."""
-        return self.name != "reinforce"
+        return self.name in ("published", "published-unscaled")
+
+    @property
+    def pathwise_sign(self) -> float:
+        """The factor of the loss's gradient at the cells on its way to the policy; 0: none (see `sample_action`)."""
+        return self.sign if self.name == "pathwise" else 0.0
 
     def print_fact(self, grid: int) -> None:
         """Print the objective's name and, for `published`, its effect on the classifier's learning rate."""
@@ -125,10 +130,13 @@ class Objective(nn.Module):
     def forward(self, losses: Tensor, log_prob: Tensor, entropy: Tensor, reward: Tensor | None = None) -> Losses:
         """losses (B*K,) with the classifier's gradient; log_prob, entropy (B*K, G*G) with the policy's.
 
-        reward: (B*K,), the cross-entropies by which the policy is judged; None: the losses. `published` is one loss for
-        both networks, so that there the losses are the reward too.
+        reward: (B*K,), the cross-entropies by which the policy is judged; None: the losses. `published` and `pathwise`
+        have one loss for both networks, so that there the losses are the reward too.
         """
-        reward = losses.detach() if reward is None or self.name == "published" else reward
+        if reward is None or self.name in ("published", "pathwise"):
+            reward = losses.detach()
+        if self.name == "pathwise":  # the policy's gradient comes through the masks
+            return Losses(losses.mean(), reward)
         if self.name == "published":
             return Losses(published_loss(losses, log_prob), reward.mean().expand_as(reward))
         if self.name == "published-unscaled":
@@ -165,7 +173,7 @@ def check_objective(
     if name == "published" and policy_sign == "adversarial":
         raise UserError(
             "--policy-sign adversarial: the published objective is one loss for both networks, so its sign cannot be "
-            "reversed for the policy only; use --objective reinforce or published-unscaled."
+            "reversed for the policy only; use another objective."
         )
     if name != "reinforce" and baseline is not None:
         raise UserError(f"--baseline {baseline}: --objective {name} has no baseline; use --objective reinforce.")

@@ -22,7 +22,7 @@ from utils.runtime.errors import agreed
 from utils.runtime.processes import run_script
 from utils.runtime.progress import Progress
 from utils.training import build, models, optim, run_lock
-from utils.training.accumulation import classify
+from utils.training.accumulation import InParts, classify
 from utils.training.evaluation import validate
 from utils.training.meters import batch_accuracy
 from utils.training.run import (
@@ -122,7 +122,10 @@ def prepare(run: Run, classifier: nn.Module, policy: Policy | None) -> tuple[Tra
         objective.print_fact(args.grid)
     print_plan(run, training)
     use_cache_and_compile(run, networks)
-    training = training._replace(network=distributed.wrap(classifier, run.device))
+    if objective.pathwise_sign and args.grad_accum_steps > 1:  # one backward pass goes through all parts to the masks
+        network = InParts(classifier, args.grad_accum_steps)
+        training = training._replace(network=network, settings=training.settings._replace(parts=1))
+    training = training._replace(network=distributed.wrap(training.network, run.device))
     masking = None if policy is None else build_masking(args, policy, objective, run.device)
     run.restore_generators()  # last: building has drawn random numbers
     return training, masking
@@ -152,7 +155,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             line |= train(training.data, saver, training.settings)
             warn_of_bounds(epoch, line.get("concentrations_at_bounds", 0.0))
             training.step_schedules()
-            predictions, metrics = validate(evaluate, training.validated, auroc=epoch == run.args.epochs - 1)
+            predictions, metrics = None, {}
+            if run.validates(epoch):
+                predictions, metrics = validate(evaluate, training.validated, auroc=epoch == run.args.epochs - 1)
             saver.finish_epoch(metrics, line, partial(monitor.show, predictions))
     run.finish(saver)
 

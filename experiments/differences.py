@@ -61,7 +61,7 @@ def compare(plan: Plan, tasks: list[Task], resamples: int) -> list[Comparison]:
         resampled = _resample(task, resamples)
         for metric in COMPARED:
             for arm in plan.arms:
-                pairs = [((arm.name, seed), (plan.baseline, seed)) for seed in range(arm.seeds)]
+                pairs = [((arm.name, seed), (plan.baseline, seed)) for seed in arm.all_seeds]
                 pairs = [pair for pair in pairs if task.runs.keys() >= set(pair)]
                 if pairs and arm.name != plan.baseline and (task.has_easy or not metric.startswith("hard_")):
                     comparisons.append(_comparison(plan, task, metric, pairs, resampled))
@@ -89,7 +89,7 @@ def _comparison(
         effect_size(differences),
         seeds_needed(differences, POINT),
         sign_flip_p(differences) if has_p else None,
-        primary=has_p and (task.name, arm) == (task_names(plan)[0], plan.primary),
+        primary=has_p and task.name == task_names(plan)[0] and arm in {contrast.arm for contrast in plan.primary},
     )
 
 

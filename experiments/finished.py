@@ -74,7 +74,7 @@ def read_runs(plan: Plan, results: Path) -> Runs:
         raise UserError(f"{results}: no such folder. Expected the output folder of experiments/run.py.")
     runs = {}
     for arm in plan.arms:
-        for seed in range(arm.seeds):
+        for seed in arm.all_seeds:
             folder = folder_of_run(results, arm.name, seed)
             if record := read_record(folder / FINISHED, arm):
                 stages = {stage.name: _read_stage(folder / stage.name, stage) for stage in arm.stages}

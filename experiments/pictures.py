@@ -66,7 +66,7 @@ def validation(plan: Plan, tasks: list[Task], runs: Runs) -> Figure | None:
     for task, axes in zip(tasks, panels, strict=True):
         for arm in plan.arms:
             curves = []
-            for seed in range(arm.seeds):
+            for seed in arm.all_seeds:
                 if (arm.name, seed) in runs:
                     stages = runs[arm.name, seed].stages
                     curves += [_validation_f1(chain, stages) for chain in chains(arm, task.name)]

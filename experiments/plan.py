@@ -4,10 +4,10 @@ import json
 import math
 import runpy
 import shlex
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from utils.runtime.errors import UserError
 from utils.runtime.reading import read_json
@@ -20,13 +20,20 @@ class Subset:
     """A part of the data.
 
     classes, without: shell patterns of classes to include and exclude, separated by commas; shots: images per class in
-    `train`, None for all; draw: number of the random choice of these images, the same for all arms and seeds.
+    `train`, None for all; draw: number of the random choice of these images, the same for all arms and seeds, or "seed"
+    for one of each seed; test: "test", or "rest" for all images that are neither drawn nor in `val`, where images are
+    drawn from `train` and `test` together.
     """
 
     classes: str = "*"
     without: str = ""
     shots: int | None = None
-    draw: int = 0
+    draw: int | Literal["seed"] = 0
+    test: Literal["test", "rest"] = "test"
+
+    def of_seed(self, seed: int) -> "Subset":
+        """The subset of a run with this seed."""
+        return replace(self, draw=seed) if self.draw == "seed" else self
 
     @property
     def name(self) -> str:
@@ -36,7 +43,9 @@ class Subset:
             name += f"-but-{self.without}"
         if self.shots is not None:
             name += f"-{self.shots}-draw{self.draw}"
-        return name.replace("*", "any")
+        if self.test == "rest":
+            name += "-rest"
+        return name.replace("*", "any").replace(",", "+")
 
 
 @dataclass(frozen=True)
@@ -45,8 +54,8 @@ class Stage:
 
     script: _normal or _policy_gradient; flags: as typed; start: weights to fine-tune, relative to the run's folder;
     average: number of last epochs whose mean is written to average.pth, 0 for none; test: name of a task, for which
-    model_best.pth (chosen on `val`) is evaluated on `test`; subset: part of the data, None for all.
-    keep: further files of the stage's folder that remain once the stage is done, such as model_best.pth.
+    model_best.pth (chosen on `val`) is evaluated on `test`; subset: part of the data, None for all; keep: further files
+    of the stage's folder that remain once the stage is done, such as model_best.pth.
     Results of several stages with the same task, such as several draws of few images, are averaged.
     """
 
@@ -68,11 +77,20 @@ class Stage:
 
 @dataclass(frozen=True)
 class Arm:
-    """A variant to compare: stages one after the other, once per seed."""
+    """A variant to compare: stages one after the other, once for each of `seeds` seeds, from `first_seed` on.
+
+    control: the arm that it is compared with; None for the plan's baseline.
+    """
 
     name: str
     stages: tuple[Stage, ...]
     seeds: int
+    first_seed: int = 0
+    control: str | None = None
+
+    @property
+    def all_seeds(self) -> range:
+        return range(self.first_seed, self.first_seed + self.seeds)
 
 
 def heated_arm(name: str, pretraining: str, fine_tuning: str, seeds: int, task: str) -> Arm:
@@ -88,29 +106,39 @@ def heated_arm(name: str, pretraining: str, fine_tuning: str, seeds: int, task: 
 
 
 @dataclass(frozen=True)
+class Contrast:
+    """A question that is answered by a test: is `arm` better than `control`?"""
+
+    name: str
+    arm: str
+    control: str
+
+
+@dataclass(frozen=True)
 class Plan:
     """Arms, and how to compare them.
 
-    baseline: the arm that is subtracted from the others; primary: the arm whose test against the baseline was fixed
-    before the runs (macro F1 over the hard classes, first task), None if everything is exploratory; hard: patterns of
-    the classes that are also reported separately.
+    baseline: the arm with which those are compared that name no control; primary: the contrasts whose tests were fixed
+    before the runs, in the first task, none if everything is exploratory; outcome: what they are tested in, of
+    OUTCOMES; hard: patterns of the classes that are also reported separately.
     """
 
     name: str
     question: str
     arms: tuple[Arm, ...]
     baseline: str
-    primary: str | None = None
+    primary: tuple[Contrast, ...] = ()
+    outcome: str = "hard_f1"
     hard: str = "mr-brain-*,us-breast-*"
 
     def runs(self) -> list[tuple[Arm, int]]:
-        """Arm and seed of all runs: the primary comparison first, then all arms of a seed before the next seed.
+        """Arm and seed of all runs: the primary contrasts first, then all arms of a seed before the next seed.
 
-        If time runs out, the primary test has its seeds, and the arms have about equally many.
+        If time runs out, the primary tests have their seeds, and the arms have about equally many.
         """
-        first = {self.baseline, self.primary} if self.primary else set()
-        order = [(arm, seed) for seed in range(max(arm.seeds for arm in self.arms)) for arm in self.arms]
-        return sorted((run for run in order if run[1] < run[0].seeds), key=lambda run: run[0].name not in first)
+        first = {name for contrast in self.primary for name in (contrast.arm, contrast.control)}
+        runs = [(arm, seed) for arm in self.arms for seed in arm.all_seeds]  # sorting leaves equal ones in this order
+        return sorted(runs, key=lambda run: (run[0].name not in first, run[1]))
 
 
 def matches(name: str, patterns: str) -> bool:
@@ -125,7 +153,10 @@ def folder_of_run(output: Path, arm: str, seed: int) -> Path:
 
 def as_written(arm: Arm) -> list[dict[str, Any]]:
     """The arm's stages in the form that JSON files hold."""
-    return json.loads(json.dumps([asdict(stage) for stage in arm.stages]))
+    stages = json.loads(json.dumps([asdict(stage) for stage in arm.stages]))
+    for stage in stages:
+        del stage["keep"]  # what stays of a run changes nothing in it
+    return stages
 
 
 def read_record(path: Path, arm: Arm) -> dict[str, Any] | None:
@@ -164,7 +195,8 @@ def read_plan(path: Path) -> Plan:
     for arm in plan.arms:
         if len({stage.name for stage in arm.stages}) < len(arm.stages):
             raise UserError(f"{path}: two stages of the arm {arm.name!r} have the same name. Rename one.")
-    for name in (plan.baseline, plan.primary):
-        if name is not None and name not in names:
+    compared = [name for contrast in plan.primary for name in (contrast.arm, contrast.control)]
+    for name in (plan.baseline, *compared, *(arm.control for arm in plan.arms if arm.control is not None)):
+        if name not in names:
             raise UserError(f"{path}: compares {name!r}, which is not one of its arms ({', '.join(names)}).")
     return plan

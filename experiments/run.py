@@ -23,7 +23,7 @@ sys.path.insert(0, str(ROOT))
 import torch
 
 from experiments import warm
-from experiments.plan import FINISHED, Arm, Plan, Stage, as_written, folder_of_run, read_plan, read_record
+from experiments.plan import FINISHED, Arm, Plan, Stage, as_written, folder_of_run, matches, read_plan, read_record
 from experiments.subsets import link_subset
 from utils.arguments import check_limits
 from utils.data.folders import LAYOUT
@@ -154,7 +154,7 @@ def run_stages(arm: Arm, seed: int, options: argparse.Namespace, processes: Proc
             flags = shlex.split(options.flags)
             data = options.data_path
             if stage.subset:
-                data = options.output / SUBSETS / stage.subset.name
+                data = options.output / SUBSETS / stage.subset.of_seed(seed).name
             elif options.exclude:
                 flags += ["--exclude", str(options.exclude)]
             for command in commands(stage, seed, run, data, flags, options.processes):
@@ -220,6 +220,7 @@ def build_parser() -> Parser:
     add("--jobs", type=int, default=1, help="number of runs at a time; default: %(default)s")
     add("--processes", type=int, default=1, help="processes of each training and test, started by torchrun, each with "
         "its own GPU and the plan's batch size; default: %(default)s")  # fmt: skip
+    add("--arms", default="*", metavar="PATTERNS", help="only these arms: shell patterns, separated by commas")
     add("--minutes", type=float, default=float("inf"), help="stop all runs after this time; default: no limit")
     return parser
 
@@ -230,16 +231,20 @@ def run_plan(plan: Plan, options: argparse.Namespace) -> tuple[list[str], list[s
     A signal or the end of --minutes stops all runs.
     """
     pending = []
-    for arm, seed in plan.runs():
+    runs = [(arm, seed) for arm, seed in plan.runs() if matches(arm.name, options.arms)]
+    if not runs:
+        raise UserError(f"--arms {options.arms}: matches none of {', '.join(arm.name for arm in plan.arms)}.")
+    for arm, seed in runs:
         run = folder_of_run(options.output, arm.name, seed)
         if read_record(run / FINISHED, arm):
             tidy(run, arm.stages)  # again, in case an earlier call was killed
         else:
             read_record(run / PROGRESS, arm)  # raises its errors before anything runs
             pending.append((arm, seed))
-    print_line(f"{plan.name}: {len(plan.runs())} runs, {len(plan.runs()) - len(pending)} finished before")
-    for stage in (stage for arm in plan.arms for stage in arm.stages if stage.subset):
-        link_subset(options.data_path, stage.subset, options.output / SUBSETS / stage.subset.name, options.exclude)
+    print_line(f"{plan.name}: {len(runs)} runs, {len(runs) - len(pending)} finished before")
+    subsets = {stage.subset.of_seed(seed) for arm, seed in pending for stage in arm.stages if stage.subset}
+    for subset in sorted(subsets, key=lambda subset: subset.name):
+        link_subset(options.data_path, subset, options.output / SUBSETS / subset.name, options.exclude)
 
     processes = Processes(options.jobs, options.processes)
     for number in stopping_signals():

@@ -26,7 +26,9 @@ def link_subset(data: Path, subset: Subset, folder: Path, exclude: Path | None =
     """
     images = _choose_images(data, subset, exclude)
     # Relative, so that data and links can be moved together.
-    links = {image: os.path.relpath(data / image, os.path.realpath((folder / image).parent)) for image in images}
+    links = {
+        link: os.path.relpath(data / image, os.path.realpath((folder / link).parent)) for link, image in images.items()
+    }
     if _read_links(folder) == links:
         return
     unfinished = folder.with_name(f"{folder.name}.tmp")
@@ -40,10 +42,39 @@ def link_subset(data: Path, subset: Subset, folder: Path, exclude: Path | None =
     unfinished.rename(folder)
 
 
-def _choose_images(data: Path, subset: Subset, exclude: Path | None) -> list[str]:
-    """Paths relative to DATA."""
+def _choose_images(data: Path, subset: Subset, exclude: Path | None) -> dict[str, str]:
+    """Links and the images they stand for: paths relative to the subset's folder and to DATA."""
+    splits = _images_of_classes(data, subset, exclude)
+    if subset.test == "rest":
+        return _draw_and_rest(splits, subset)
+    images = {}
+    for split, classes in splits.items():
+        for paths in classes.values():
+            if split == "train" and subset.shots is not None:
+                paths = choose(paths, subset.shots, subset.draw)
+            images |= {f"{split}/{path}": f"{split}/{path}" for path in paths}
+    return images
+
+
+def _draw_and_rest(splits: dict[str, dict[str, list[str]]], subset: Subset) -> dict[str, str]:
+    """`train` is drawn from `train` and `test` together, and `test` is what is left of them; see `_choose_images`.
+
+    A link such as test/cat/train-1.png says in which split the image was.
+    """
+    images = {f"val/{path}": f"val/{path}" for paths in splits["val"].values() for path in paths}
+    for name in splits["train"]:
+        pool = [f"{split}/{path}" for split in ("train", "test") for path in splits[split].get(name, ())]
+        drawn = set(pool if subset.shots is None else choose(pool, subset.shots, subset.draw))
+        for image in pool:
+            before, _, file = image.split("/", 2)
+            images[f"{'train' if image in drawn else 'test'}/{name}/{before}-{file}"] = image
+    return images
+
+
+def _images_of_classes(data: Path, subset: Subset, exclude: Path | None) -> dict[str, dict[str, list[str]]]:
+    """By split and class, paths relative to the split's folder, of the classes of the subset."""
     excluded = read_excluded(exclude) if exclude else {}
-    images = []
+    splits = {}
     for split in SPLITS:
         classes = find_classes(data / split) if split == "test" else None  # in test, classes may be empty
         files = ImageFiles.find(data / split, frozenset(excluded.get(split, ())), classes)
@@ -53,12 +84,8 @@ def _choose_images(data: Path, subset: Subset, exclude: Path | None) -> list[str
         chosen = [name for name in by_class if matches(name, subset.classes) and not matches(name, subset.without)]
         if not chosen:
             raise UserError(f"{data / split}: has no class like {subset.classes} but not {subset.without or 'any'}.")
-        for name in chosen:
-            paths = by_class[name]
-            if split == "train" and subset.shots is not None:
-                paths = choose(paths, subset.shots, subset.draw)
-            images += [f"{split}/{path}" for path in paths]
-    return images
+        splits[split] = {name: by_class[name] for name in chosen}
+    return splits
 
 
 def _read_links(folder: Path) -> dict[str, str]:

@@ -132,7 +132,8 @@ def p_value_note(plan: Plan, comparisons: list[Comparison]) -> str:
             "(macro F1 in a task of one kind of classes)."
         )
     if any(comparison.primary for comparison in tested):
-        notes.append(f"Primary: {plan.primary} in {task_names(plan)[0]}, named before the runs, not adjusted.")
+        arms = ", ".join(contrast.arm for contrast in plan.primary)
+        notes.append(f"Primary: {arms} in {task_names(plan)[0]}, named before the runs, not adjusted.")
     secondary = [comparison for comparison in tested if not comparison.primary]
     if secondary:
         tests = f"{len(secondary)} {'test' if len(secondary) == 1 else 'tests'}"

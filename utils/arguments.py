@@ -17,13 +17,13 @@ AUTO = "auto"  # the value of --resume for the newest checkpoint of --output-dir
 FREE_ON_RESUME = {
     "bad_images", "cache_dir", "checkpoint_steps", "data_path", "device", "epochs", "exclude", "finetune",
     "max_bad_images", "num_classes", "output_dir", "plot_every", "print_freq", "resume", "split", "tensorboard",
-    "test_only", "timeout", "tracker", "upper_8_bits", "use_ema", "workers",
+    "test_only", "timeout", "tracker", "upper_8_bits", "use_ema", "val_every", "workers",
 }  # fmt: skip
 # What a checkpoint never determines: where a start runs, what it writes to, and what it evaluates.
 OF_EACH_START = {"device", "output_dir", "resume", "split", "test_only", "timeout", "use_ema"}
 # What weights were trained for: taken from their file if it records them.
 MODEL_FLAGS = (
-    "model", "policy_model", "mask_policy", "head_weight", "grid", "kernel", "sigma", "mask_range",
+    "model", "policy_model", "mask_policy", "head_weight", "grid", "kernel", "sigma", "mask_range", "keep_mean",
     "train_crop_size", "val_resize_size", "val_crop_size", "interpolation", "gray", "upper_8_bits", "backend",
     "mean", "std",
 )  # fmt: skip

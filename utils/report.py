@@ -193,7 +193,9 @@ def headline(run: RunFolder, evaluations: list[dict[str, Any]]) -> dict[str, Any
         if HEADLINE in evaluation["metrics"]:
             return {"title": title, "of": evaluation["what"], **evaluation["metrics"][HEADLINE]}
     if best := best_validation(run):
-        of = f"val, without masks, best of {count(len(run.log), 'epoch')} (epoch {best['epoch']})"
+        validated = [line for line in run.log if math.isfinite(validation_f1(line))]
+        epochs = count(len(validated), "validated epoch" if len(validated) < len(run.log) else "epoch")
+        of = f"val, without masks, best of {epochs} (epoch {best['epoch']})"
         return {"title": title, "of": of, "value": best["val_f1"], "interval": None}
     return None
 

@@ -7,7 +7,7 @@ baseline, and their control, see each image with two masks, in the same number o
 
 import math
 
-from experiments.plan import Arm, Plan, Stage, heated_arm
+from experiments.plan import Arm, Contrast, Plan, Stage, heated_arm
 
 TESTED_SEEDS, SEEDS = 8, 3
 PRETRAINING_EPOCHS, FINE_TUNING_EPOCHS = 30, 10
@@ -57,5 +57,5 @@ PLAN = Plan(
         conventional("random-erasing", "--random-erase 0.25 --cache-dataset host"),  # which crops on the CPU
     ),
     baseline="conventional",
-    primary="published",
+    primary=(Contrast("method", "published", "conventional"),),
 )

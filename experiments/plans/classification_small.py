@@ -11,7 +11,7 @@ seed 0), so that the baseline has no disadvantage. `published` multiplies it by 
 
 import math
 
-from experiments.plan import Arm, Plan, Stage, heated_arm
+from experiments.plan import Arm, Contrast, Plan, Stage, heated_arm
 
 SEEDS = 3
 PRETRAINING_EPOCHS, FINE_TUNING_EPOCHS = 12, 4
@@ -57,5 +57,5 @@ PLAN = Plan(
         heated("published-divided-rate", f"--objective published {DIVIDED_RATE} --policy-lr 0.01", seeds=1),
     ),
     baseline="conventional",
-    primary="published",
+    primary=(Contrast("method", "published", "conventional"),),
 )

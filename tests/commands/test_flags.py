@@ -205,6 +205,7 @@ RUNS = {
     "test_scripts.py::test_policy_flags_reach_the_policy": "policy_lr policy_model grid kernel sigma",
     "test_policy_forms.py::test_the_head_weight_reaches_the_policy_and_what_is_logged_of_it": "head_weight",
     "test_policy_forms.py::test_range_and_fading_show_in_the_logged_masks": "mask_range mask_fade_epochs",
+    "test_val_every.py::test_skipped_validations_change_no_weight_and_resume_exactly": "val_every",
     "test_resume.py::test_resumed_from_anywhere_equals_uninterrupted": "resume",
     "test_resume.py::test_checkpoints_within_an_epoch_and_their_copies_resume_exactly": "checkpoint_steps",
     "test_pictures.py::test_pictures_come_every_so_many_epochs_and_at_the_end": "plot_every",

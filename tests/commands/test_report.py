@@ -74,6 +74,9 @@ def test_the_summary_shows_the_test_else_the_best_validation(tmp_path):
     untested = describe(write_run(tmp_path / "untested", tested=False))
     assert (untested["result"]["value"], untested["result"]["interval"]) == (0.625, None)
     assert untested["result"]["of"] == "val, without masks, best of 3 epochs (epoch 1)"
+    log = (tmp_path / "untested" / "log.jsonl").read_text()
+    (tmp_path / "untested" / "log.jsonl").write_text(log.replace('"val_f1": 0.5,', ""))  # as with --val-every 2
+    assert describe(tmp_path / "untested")["result"]["of"].endswith("best of 2 validated epochs (epoch 1)")
     assert run["state"].endswith("last saved after 3 epochs, 2026-11-23 11:00 UTC (2 days 2 h before this report).")
     assert [start["when"] for start in run["starts"]] == ["2026-11-23 10:00 UTC (2 days 3 h before this report)"] * 2
 

@@ -13,7 +13,7 @@ import torch
 from experiments import analyse, pictures
 from experiments.differences import compare
 from experiments.finished import read_runs, read_tasks
-from experiments.plan import Arm, Plan, Stage, read_plan
+from experiments.plan import Arm, Contrast, Plan, Stage, read_plan
 from tests.conftest import ROOT
 from tests.helpers.finished_runs import finish, write_stage, write_test
 from utils.runtime.errors import UserError
@@ -21,7 +21,7 @@ from utils.runtime.errors import UserError
 CLASSES = ["ct-lung", "mr-brain-normal", "us-breast-cyst"]
 TARGETS = torch.tensor([0] * 4 + [1] * 4 + [2] * 4)
 PLAN = """
-from experiments.plan import Arm, Plan, Stage
+from experiments.plan import Arm, Contrast, Plan, Stage
 
 def arm(name, pretraining):
     return Arm(name, (
@@ -30,7 +30,7 @@ def arm(name, pretraining):
     ), seeds=SEEDS)
 
 ARMS = (arm("plain", "_normal"), arm("learned", "_policy_gradient"))
-PLAN = Plan("A plan", "Does it help?", ARMS, "plain", "learned")
+PLAN = Plan("A plan", "Does it help?", ARMS, "plain", (Contrast("x", "learned", "plain"),))
 """
 DASH = "\N{EN DASH}"
 
@@ -162,7 +162,7 @@ def test_p_values_need_eight_seeds_and_are_for_hard_f1_only(tmp_path):
     assert "Primary: learned in images" in text and "Secondary" not in text
     # The same arm twice, without a primary test: Holm's p of two tests.
     (results / "again").symlink_to(results / "learned")
-    plan = Plan("", "", (*plan.arms, Arm("again", plan.arms[1].stages, 8)), "plain", None)
+    plan = Plan("", "", (*plan.arms, Arm("again", plan.arms[1].stages, 8)), "plain")
     tested = [row for row in compare(plan, read_tasks(plan, read_runs(plan, results)), 20) if row.p is not None]
     expected = [(arm, "hard_f1", False, 2 * 4 / 256) for arm in ("learned", "again")]
     assert [(row.arm, row.metric, row.primary, row.p) for row in tested] == expected

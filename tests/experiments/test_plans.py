@@ -13,7 +13,7 @@ import torch
 from _normal import train as normal
 from _policy_gradient import train as policy_gradient
 from experiments import run
-from experiments.plan import Arm, Plan, Stage, Subset, heated_arm, read_plan
+from experiments.plan import Arm, Contrast, Plan, Stage, Subset, heated_arm, read_plan
 from experiments.plans import classification
 from experiments.subsets import choose, link_subset
 from tests.conftest import ROOT, SMALL, SMALL_POLICY
@@ -56,7 +56,7 @@ def test_the_primary_comparison_runs_first_then_seed_by_seed():
     arms = (Arm("a", (), 2), Arm("b", (), 1), Arm("c", (), 2))
     order = [(arm.name, seed) for arm, seed in Plan("p", "?", arms, "a").runs()]
     assert order == [("a", 0), ("b", 0), ("c", 0), ("a", 1), ("c", 1)]
-    order = [(arm.name, seed) for arm, seed in Plan("p", "?", arms, "a", primary="c").runs()]
+    order = [(arm.name, seed) for arm, seed in Plan("p", "?", arms, "a", (Contrast("x", "c", "a"),)).runs()]
     assert order == [("a", 0), ("c", 0), ("a", 1), ("c", 1), ("b", 0)]
 
 
@@ -82,13 +82,16 @@ def test_the_control_has_the_effective_rate_of_published():
         ("PLAN = Plan('p', '?', (ARM, ARM), 'a')", "two arms have the same name"),
         ("PLAN = Plan('p', '?', (Arm('a', (STAGE, STAGE), 1),), 'a')", "two stages of the arm 'a' have the same name"),
         ("PLAN = Plan('p', '?', (ARM,), 'b')", "compares 'b', which is not one of its arms"),
-        ("PLAN = Plan('p', '?', (ARM,), 'a', primary='c')", "compares 'c', which is not one of its arms"),
+        (
+            "PLAN = Plan('p', '?', (ARM,), 'a', (Contrast('x', 'c', 'a'),))",
+            "compares 'c', which is not one of its arms",
+        ),
     ],
 )
 def test_an_invalid_plan_is_refused(text, message, tmp_path):
     path = tmp_path / "plan.py"
     arms = "STAGE = Stage('s', '_normal', '')\nARM = Arm('a', (STAGE,), 1)\n"
-    path.write_text(f"from experiments.plan import Arm, Plan, Stage\n{arms}{text}\n")
+    path.write_text(f"from experiments.plan import Arm, Contrast, Plan, Stage\n{arms}{text}\n")
     with pytest.raises(UserError, match=message):
         read_plan(path)
     with pytest.raises(UserError, match="no such file"):

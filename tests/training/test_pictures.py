@@ -134,6 +134,14 @@ def test_pictures_of_a_run_with_masks_say_that_the_model_is_heated(tmp_path, mon
     assert notes == ["Heated model: pretrained on masked images, not yet fine-tuned; it is no final classifier."]
 
 
+def test_without_a_validation_only_the_log_is_drawn(tmp_path, capsys):
+    line = {"epoch": 0, "train_loss": 1.0}
+    write_log(tmp_path, [line])
+    pictures(tmp_path, trackers=()).show(None, line)
+    assert names_in(tmp_path / "plots") == {"curves.png"}
+    assert capsys.readouterr().out == ""
+
+
 def test_a_picture_that_fails_is_named_and_ends_nothing(tmp_path, monkeypatch, capsys):
     def fail(*_):
         raise OSError(28, "No space left on device")

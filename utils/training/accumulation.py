@@ -76,12 +76,14 @@ class InParts(nn.Module):
         super().__init__()
         self.network, self.parts = network, parts
 
-    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
-        """Images (B, ...) to the network's outputs, tensors (B, ...)."""
+    def forward(self, images: Tensor) -> Tensor | tuple[Tensor, ...]:
+        """Images (B, ...) to the network's output or outputs, tensors (B, ...)."""
         outputs = [
             checkpoint(self.network, part, use_reentrant=False, context_fn=self._contexts)
             for part in images.split(len(images) // self.parts)
         ]
+        if isinstance(outputs[0], Tensor):
+            return torch.cat(outputs)
         return tuple(map(torch.cat, zip(*outputs, strict=True)))
 
     def _contexts(self) -> tuple:

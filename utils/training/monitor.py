@@ -59,11 +59,12 @@ class Monitor:
             self._draw("masks_before.png", self.draw_gallery, epochs_done=0)
             gc.collect()  # see `show`
 
-    def show(self, predictions: Predictions, line: dict[str, Any]) -> None:
+    def show(self, predictions: Predictions | None, line: dict[str, Any]) -> None:
         """Draw the epoch's plots and send it to the trackers, once its checkpoint is saved.
 
-        predictions: those of val after this epoch. After a kill, the resumed run sends the missing epoch; missing plots
-        come with the next plotted epoch.
+        predictions: those of val after this epoch; None without a validation, and then the plots made from predictions
+        stay those of an earlier epoch. After a kill, the resumed run sends the missing epoch; missing plots come with
+        the next plotted epoch.
         """
         done = line["epoch"] + 1
         if self.plot_every is not None and (done % self.plot_every == 0 or done == self.epochs):
@@ -91,18 +92,19 @@ class Monitor:
                 tracker.abandon()
                 progress.say(f"warning: {tracker.name} failed ({first_line(error)}); the training is not affected.")
 
-    def _draw_all(self, predictions: Predictions, epochs_done: int) -> None:
+    def _draw_all(self, predictions: Predictions | None, epochs_done: int) -> None:
         with warning_of(PLOTS):
             from utils.results import confusion, curves
 
             runs = {self.output_dir.resolve().name: read_log(self.output_dir)}
-            title = f"val, after epoch {epochs_done - 1}"
-            targets, predicted = predictions.targets.numpy(), predictions.logits.argmax(1).numpy()
             self._draw("curves.png", curves.learning_curves, runs)
-            note = HEATED if self.draw_gallery is not None else ""
-            arguments = (targets, predicted, self.classes, title, note)
-            self._draw("confusion_val.png", confusion.confusion_matrix, *arguments)
-            self._draw("recall_val.png", confusion.per_class_recall, *arguments)
+            if predictions is not None:
+                title = f"val, after epoch {epochs_done - 1}"
+                targets, predicted = predictions.targets.numpy(), predictions.logits.argmax(1).numpy()
+                note = HEATED if self.draw_gallery is not None else ""
+                arguments = (targets, predicted, self.classes, title, note)
+                self._draw("confusion_val.png", confusion.confusion_matrix, *arguments)
+                self._draw("recall_val.png", confusion.per_class_recall, *arguments)
             if self.draw_gallery is not None:
                 self._draw("health.png", curves.policy_health, runs)
                 self._draw(f"masks_{epochs_done - 1}.png", self.draw_gallery, epochs_done=epochs_done)

@@ -58,6 +58,10 @@ class Run:
     def output_dir(self) -> Path:
         return Path(self.args.output_dir)
 
+    def validates(self, epoch: int) -> bool:
+        """Whether the run validates after this epoch: every --val-every epochs, and after the last one."""
+        return (epoch + 1) % self.args.val_every == 0 or epoch + 1 == self.args.epochs
+
     def restore_generators(self) -> None:
         """Give each rank its own random numbers, and release the checkpoint, which is as large as all networks."""
         restore_generators(self.state, self.args.seed)
@@ -68,7 +72,9 @@ class Run:
         self.bad_images.say_count()
         folder = self.output_dir.resolve()
         progress.say(f"Training has finished; its files are in {folder}")
-        if saver.keep_best:
+        if saver.keep_best and saver.best_f1 < 0:  # --epochs was lowered on resume to an epoch without validation
+            progress.say(f"No epoch was validated, so there is no {BEST}.")
+        elif saver.keep_best:
             averaged = " (of the moving average)" if self.args.model_ema else ""
             progress.say(f"Best macro F1 on val: {saver.best_f1:.4f}{averaged}, in {folder / BEST}")
         else:
@@ -111,7 +117,7 @@ class Training(NamedTuple):
 
     @property
     def validated(self) -> dict[str, nn.Module]:
-        """What is validated after each epoch, by its name in the log."""
+        """What is validated, by its name in the log."""
         average = self.state.ema
         return {"val": self.state.modules["model"]} | ({"val_ema": average.model} if average else {})
 

@@ -141,9 +141,9 @@ class Saver:
         """Print the epoch's metrics; write model_<epoch>.pth, the best model, the log line and the checkpoint.
 
         results: the metrics of `val`, and with --model-ema also `val_ema`, those of the average, which then decide the
-        best epoch. After a kill in between, the resumed run writes the same files again. show: called last, on rank 0
-        with the log line; the epoch is complete even if it kills the process. Raises UserError, before anything is
-        written, for a non-finite val loss or weight.
+        best epoch; empty after an epoch without validation. After a kill in between, the resumed run writes the same
+        files again. show: called last, on rank 0 with the log line; the epoch is complete even if it kills the process.
+        Raises UserError, before anything is written, for a non-finite val loss or weight.
         """
         epoch = self.position.epoch
         if any(metrics["loss"] is None for metrics in results.values()):
@@ -152,12 +152,17 @@ class Saver:
                 f"checkpoint is intact. {ADVICE}",
                 agreed=True,
             )
-        decisive = "val_ema" if "val_ema" in results else "val"
-        f1 = results[decisive]["f1"]
-        is_best, self.best_f1 = self.keep_best and f1 > self.best_f1, max(f1, self.best_f1)
-        for name, metrics in results.items():
-            best = "  (best)" if is_best and name == decisive else ""
-            progress.say(f"epoch {epoch}, {name}: {format_metrics(metrics)}{best}")
+        is_best = False
+        if results:
+            decisive = "val_ema" if "val_ema" in results else "val"
+            f1 = results[decisive]["f1"]
+            is_best, self.best_f1 = self.keep_best and f1 > self.best_f1, max(f1, self.best_f1)
+            for name, metrics in results.items():
+                best = "  (best)" if is_best and name == decisive else ""
+                progress.say(f"epoch {epoch}, {name}: {format_metrics(metrics)}{best}")
+        else:
+            self.stop_if_asked()  # on a GPU a signal in the last steps is still unread, and the next epoch may be short
+            progress.say(f"epoch {epoch}: not validated")
         self.position = Position(epoch + 1)
         self.meters.reset()
         state = self._state()

@@ -1,0 +1,20 @@
+"""The learning rates of Plan S: three rates for each arm, on three replicates that are not used again.
+
+The rate of an arm is the one with the lowest class-balanced cross-entropy on `val`, at the last epoch, mean over the
+replicates: `python experiments/choose_rates.py RESULTS`. Nothing is tested.
+"""
+
+from experiments.plan import Arm, Plan
+from experiments.plans.small import ARMS, FIRST_SEED, MAIN, RATES, stages
+
+PLAN = Plan(
+    name="small_tuning",
+    question="Which learning rate suits each arm of Plan S?",
+    arms=tuple(
+        Arm(f"{name}-{rate:g}", stages(name, rate, test=False), FIRST_SEED)
+        for name in (*MAIN, *(name for name in ARMS if name not in MAIN))
+        for rate in RATES
+    ),
+    baseline=f"none-{RATES[1]:g}",
+    hard="*",
+)
