@@ -83,6 +83,7 @@ class Processes:
     def start(
         self, command: Sequence[str], output: BinaryIO, environment: dict[str, str]
     ) -> warm.Command | subprocess.Popen:
+        """Start a command: in a fork of the warm process, or in a new process if trainings have several ranks."""
         if self.ranks == 1:
             return warm.Command(command, output, environment)
         # In a session of its own, so that Ctrl-C reaches torchrun once, from `stop`.

@@ -62,13 +62,18 @@ def start(
     """Call a function of a module in a fork of the warm process.
 
     stdout, stderr: descriptors of this process, None for closed; cwd: the function's working directory, None for this
-    process's.
+    process's. Raises ChildProcessError if the warm process ends before it has forked.
     """
     streams = [None if number is None else _Descriptor(number) for number in (stdout, stderr)]
     context = server()
     process = context.Process(target=_call, args=(target, arguments, streams, cwd))
     with _lock:
-        process.start()
+        try:
+            process.start()
+        except (EOFError, ConnectionError):
+            raise ChildProcessError(
+                "the process that starts commands has ended, perhaps for lack of memory. Run the same command again."
+            ) from None
     return process
 
 
