@@ -1,4 +1,4 @@
-"""Plan S with 10 images of each class instead of 40, which are among the 40 of the same seed; the same learning rates."""
+"""Plan S with 10 images of each class, which are among the 40 of the same seed; the same learning rates."""
 
 from experiments.plan import Plan
 from experiments.plans.small import ARMS, MAIN, PRIMARY, arms
