@@ -47,8 +47,12 @@ def split_name(arm: Arm) -> tuple[str, float]:
 
 
 def choose(losses: dict[float, list[float]]) -> float | None:
-    """The rate with the lowest mean loss; None if no run has finished."""
-    means = {rate: np.mean(values) for rate, values in losses.items() if values}
+    """The rate with the lowest mean loss; None if no run has finished.
+
+    Of those with the most finished replicates, because replicates differ by more than rates.
+    """
+    most = max(map(len, losses.values()))
+    means = {rate: np.mean(values) for rate, values in losses.items() if most and len(values) == most}
     return min(means, key=means.get) if means else None
 
 
