@@ -30,7 +30,6 @@ from utils.runtime.signals import stopping_signals
 from utils.runtime.text import print_line
 
 PROCESSES = 8  # of the published recipe, each with the batch of the plan
-SCRIPTS = os.path.relpath(ROOT / "experiments")
 
 
 def build_parser() -> Parser:
@@ -50,7 +49,7 @@ def build_parser() -> Parser:
     add("--flags", default="", help='for every training, for example "--amp --compile --workers 16"')
     add("--arms", default="*", metavar="PATTERNS", help="only these arms: shell patterns, separated by commas, such "
         "as resnet50-*")  # fmt: skip
-    add("--plan", type=expanded_path, default=Path(SCRIPTS, "plans", "paper.py"), help="another plan with the "
+    add("--plan", type=expanded_path, default=ROOT / "experiments" / "plans" / "paper.py", help="another plan with the "
         "arms of paper.py, such as experiments/plans/paper_trial.py")  # fmt: skip
     return parser
 
@@ -125,8 +124,10 @@ def transfer_folders(given: Sequence[Path], output: Path) -> dict[Path, Path]:
             raise UserError(
                 f"--transfer {path}: no such file. Expected an .npz file of MedMNIST, or a folder with {LAYOUT}."
             )
-    if len({folder.resolve().name for folder in folders.values()}) < len(given):
-        raise UserError("--transfer: two sets have the same name. Rename one.")
+    names = [folder.resolve().name for folder in folders.values()]
+    for name in names:
+        if names.count(name) > 1:
+            raise UserError(f"--transfer: two sets have the name {name!r}. Rename one.")
     return folders
 
 
@@ -135,9 +136,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     data, output, plan = options.data, options.output, read_plan(options.plan)
     device = ["--device", options.device] if options.device else []
     parts = PROCESSES // options.processes
-    flags = shlex.join(
-        [*device, *(["--grad-accum-steps", str(parts)] if parts > 1 else []), *shlex.split(options.flags)]
-    )
+    accumulation = ["--grad-accum-steps", str(parts)] if parts > 1 else []
+    try:
+        flags = shlex.join([*device, *accumulation, *shlex.split(options.flags)])
+    except ValueError:
+        raise UserError(f"--flags {options.flags}: a quotation mark is missing.") from None
     check_processes(options.processes, flags)
     if not any(matches(arm.name, options.arms) for arm in plan.arms):
         raise UserError(f"--arms {options.arms}: matches none of {', '.join(arm.name for arm in plan.arms)}.")
@@ -147,15 +150,16 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise UserError(f"--source {options.source}: no such folder or archive. Expected RadImageNet as distributed.")
     sets = transfer_folders(options.transfer, output)
 
+    scripts = os.path.relpath(ROOT / "experiments")
     for command in prepare_commands(data, options.source, sets, output):
         execute(command)
     files = [str(options.plan), "--data-path", str(data), "-o", str(output)]
     settings = ["--processes", str(options.processes), "--arms", options.arms, f"--flags={flags}"]
-    execute([f"{SCRIPTS}/run.py", *files, *settings])
+    execute([f"{scripts}/run.py", *files, *settings])
     for command in probe_commands(plan, sets, output, device):
         execute(command)
-    execute([f"{SCRIPTS}/analyse.py", str(options.plan), str(output)])
-    execute([f"{SCRIPTS}/published.py", str(options.plan), str(output)])
+    execute([f"{scripts}/analyse.py", str(options.plan), str(output)])
+    execute([f"{scripts}/published.py", str(options.plan), str(output)])
 
 
 if __name__ == "__main__":

@@ -21,10 +21,15 @@ from utils.runtime.reading import read_json
 from utils.runtime.text import count
 
 Scores = dict[str, float]  # by metric
-METRICS = {"precision": "precision", "recall": "recall", "f1": "F1", "auroc": "AUROC"}  # as in metrics.json; titles
+METRICS = {
+    "precision": "precision",
+    "balanced_accuracy": "recall",
+    "f1": "F1",
+    "auroc": "AUROC",
+}  # as in metrics.json; titles
 PUBLISHED: dict[str, Scores] = {  # by arm; Yavuz and Yang 2025, RadImageNet's test images
-    "resnet50-conventional": {"precision": 0.5929, "recall": 0.5014, "f1": 0.5226, "auroc": 0.9884},
-    "resnet50-published": {"precision": 0.6034, "recall": 0.5211, "f1": 0.5468, "auroc": 0.9900},
+    "resnet50-conventional": {"precision": 0.5929, "balanced_accuracy": 0.5014, "f1": 0.5226, "auroc": 0.9884},
+    "resnet50-published": {"precision": 0.6034, "balanced_accuracy": 0.5211, "f1": 0.5468, "auroc": 0.9900},
 }
 TABLE = "published.md"
 NOTE = """\
@@ -82,7 +87,7 @@ def table(plan: Plan, scores: dict[str, dict[int, Scores]]) -> str:
         own = scores.get(arm.name, {})
         control = next((other for other in plan.arms if other.name == arm.control), None)
         for title in titles(plan, control) if control and own else ():
-            name = f"{arm.name} - {title}"
+            name = f"{arm.name} minus {title}"
             if arm.name in PUBLISHED and title in PUBLISHED:
                 differences.append(
                     _row(name, [_difference(PUBLISHED[arm.name], PUBLISHED[title])], "+", published=True)
@@ -103,7 +108,7 @@ def _difference(first: Scores, second: Scores) -> Scores:
 
 def _row(title: str, runs: list[Scores], sign: str = "", published: bool = False) -> str:
     """Means over the runs, with standard deviations if there are several."""
-    cells = [title, "published, one run" if published else f"here, {count(len(runs), 'seed')}"]
+    cells = [title, "published, 1 run" if published else f"here, {count(len(runs), 'seed')}"]
     for name in METRICS:
         values = [scores[name] for scores in runs]
         spread = f" ± {stdev(values):.4f}" if len(values) > 1 else ""
@@ -119,7 +124,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     plan = read_plan(options.plan)
     text = table(plan, read_scores(plan, options.results))
     write_atomically(options.results / TABLE, text.encode())
-    print(text)
+    print(text, end="")
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 from experiments.plan import Contrast, Plan
 from experiments.plans.paper import arms
 
-IMAGES = "--batch-size 4 --train-crop-size 32 --val-resize-size 36 --val-crop-size 32"
+IMAGES = "--batch-size 16 --train-crop-size 32 --val-resize-size 36 --val-crop-size 32"
 MASK = "--policy-model test_resnet --grid 8 --kernel 3 --sigma 1"
 
 PLAN = Plan(
