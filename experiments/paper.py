@@ -1,7 +1,7 @@
 """The paper's experiments on RadImageNet by one command: `python experiments/paper.py DATA --source RADIMAGENET`.
 
-Prepares and audits the images, runs the plan `paper`, transfers its classifiers to other sets by probes of their
-features, and prints the results next to the published ones. All steps are commands that could be typed one by one; each
+Prepares and audits the images, runs the plan `paper`, prints its results next to the published ones, and transfers its
+classifiers to other sets by probes of their features. All steps are commands that could be typed one by one; each
 is printed before it runs. After a stop the same command resumes.
 """
 
@@ -76,7 +76,7 @@ def probe_commands(plan: Plan, sets: dict[Path, Path], output: Path, device: lis
                 weights = [
                     str(run / titles(plan, arm)[arm.name] / "model_best.pth")
                     for arm, run in runs.items()
-                    if (run / FINISHED).exists()
+                    if arm.name in titles(plan, arm) and (run / FINISHED).exists()
                 ]
                 if weights:
                     results = output / "transfer" / f"{folder.name}-{control.name}-seed{seed}"
@@ -113,7 +113,9 @@ def execute(words: Sequence[str]) -> None:
         print_line("Stopped. Run the same command again to resume.")
         sys.exit(INTERRUPTED)
     if code:
-        raise UserError(f"python {shlex.join(words)}: exit code {code}, see above. Then run the same command again.")
+        raise UserError(
+            f"python {shlex.join(words)}: exit code {code}; see above. Once that is fixed, the same command resumes."
+        )
 
 
 def transfer_folders(given: Sequence[Path], output: Path) -> dict[Path, Path]:
@@ -156,10 +158,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     files = [str(options.plan), "--data-path", str(data), "-o", str(output)]
     settings = ["--processes", str(options.processes), "--arms", options.arms, f"--flags={flags}"]
     execute([f"{scripts}/run.py", *files, *settings])
-    for command in probe_commands(plan, sets, output, device):
-        execute(command)
     execute([f"{scripts}/analyse.py", str(options.plan), str(output)])
     execute([f"{scripts}/published.py", str(options.plan), str(output)])
+    for command in probe_commands(plan, sets, output, device):
+        execute(command)
 
 
 if __name__ == "__main__":

@@ -110,7 +110,7 @@ def test_from_the_archive_to_the_table(tmp_path, monkeypatch, capsys):
     assert (output / "audit" / "report.html").exists() and (output / "tables.md").exists()
     plan = read_plan(TRIAL)
     table = (output / "published.md").read_text()
-    assert capsys.readouterr().out.rstrip().endswith(table.rstrip())
+    assert table in capsys.readouterr().out
     for arm in plan.arms:
         stage = folder_of_run(output, arm.name, 0) / published.titles(plan, arm)[arm.name]
         tested = json.loads((stage / "metrics.json").read_text())
@@ -168,10 +168,10 @@ def test_steps_that_are_done_or_not_wanted_are_left_out(commands, image_folder, 
         finish(tmp_path, arm, 0)
     commands.clear()
     paper.main([str(image_folder), "-o", str(tmp_path), "--transfer", str(image_folder)])
-    assert names_of(commands) == ["run.py", "utils.probe", "analyse.py", "published.py"]
+    assert names_of(commands) == ["run.py", "analyse.py", "published.py", "utils.probe"]
     runs = [f"{tmp_path}/resnet18-{name}/seed0/fine-tuning/model_best.pth" for name in ("published", "uniform")]
     results = f"{tmp_path}/transfer/{image_folder.name}-resnet18-conventional-seed0"
-    assert commands[1][2:] == [*runs, "--data-path", str(image_folder), "-o", results, "--overwrite"]
+    assert commands[-1][2:] == [*runs, "--data-path", str(image_folder), "-o", results, "--overwrite"]
 
 
 @pytest.mark.parametrize(
