@@ -278,3 +278,19 @@ def test_without_results_or_with_damaged_ones_there_is_a_sentence(tmp_path):
         (tmp_path / "resnet50-published" / "seed0" / "fine-tuning" / "metrics.json").write_text(content)
         with pytest.raises(UserError, match=r"metrics\.json: missing or damaged"):
             published.main([str(PAPER), str(tmp_path)])
+
+
+def test_the_page_has_the_published_figures_and_costs_that_follow_from_the_benchmarks():
+    page, benchmarks = ((ROOT / name).read_text() for name in ("experiments/PAPER.md", "benchmarks/README.md"))
+    for values in published.PUBLISHED.values():
+        assert " | ".join(f"{value:.4f}"[1:] for value in values.values()) in page
+    for speed, images_per_second, epochs, hours in (
+        ("9.83", 32 / 9.83e-3, 90, "10.4 h"),
+        ("5.61", 32 / 5.61e-3, 90, "5.9 h"),
+        ("2782", 2782, 90, "12.1 h"),
+        ("2782", 2782, 10, "1.3 h"),
+        ("13650", 13650, 90, "2.5 h"),
+    ):
+        assert f"| {speed} |" in benchmarks
+        assert f"{epochs * 1.35e6 / images_per_second / 3600:.1f} h" == hours
+        assert f", {epochs} epochs | {hours} |" in page
