@@ -224,7 +224,7 @@ def _add_run_flags(group: argparse._ArgumentGroup) -> None:
     add("--resume", type=expanded, metavar="FILE", help="continue from this checkpoint.pth; auto: from the newest in "
         "--output-dir, if there is one; with --test-only any weights")  # fmt: skip
     add("--checkpoint-steps", type=positive_int, help="steps between checkpoints; None: only after each epoch")
-    add("--val-every", type=positive_int, default=1, help="epochs between validations; the last is always validated")
+    add("--val-every", type=positive_int, default=1, help="epochs between validations; the last epoch always has one")
     add("--plot-every", type=positive_int, help="epochs between plots in --output-dir/plots; None: no plots")
     add("--tracker", action=Several, choices=(*TRACKERS, NO_TRACKER), help="also send the log, the mask gallery and "
         "run.json to these trackers; none: to none of those that a resumed run began with")  # fmt: skip

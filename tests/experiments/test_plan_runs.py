@@ -111,6 +111,18 @@ def test_a_run_that_fails_does_not_stop_the_others(folder, capsys):
     assert "bad, seed 0: failed: only: exit code 1: error: broken. (" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("printed", "reason"),
+    [
+        ("epoch 0\nerror: broken.\n\nRoot Cause:\n=====\n", "error: broken."),
+        ("Traceback\nValueError: broken\n \n", "ValueError: broken"),
+        ("", "no output"),
+    ],
+)
+def test_the_reason_of_a_failure_is_its_error_or_its_last_line(printed, reason):
+    assert run.reason(printed) == reason
+
+
 def terminate_after_starts(folder, count):
     """Send SIGTERM to this process once the stand-in was started so many times."""
 
@@ -228,7 +240,7 @@ def test_commands_see_their_gpus_and_the_users_modules(gpus, visible, ranks, exp
 
 
 def test_bad_input_gets_a_sentence(tmp_path, monkeypatch):
-    plan = str(ROOT / "experiments" / "plans" / "classification_small.py")
+    plan = str(ROOT / "experiments" / "plans" / "classification.py")
     output = ["-o", str(tmp_path / "out")]
     with pytest.raises(UserError, match=r"none: no such folder\. Expected DATA/"):
         run.main([plan, "--data-path", str(tmp_path / "none"), *output])
