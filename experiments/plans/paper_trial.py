@@ -1,4 +1,4 @@
-"""The plan `paper` on a tiny classifier and tiny images, for a few minutes: does the chain work on this machine?"""
+"""The plan `paper` with a tiny classifier on tiny images: does the chain work on this machine?"""
 
 from experiments.plan import Contrast, Plan
 from experiments.plans.paper import arms
