@@ -6,7 +6,7 @@ from typing import NamedTuple
 import numpy as np
 
 from experiments.comparisons import SCORES, scores
-from experiments.plan import FINISHED, Plan, Stage, folder_of_run, matches, read_record
+from experiments.plan import FINISHED, PROBE, Plan, Stage, folder_of_run, matches, read_record
 from utils.results.run_folder import Evaluation, RunFolder, read_run_folder, read_table
 from utils.runtime.errors import UserError
 
@@ -26,7 +26,7 @@ RunKey = tuple[str, int]  # arm and seed
 
 
 class Run(NamedTuple):
-    """A finished run. stages: by name, in the plan's order; seconds: duration of all its commands."""
+    """A finished run. stages: its trainings by name, in the plan's order; seconds: duration of all its commands."""
 
     folder: Path
     stages: dict[str, RunFolder]
@@ -77,7 +77,8 @@ def read_runs(plan: Plan, results: Path) -> Runs:
         for seed in arm.all_seeds:
             folder = folder_of_run(results, arm.name, seed)
             if record := read_record(folder / FINISHED, arm):
-                stages = {stage.name: _read_stage(folder / stage.name, stage) for stage in arm.stages}
+                trainings = [stage for stage in arm.stages if stage.script != PROBE]
+                stages = {stage.name: _read_stage(folder / stage.name, stage) for stage in trainings}
                 runs[arm.name, seed] = Run(folder, stages, record["seconds"])
     if not runs:
         raise UserError(f"{results}: no run of the plan {plan.name!r} has finished yet (no {FINISHED}).")
