@@ -26,6 +26,7 @@ ROWS: dict[int, Callable[[Setting], Iterable[Measurement]]] = {
     7: loading.cached_epoch,
     # Row 8, host memory, has no script any more; see README.md.
     9: evaluating.evaluation,
+    10: steps.pathwise_price,
 }
 
 

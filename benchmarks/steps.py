@@ -1,4 +1,4 @@
-"""Rows 1 to 4: masks and training steps, each against the published or the minimum work."""
+"""Rows 1 to 4 and 10: masks and training steps, each against the published or the minimum work."""
 
 from collections.abc import Callable
 from functools import partial
@@ -195,6 +195,24 @@ def _plain_step(setting: Setting, model: str, batch_size: int | None, flags: lis
     comparison = compare(*(rates(seconds[name], loader.images) for name in ("ours", "theirs")))
     what = f"_normal step over a bare loop, {setting.model(model)} {describe(flags)}, B={batch_size}"
     return measured(4, what, "images/s", comparison, Target(True, 0.97), "theirs starts from normalised float images")
+
+
+def pathwise_price(setting: Setting) -> list[Measurement]:
+    """Row 10: our joint step with `pathwise` over the same with `reinforce`: the classifier's gradient at its input."""
+    faster = ["--amp"] if setting.on_gpu else ["--channels-last"]
+    return (_pathwise_price(setting, flags) for flags in ([], faster))
+
+
+def _pathwise_price(setting: Setting, flags: list[str]) -> Measurement:
+    steps = setting.steps(on_cpu=1, on_gpu=30)
+    sides = {}
+    for objective in ("pathwise", "reinforce"):
+        command = [*setting.flags("resnet10t"), *setting.policy_flags(), *flags, "--objective", objective]
+        loop = build(policy_gradient, setting.generated(), setting.new_folder(objective), *command)
+        sides[objective] = partial(loop.train_epoch, FixedLoader(loop, steps))
+    seconds = {name: milliseconds(spent, steps) for name, spent in setting.time(sides).items()}
+    what = f"pathwise step over a reinforce one, {setting.model('resnet10t')} {describe(flags)}, B={setting.batch_size}"
+    return measured(10, what, "ms/step", compare(seconds["pathwise"], seconds["reinforce"]), None, "")
 
 
 def describe(flags: list[object]) -> str:

@@ -101,6 +101,7 @@ class Processes:
     def start(
         self, command: Sequence[str], output: BinaryIO, environment: dict[str, str]
     ) -> warm.Command | subprocess.Popen:
+        """Start a command: in a fork of the warm process, or in a new process if trainings have several ranks."""
         if self.ranks == 1:
             return warm.Command(command, output, environment)
         # In a session of its own, so that Ctrl-C reaches torchrun once, from `stop`.
@@ -189,19 +190,25 @@ def run_stages(arm: Arm, seed: int, options: argparse.Namespace, processes: Proc
                 flags += ["--exclude", str(options.exclude)]
             for command in commands(stage, seed, run, data, flags, options.processes):
                 write_json(run / PROGRESS, record)
-                start = time.monotonic()
+                start, begin = time.monotonic(), output.seek(0, os.SEEK_END)
                 code = processes.execute(command, output)
                 record["seconds"] = round(record["seconds"] + time.monotonic() - start, 1)
                 write_json(run / PROGRESS, record)
                 if code == INTERRUPTED:
                     raise Unfinished("interrupted")
                 if code != 0:
-                    lines = (run / OUTPUT).read_text(errors="replace").split("\n")
-                    last = next((line for line in reversed(lines) if line.strip()), "no output")
-                    raise UserError(f"{stage.name}: exit code {code}: {last} ({run / OUTPUT})")
+                    printed = (run / OUTPUT).read_bytes()[begin:].decode(errors="replace")
+                    raise UserError(f"{stage.name}: exit code {code}: {reason(printed)} ({run / OUTPUT})")
         write_json(run / FINISHED, {"stages": as_written(arm), "seconds": record["seconds"]})
         tidy(run, arm.stages)
     return record["seconds"]
+
+
+def reason(printed: str) -> str:
+    """The line of a failed command's output that says why: its last error, which torchrun's summary may follow."""
+    lines = [line for line in printed.split("\n") if line.strip()]
+    errors = [line for line in lines if line.startswith("error: ")]
+    return (errors or lines or ["no output"])[-1]
 
 
 def lock(file: BinaryIO) -> bool:

@@ -22,8 +22,8 @@ from typing import Any, BinaryIO
 from utils.runtime.signals import SIGNALS
 
 ROOT = Path(__file__).resolve().parents[1]
-# The warm process imports these; what only some commands need is included if it takes long.
-PRELOAD = ["_normal.train", "_policy_gradient.train", "sklearn.metrics", "torch._dynamo"]
+# The warm process imports these, and with them everything that takes long.
+PRELOAD = ["_normal.train", "_policy_gradient.train", "sklearn.metrics"]
 
 _lock = threading.Lock()  # multiprocessing's table of processes is not safe if several threads change it
 
@@ -62,13 +62,18 @@ def start(
     """Call a function of a module in a fork of the warm process.
 
     stdout, stderr: descriptors of this process, None for closed; cwd: the function's working directory, None for this
-    process's.
+    process's. Raises ChildProcessError if the warm process ends before it has forked.
     """
     streams = [None if number is None else _Descriptor(number) for number in (stdout, stderr)]
     context = server()
     process = context.Process(target=_call, args=(target, arguments, streams, cwd))
     with _lock:
-        process.start()
+        try:
+            process.start()
+        except (EOFError, ConnectionError):
+            raise ChildProcessError(
+                "the process that starts commands has ended, perhaps for lack of memory. Run the same command again."
+            ) from None
     return process
 
 

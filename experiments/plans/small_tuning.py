@@ -1,6 +1,6 @@
 """The learning rates of Plan S: three rates for each arm, on three replicates that are not used again.
 
-The rate of an arm is the one with the lowest class-balanced cross-entropy on `val`, at the last epoch, mean over the
+The rate of an arm is the one with the lowest cross-entropy on `val` at the last epoch (`val_loss`), mean over the
 replicates: `python experiments/choose_rates.py RESULTS`. Nothing is tested.
 """
 

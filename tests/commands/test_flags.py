@@ -201,7 +201,7 @@ RUNS = {
     "test_loss.py::test_a_run_with_class_weights": "class_weights",
     "test_accumulation.py::test_parts_equal_one_large_batch": "grad_accum_steps",
     "test_scripts.py::test_every_mask_policy_and_objective": "mask_policy objective policy_sign baseline "
-    "masks_per_image entropy_weight",
+    "masks_per_image entropy_weight keep_mean",
     "test_scripts.py::test_policy_flags_reach_the_policy": "policy_lr policy_model grid kernel sigma",
     "test_policy_forms.py::test_the_head_weight_reaches_the_policy_and_what_is_logged_of_it": "head_weight",
     "test_policy_forms.py::test_range_and_fading_show_in_the_logged_masks": "mask_range mask_fade_epochs",

@@ -13,7 +13,7 @@ import torch
 from experiments import analyse, pictures
 from experiments.differences import compare
 from experiments.finished import read_runs, read_tasks
-from experiments.plan import Arm, Contrast, Plan, Stage, read_plan
+from experiments.plan import Arm, Plan, Stage, read_plan
 from tests.conftest import ROOT
 from tests.helpers.finished_runs import finish, write_stage, write_test
 from utils.runtime.errors import UserError

@@ -111,6 +111,18 @@ def test_a_run_that_fails_does_not_stop_the_others(folder, capsys):
     assert "bad, seed 0: failed: only: exit code 1: error: broken. (" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("printed", "reason"),
+    [
+        ("epoch 0\nerror: broken.\n\nRoot Cause:\n=====\n", "error: broken."),
+        ("Traceback\nValueError: broken\n \n", "ValueError: broken"),
+        ("", "no output"),
+    ],
+)
+def test_the_reason_of_a_failure_is_its_error_or_its_last_line(printed, reason):
+    assert run.reason(printed) == reason
+
+
 def terminate_after_starts(folder, count):
     """Send SIGTERM to this process once the stand-in was started so many times."""
 

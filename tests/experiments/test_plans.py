@@ -5,6 +5,7 @@ import math
 import os
 import shlex
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -45,7 +46,7 @@ def test_every_flag_of_a_plan_is_known_to_its_script(path):
             assert stage.start is None or stage.start in before
 
 
-@pytest.mark.parametrize(("name", "epochs"), [("classification", 40), ("classification_small", 16)])
+@pytest.mark.parametrize(("name", "epochs"), [("classification", 40), ("small", 100), ("small_10", 100)])
 def test_all_arms_take_equally_many_updates(name, epochs):
     for arm in read_plan(ROOT / "experiments" / "plans" / f"{name}.py").arms:
         given = [parse_given(SCRIPTS[stage.script].build_parser(), shlex.split(stage.flags)) for stage in arm.stages]
@@ -165,6 +166,37 @@ def test_subset_links_to_the_chosen_images(image_folder, tmp_path):
     assert not Path(os.readlink(image)).is_absolute()
 
 
+def test_a_drawn_subset_is_tested_on_all_that_is_left(image_folder, tmp_path):
+    """12 images a class in `train` and 3 in `test` are one pool; excluded images are in neither part, `val` stays."""
+    exclude = tmp_path / "exclude.txt"
+    exclude.write_text("train/dark/0.png\ntest/bright/1.png\nval/dark/2.png\n")
+    drawn = {}
+    for seed in (0, 1):
+        subset = Subset("*r*", without="striped", shots=4, draw="seed", test="rest").of_seed(seed)
+        folder = tmp_path / subset.name
+        link_subset(image_folder, subset, folder, exclude)
+        parts = {
+            split: {str(path.resolve().relative_to(image_folder)) for path in (folder / split).rglob("*.png")}
+            for split in ("train", "val", "test")
+        }
+        counts = (("train", 12), ("test", 3))
+        names = {
+            f"{split}/{name}/{i}.png" for name in ("bright", "dark") for split, count in counts for i in range(count)
+        }
+        pool = names - {"train/dark/0.png", "test/bright/1.png"}
+        assert parts["train"] | parts["test"] == pool and not parts["train"] & parts["test"]
+        assert [len(os.listdir(folder / "train" / name)) for name in ("bright", "dark")] == [4, 4]
+        assert len(parts["val"]) == 13 and all(name.startswith("val/") for name in parts["val"])
+        drawn[seed] = parts["train"]
+        fewer = replace(subset, shots=2)
+        link_subset(image_folder, fewer, tmp_path / fewer.name, exclude)
+        few = set(images_of(tmp_path / fewer.name / "train"))
+        assert len(few) == 4 and few < set(images_of(folder / "train"))
+    assert drawn[0] != drawn[1]
+    assert any(name.startswith("test/") for name in drawn[0] | drawn[1])  # `test` takes part in the draw
+    assert all("-" in name for name in images_of(folder / "test"))  # as train-1.png, so that names cannot collide
+
+
 def test_a_subset_with_other_links_is_replaced(image_folder, tmp_path):
     """Other data, another list, or a copy without its data; a subset with the right links is kept."""
     data, exclude = Path(shutil.copytree(image_folder, tmp_path / "data")), tmp_path / "exclude.txt"
@@ -192,4 +224,5 @@ def test_a_subset_without_classes_is_refused_and_leaves_nothing(image_folder, tm
 
 def test_names_of_subsets_differ():
     subsets = [Subset(), Subset("a*"), Subset(without="a*"), Subset("a*", shots=5), Subset("a*", shots=5, draw=1)]
+    subsets += [Subset("a*", shots=5, draw="seed"), Subset("a*", shots=5, test="rest")]
     assert len({subset.name for subset in subsets}) == len(subsets)

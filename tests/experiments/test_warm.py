@@ -69,8 +69,10 @@ def waiting(tmp_path):
     script, output = tmp_path / "waiter.py", tmp_path / "output.txt"
     script.write_text(WAITER)
     output.touch()
-    yield script, output
-    (tmp_path / "end").touch()
+    try:
+        yield script, output
+    finally:
+        (tmp_path / "end").touch()
 
 
 @pytest.mark.parametrize("as_module", [False, True])
@@ -106,9 +108,9 @@ def test_exit_codes_are_those_of_a_typed_command(ending, code, last_line, tmp_pa
 def test_commands_of_many_threads_keep_their_exit_codes(tmp_path):
     script = tmp_path / "script.py"
     script.write_text("import sys\nsys.exit(int(sys.argv[1]))")
-    with ThreadPoolExecutor(8) as pool:
-        codes = list(pool.map(lambda code: run_warm([script, code], tmp_path / "output.txt"), range(24)))
-    assert codes == list(range(24))
+    with ThreadPoolExecutor(4) as pool:
+        codes = list(pool.map(lambda code: run_warm([script, code], tmp_path / "output.txt"), range(12)))
+    assert codes == list(range(12))
 
 
 def test_a_command_holds_the_lock_on_its_output(tmp_path):
@@ -145,6 +147,14 @@ def test_a_command_outlives_the_killed_process_that_started_it_and_keeps_the_loc
         starter.kill()
         starter.wait()
     wait_until(lambda: "ended by itself" in output.read_text())
+
+
+def test_a_warm_process_that_ends_early_is_reported(tmp_path):
+    (tmp_path / "ends.py").write_text("import os\nos._exit(0)")
+    code = "from experiments import warm\nwarm.PRELOAD[:] = ['ends']\nwarm.start(print, stdout=1, stderr=2)"
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert "ChildProcessError: the process that starts commands has ended" in result.stderr
 
 
 @pytest.mark.slow

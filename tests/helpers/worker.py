@@ -27,7 +27,8 @@ from utils.training.optim import build_optimizer
 from utils.training.update import GuardedUpdate, NonFiniteLoss, StepGuard
 
 CPU = torch.device("cpu")
-SETTINGS = [("reinforce", "learned"), ("reinforce", "prior"), ("reinforce", "none"), ("published", "learned")]
+SETTINGS = [("reinforce", "learned"), ("reinforce", "prior"), ("reinforce", "none"), ("pathwise", "learned")]
+SETTINGS.append(("published", "learned"))  # whose gradients depend on the number of ranks
 
 
 def all_gradients(output: Path) -> None:
@@ -60,7 +61,8 @@ def gradients(objective_name: str, mask_policy: str) -> dict[str, torch.Tensor]:
         heads = parallel_policy(images[own])
         log_alpha, log_beta = policy.log_concentrations(*heads)
         distribution = Beta(log_alpha.exp(), log_beta.exp())
-        masks = F.interpolate(cells[own].view(-1, 1, 4, 4), size=32)
+        moved = cells[own] * (1 + objective.pathwise_sign * (log_alpha - log_alpha.detach()))  # with a known slope
+        masks = F.interpolate(moved.view(-1, 1, 4, 4), size=32)
         cross_entropy = F.cross_entropy(parallel(images[own] * masks), targets[own], reduction="none")
         loss, _ = objective(cross_entropy, distribution.log_prob(cells[own]), distribution.entropy())
     loss.backward()

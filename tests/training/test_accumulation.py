@@ -37,6 +37,7 @@ CASES = [
     ("_policy_gradient", ["--objective", "reinforce", "--policy-lr", "0.1"]),
     ("_policy_gradient", [*LOO, "--class-weights", "balanced"]),
     ("_policy_gradient", ["--objective", "reinforce", "--mask-policy", "prior"]),
+    ("_policy_gradient", ["--objective", "pathwise", "--policy-lr", "0.1", "--keep-mean", "--class-weights", "sqrt"]),
 ]
 
 

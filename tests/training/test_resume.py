@@ -63,6 +63,7 @@ REINFORCE = ["--objective", "reinforce", "--lr", "0.01", "--model-ema", "--model
         ("_policy_gradient", []),
         ("_policy_gradient", [*RICH, "--mask-policy", "uniform"]),
         ("_policy_gradient", REINFORCE),
+        ("_policy_gradient", ["--objective", "pathwise", "--policy-sign", "adversarial", "--keep-mean", "--lr", "0.1"]),
     ],
 )
 def test_resumed_from_anywhere_equals_uninterrupted(name, flags, image_folder, tmp_path, stop_at):

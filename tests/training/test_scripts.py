@@ -83,6 +83,9 @@ CONTROLS = [
     ("--objective", "reinforce", "--baseline", "loo", "--masks-per-image", 2),
     ("--objective", "reinforce", "--policy-sign", "adversarial"),
     ("--objective", "reinforce", "--entropy-weight", 0.5),
+    ("--objective", "pathwise"),
+    ("--objective", "pathwise", "--policy-sign", "adversarial"),
+    ("--objective", "pathwise", "--keep-mean"),
     ("--masks-per-image", 3),
 ]
 
