@@ -67,7 +67,7 @@ def page(plan: Plan, rows: Sequence[Row]) -> str:
     parts = [
         f"# {plan.name}: probes of frozen features",
         f"{plan.question} {count(len(runs), 'run')}; the value of a run is the mean over its draws of training images.",
-        f"## {paired.F1.title.capitalize()}, mean over seeds",
+        f"## Mean over seeds: {paired.F1.title}",
         paired.levels_table(plan, rows, PARTS, paired.F1),
         "## Paired differences to the control",
         paired.SIGNS,

@@ -46,10 +46,10 @@ def test_changes_of_levels_equal_those_by_hand():
     changed, levels = by_name(x), x.double()
     mean = levels.mean((1, 2, 3), keepdim=True)
     expected = {
-        "contrast x 0.5": mean + 0.5 * (levels - mean),
-        "contrast x 2": mean + 2 * (levels - mean),
-        "gamma 0.5": 255 * (levels / 255).sqrt(),
-        "gamma 2": 255 * (levels / 255).square(),
+        "contrast x 0.7": mean + 0.7 * (levels - mean),
+        "contrast x 1.4": mean + 1.4 * (levels - mean),
+        "gamma 0.7": 255 * (levels / 255) ** 0.7,
+        "gamma 1.4": 255 * (levels / 255) ** 1.4,
     }
     for name, values in expected.items():
         assert changed[name].dtype == torch.uint8
@@ -78,10 +78,10 @@ def test_blur_resolution_and_border_at_48_pixels():
     rows = (torch.arange(48) % 2 * 200).to(torch.uint8).expand(1, 1, 48, 48)  # stripes, lost at half the resolution
     assert (by_name(rows)["resolution S / 2"][..., 8:-8].int() - 100).abs().max() <= 30
     white = by_name(torch.full((1, 3, 48, 48), 255, dtype=torch.uint8))
-    for name, width in (("border S / 12", 4), ("border S / 6", 8)):
+    for name, width in (("border S / 24", 2), ("border S / 12", 4)):
         assert white[name].sum() == 3 * 255 * (48 - 2 * width) ** 2
         assert white[name][..., width:-width, width:-width].min() == 255
-    for name in ("blur S / 24", "resolution S / 4", "contrast x 2"):
+    for name in ("blur S / 24", "resolution S / 4", "contrast x 1.4"):
         assert (white[name] == 255).all()
 
 
@@ -166,17 +166,17 @@ def test_clean_rows_equal_the_runs_own_tests_and_only_missing_runs_are_added(run
 def test_the_page_and_the_picture_show_differences_that_are_positive_where_the_arm_is_better(runs, image_folder):
     rows = call(runs, image_folder)
     text = (runs / "s" / "shifts.md").read_text()
-    value = {(row["arm"], row["seed"]): float(row["balanced_loss"]) for row in rows if row["shift"] == "gamma 2"}
+    value = {(row["arm"], row["seed"]): float(row["balanced_loss"]) for row in rows if row["shift"] == "gamma 1.4"}
     differences = np.array([value["plain", seed] - value["masked", seed] for seed in "01"])
     half = 12.706205 * differences.std(ddof=1) / 2**0.5
     mean = differences.mean()
     cell = f"{mean:+.3f} ({mean - half:+.3f} to {mean + half:+.3f})"
-    assert f"| three | gamma 2 | masked | plain | 2 | {cell} |" in text
+    assert f"| three | gamma 1.4 | masked | plain | 2 | {cell} |" in text
     plan = read_plan(runs / "plan.py")
     read = paired.read_rows(runs / "s" / "shifts.csv", plan, shifts.PARTS, shifts.MEASURES)
     (axes,) = shifts.picture(plan, read).axes
     labels = [label.get_text() for label in axes.get_yticklabels()]
-    place = labels.index("gamma 2")
+    place = labels.index("gamma 1.4")
     (point,) = [line for line in axes.lines if line.get_marker() == "o" and list(line.get_ydata()) == [place]]
     assert point.get_xdata() == pytest.approx([mean], abs=1e-6)
     assert labels[0] == "clean" and axes.yaxis_inverted()
