@@ -1,101 +1,109 @@
 """Tables and figures of a plan's finished runs: `python experiments/analyse.py PLAN RESULTS`.
 
-Writes tables.md, differences.png and validation.png. Lists the runs that have not finished.
+RESULTS is the folder of the runs, or the file of experiments/collect.py. Writes tables.md, differences.png and
+validation.png. Lists the runs that have not finished.
 """
 
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from experiments import tables
+from experiments.collected import read_results
 from experiments.differences import Comparison, compare
-from experiments.finished import Runs, Task, read_runs, read_tasks
+from experiments.finished import Results, Run, RunKey
 from experiments.plan import Plan, read_plan
+from experiments.tasks import Task, read_tasks
 from utils.arguments import check_limits
 from utils.runtime.command_line import Parser, expanded_path
 from utils.runtime.errors import UserError
 from utils.runtime.files import write_atomically
 from utils.runtime.processes import run_script
 from utils.runtime.reading import read_bytes
-from utils.runtime.text import printable
+from utils.runtime.text import print_line
 
 TABLES = "tables.md"
 MARK = "<!-- written by experiments/analyse.py -->"  # marks files that may be replaced
-INTERVALS = (
+LEGEND = (
+    "d_z: mean / standard deviation of the differences. P(better): probability that a new replicate of the arm beats "
+    "its control's, estimated by the share of seeds in which it does (equal ones count half). Bouthillier et al. 2021 "
+    "recommend .75 as the least that is worth claiming. Seeds for .01: with which a paired t-test (two-sided, 5 %) "
+    "finds a difference of one point, or .01 nats, with a power of 80 %. All comparisons without a p are exploratory: "
+    "with so many of them, some intervals exclude 0 by chance."
+)
+BOOTSTRAP = (
     "The bootstrap ({resamples} resamples of seeds and test images, percentiles) is too narrow with few seeds: over "
     "seeds alone it holds the true mean 76 % of the time with 3 and 89 % with 8; with one it is over images only. The "
-    "t-interval is the more careful of the two, but leaves out the choice of test images. d_z: mean / standard "
-    "deviation of the differences. Seeds for 1 point: with which a paired t-test (two-sided, 5 %) has a power of 80 %."
+    "t-interval is the more careful of the two, but leaves out the choice of test images."
+)
+CLAIMS = (
+    "What would be claimed from one run of each? Top-1 on the same images, seed by seed. Congruence: share of images "
+    "that both recognise. P(false claim): probability that the true accuracy of the one that is ahead is not higher, "
+    "as far as the choice of test images goes (Christodoulou et al. 2025, arXiv 2505.04720), median over seeds. Firm: "
+    "seeds in which it is below 5 %. Refuted: firm claims for the one that is behind in the mean over seeds."
 )
 FIGURES = ("differences.png", "validation.png")
 
 
-def page(plan: Plan, runs: Runs, tasks: list[Task], comparisons: list[Comparison], resamples: int) -> str:
+def page(plan: Plan, results: Results, tasks: list[Task], comparisons: list[Comparison], resamples: int) -> str:
     """The content of tables.md."""
+    runs = results.runs
     missing = [f"{arm.name} seed {seed}" for arm, seed in plan.runs() if (arm.name, seed) not in runs]
     finished = f"{len(runs)} of {len(runs) + len(missing)} planned runs have finished."
     if missing:
         finished += f" **Preliminary**: missing {', '.join(missing)}."
     parts = [MARK, f"# {plan.name}", plan.question, finished]
+    if primary := tables.primary_table(comparisons):
+        parts += ["## Primary tests", primary, tables.test_note(plan, tasks, comparisons)]
     for task in tasks:
         parts += task_parts(plan, task, comparisons)
-    if comparisons:
-        parts.append(INTERVALS.format(resamples=resamples))
-    parts.append(tables.p_value_note(plan, comparisons))
+    parts.append(LEGEND)
+    if any(task.shared for task in tasks):
+        parts.append(BOOTSTRAP.format(resamples=resamples))
     if health := tables.health_table(plan, runs):
         parts += [
             "## The policy",
             "First → last epoch of pretraining, means over seeds; `val_*`: clean images, before any fine-tuning.",
             health,
         ]
-    parts += ["## Provenance", provenance(runs)]
+    parts += ["## Provenance", provenance(runs, results.origin)]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
 def task_parts(plan: Plan, task: Task, comparisons: list[Comparison]) -> list[str]:
-    """Heading, results and differences of a task."""
-    images = f"{len(task.targets)} test images of {len(task.classes)} classes"
+    """Heading, results, differences and claims of a task."""
+    sizes = sorted({len(tested.targets) for tested in task.runs.values()})
+    images = f"{' to '.join(f'{size:,}' for size in dict.fromkeys((sizes[0], sizes[-1])))} test images"
+    if not task.shared:
+        images += ", other ones for each seed,"
+    images += f" of {len(task.classes)} classes"
     if task.has_easy:
         images += f", {task.hard.sum()} of them hard ({plan.hard})"
     draws = {len(tested.predictions) for tested in task.runs.values()} - {1}
     averaged = f" Each run is the mean of {', '.join(map(str, sorted(draws)))} draws." if draws else ""
     parts = [
         f"## Task {task.name}",
-        f"{images}.{averaged} Mean ± standard deviation over seeds; percent, AUROC as a fraction.",
+        f"{images}.{averaged} Mean ± standard deviation over seeds; percent, cross-entropy in nats, AUROC a fraction.",
         tables.results_table(plan, task),
     ]
-    if any(comparison.task == task.name for comparison in comparisons):
-        parts += [
-            f"Task {task.name}, paired differences to **{plan.baseline}**, in points:",
-            tables.differences_table(task, comparisons),
-        ]
-    else:
-        parts.append(f"No differences: {plan.baseline} and the other arms have no seed in common.")
-    return parts
+    if not any(comparison.task == task.name for comparison in comparisons):
+        return [*parts, "No differences: no arm has a seed in common with its control."]
+    if differences := tables.differences_table(task, comparisons):
+        parts += [f"Task {task.name}, paired differences, exploratory:", differences]
+    return [*parts, CLAIMS, tables.claims_table(plan, task)]
 
 
-def provenance(runs: Runs) -> str:
+def provenance(runs: dict[RunKey, Run], origin: dict[str, Any]) -> str:
     """Versions, hardware, dates and commits of all finished runs, and their total duration."""
-    starts = []
-    for run in runs.values():
-        for stage in run.stages.values():
-            starts += stage.origin.get("starts", [])
-            if "origin" in stage.tested:
-                starts.append(stage.tested["origin"])
-    versions: dict[str, list[str]] = {}
-    for start in starts:
-        for package, version in start["versions"].items():
-            versions.setdefault(package, []).append(version)
-    versions = {package: _unique(numbers) for package, numbers in versions.items()}
-    commits = _unique(start["commit"] or "unknown" for start in starts)
-    days = sorted({start["time"][:10] for start in starts})
+    versions, commits, days = origin["versions"], origin["commits"], origin["days"]
     hours = sum(run.seconds for run in runs.values()) / 3600
     sentences = [
         ", ".join(f"{package} {' and '.join(numbers)}" for package, numbers in versions.items()),
-        "; ".join(_unique(f"{start['device']} ({start['machine']})" for start in starts)),
-        " to ".join(_unique((days[0], days[-1]))) if days else "dates unknown",
+        "; ".join(origin["devices"]),
+        " to ".join(dict.fromkeys((days[0], days[-1]))) if days else "dates unknown",
         f"{'commit' if len(commits) == 1 else 'commits'} {', '.join(commits)}",
         f"{hours:.1f} hours of computing",
     ]
@@ -103,11 +111,6 @@ def provenance(runs: Runs) -> str:
     mixed = ["commits"] if len(commits) > 1 else []
     mixed += [f"versions of {package}" for package, numbers in versions.items() if len(numbers) > 1]
     return f"{text} **The runs are of different {' and '.join(mixed)}.**" if mixed else text
-
-
-def _unique(values: Iterable[str]) -> list[str]:
-    """Each value once, in order."""
-    return list(dict.fromkeys(values))
 
 
 def _check_output(folder: Path) -> None:
@@ -127,33 +130,43 @@ def _check_output(folder: Path) -> None:
 def main(argv: Sequence[str] | None = None) -> None:
     parser = Parser(__doc__, prog="python experiments/analyse.py")
     parser.add_argument("plan", type=expanded_path, metavar="PLAN", help="such as experiments/plans/classification.py")
-    parser.add_argument("results", type=expanded_path, metavar="RESULTS", help="the output folder of its runs")
     parser.add_argument(
-        "-o", "--output", type=expanded_path, metavar="FOLDER", help="default: RESULTS; earlier output is replaced"
+        "results",
+        type=expanded_path,
+        metavar="RESULTS",
+        help="the output folder of its runs, or the file of collect.py",
     )
-    parser.add_argument("--resamples", type=int, default=2000, help="bootstrap resamples; default: %(default)s")
+    parser.add_argument(
+        "-o", "--output", type=expanded_path, metavar="FOLDER",
+        help="default: RESULTS, or the folder of the file; earlier output is replaced",
+    )  # fmt: skip
+    parser.add_argument(
+        "--resamples", type=int, default=2000, help="bootstrap resamples, where all seeds have the same test images; "
+        "default: %(default)s",
+    )  # fmt: skip
     options = parser.parse_args(argv)
     check_limits(vars(options))
     if options.resamples < 1:
         raise UserError(f"--resamples {options.resamples}: expected 1 or more.")
     plan = read_plan(options.plan)
-    runs = read_runs(plan, options.results)
-    tasks = read_tasks(plan, runs)
-    output = options.output or options.results
+    results = read_results(plan, options.results)
+    tasks = read_tasks(plan, results.runs)
+    output = options.output or (options.results.parent if options.results.is_file() else options.results)
     _check_output(output)
     comparisons = compare(plan, tasks, options.resamples)
-    text = page(plan, runs, tasks, comparisons, options.resamples)
+    text = page(plan, results, tasks, comparisons, options.resamples)
     write_atomically(output / TABLES, text.encode(errors="backslashreplace"))
-    write_figures(output, plan, runs, tasks, comparisons)
-    print("\n".join(map(printable, text.split("\n"))))
+    write_figures(output, plan, results, tasks, comparisons)
+    for line in text.split("\n"):
+        print_line(line)
 
 
-def write_figures(output: Path, plan: Plan, runs: Runs, tasks: list[Task], comparisons: list[Comparison]) -> None:
+def write_figures(output: Path, plan: Plan, results: Results, tasks: list[Task], comparisons: list[Comparison]) -> None:
     """Write FIGURES, and remove those of an earlier analysis that have nothing to show any more."""
     from experiments import pictures
     from utils.results.figures import write_figure
 
-    figures = (pictures.differences(plan, tasks, comparisons), pictures.validation(plan, tasks, runs))
+    figures = (pictures.differences(plan, tasks, comparisons), pictures.validation(plan, tasks, results.runs))
     for name, figure in zip(FIGURES, figures, strict=True):
         if figure is None:
             (output / name).unlink(missing_ok=True)

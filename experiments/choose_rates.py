@@ -12,10 +12,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
 
-from experiments.finished import read_runs
+from experiments.finished import read_folders
+from experiments.markdown import NONE, markdown
 from experiments.plan import Arm, Plan
 from experiments.plans.small_tuning import PLAN
-from experiments.tables import NONE, markdown
 from utils.runtime.command_line import Parser, expanded_path
 from utils.runtime.processes import run_script
 from utils.runtime.text import print_line
@@ -29,13 +29,13 @@ def final_losses(plan: Plan, results: Path) -> Losses:
     Raises UserError if no run has finished, and for a run with other stages than the plan's.
     """
     losses: Losses = {}
-    runs = read_runs(plan, results)
+    runs = read_folders(plan, results).runs
     for arm in plan.arms:
         name, rate = split_name(arm)
         values = losses.setdefault(name, {}).setdefault(rate, [])
         for seed in arm.all_seeds:
             if run := runs.get((arm.name, seed)):
-                loss = run.stages[arm.stages[-1].name].log[-1].get("val_loss")
+                loss = run.logs[arm.stages[-1].name][-1].get("val_loss")
                 values.append(math.inf if loss is None or not math.isfinite(loss) else loss)
     return losses
 
@@ -47,8 +47,12 @@ def split_name(arm: Arm) -> tuple[str, float]:
 
 
 def choose(losses: dict[float, list[float]]) -> float | None:
-    """The rate with the lowest mean loss; None if no run has finished."""
-    means = {rate: np.mean(values) for rate, values in losses.items() if values}
+    """The rate with the lowest mean loss; None if no run has finished.
+
+    Of those with the most finished replicates, because replicates differ by more than rates.
+    """
+    most = max(map(len, losses.values()))
+    means = {rate: np.mean(values) for rate, values in losses.items() if most and len(values) == most}
     return min(means, key=means.get) if means else None
 
 

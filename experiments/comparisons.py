@@ -1,6 +1,6 @@
 """Statistics of paired differences between arms: intervals, effect sizes, tests. Arrays in, numbers out.
 
-A difference belongs to one seed: the arm's metric minus the baseline's for the same seed and the same test images.
+A difference belongs to one seed: the arm's metric minus its control's for the same seed and the same test images.
 """
 
 import math
@@ -8,34 +8,49 @@ import math
 import numpy as np
 from scipy import stats
 
-from utils.results.metrics import LEVEL, count_classes, macro_metrics
+from utils.results.metrics import LEVEL, count_classes, macro_metrics, wilson_intervals
 
-SCORES = ("top1", "balanced_accuracy", "f1", "hard_top1", "hard_balanced_accuracy", "hard_f1")
+SCORES = ("top1", "balanced_accuracy", "f1", "hard_top1", "hard_balanced_accuracy", "hard_f1", "balanced_loss")
 ALPHA, POWER = 0.05, 0.8
+MOST_EXACT, FLIPS = 16, 100_000  # seeds up to which all sign flips are tried; random ones for more
 
 
 def scores(
-    targets: np.ndarray, predictions: np.ndarray, hard: np.ndarray, weights: np.ndarray | None = None
+    targets: np.ndarray,
+    predictions: np.ndarray,
+    losses: np.ndarray,
+    hard: np.ndarray,
+    weights: np.ndarray | None = None,
 ) -> np.ndarray:
-    """SCORES of R runs on the same N images, (R, 6); NaN where undefined.
+    """SCORES of R runs on the same N images, (R, 7); NaN where undefined.
 
-    targets: (N,) classes below C; predictions: (R, N); hard: (C,) bool; weights: (N,) integers, how often each image
-    counts (None: once). hard_top1 and hard_balanced_accuracy cover the images of hard classes; hard_f1 is the mean F1
-    of the hard classes over all images. A class counts if it occurs in targets.
+    targets: (N,) classes below C; predictions, losses: (R, N); hard: (C,) bool; weights: (N,) integers, how often each
+    image counts (None: once). hard_top1 and hard_balanced_accuracy cover the images of hard classes; hard_f1 is the
+    mean F1 of the hard classes over all images. balanced_loss is the mean over the classes of their mean losses. A
+    class counts if it occurs in targets.
     """
     counts = count_classes(targets, predictions, weights, len(hard))
     metrics = [macro_metrics(*counts, among) for among in (None, hard)]
-    return np.stack([group[name] for group in metrics for name in ("top1", "balanced_accuracy", "f1")], axis=1)
+    columns = [group[name] for group in metrics for name in ("top1", "balanced_accuracy", "f1")]
+    return np.stack([*columns, balanced_loss(targets, losses, counts[0], weights)], axis=1)
+
+
+def balanced_loss(
+    targets: np.ndarray, losses: np.ndarray, images: np.ndarray, weights: np.ndarray | None = None
+) -> np.ndarray:
+    """Mean over the classes of their mean losses, (R,). images: (C,), how many each class has, by weight."""
+    weights = np.ones(len(targets)) if weights is None else weights
+    return losses @ (weights / np.maximum(images, 1)[targets]) / np.count_nonzero(images)
 
 
 def bootstrap_scores(
-    targets: np.ndarray, predictions: np.ndarray, hard: np.ndarray, resamples: int, seed: int = 0
+    targets: np.ndarray, predictions: np.ndarray, losses: np.ndarray, hard: np.ndarray, resamples: int, seed: int = 0
 ) -> np.ndarray:
-    """`scores` on `resamples` draws of N images with replacement, the same for all runs, (resamples, R, 6)."""
+    """`scores` on `resamples` draws of N images with replacement, the same for all runs, (resamples, R, 7)."""
     generator = np.random.default_rng(seed)
     n = len(targets)
     draws = (np.bincount(generator.integers(n, size=n), minlength=n) for _ in range(resamples))
-    return np.stack([scores(targets, predictions, hard, weights) for weights in draws])
+    return np.stack([scores(targets, predictions, losses, hard, weights) for weights in draws])
 
 
 def hierarchical_interval(differences: np.ndarray, seed: int = 0) -> tuple[float, float]:
@@ -97,12 +112,27 @@ def power_of_t_test(d: float, n: int) -> float:
 
 
 def sign_flip_p(differences: np.ndarray) -> float:
-    """Exact two-sided p-value of the mean of n >= 2 differences under random signs, over all 2^n sign flips.
+    """Two-sided p-value of the mean of n >= 2 differences under random signs.
 
-    Memory grows with n * 2^n.
+    Exact, over all 2^n sign flips, for at most MOST_EXACT differences; otherwise over FLIPS random ones, the same in
+    each call, so that p is at least 2 / FLIPS. Unlike the t-test, it does not assume normal differences: without an
+    effect, a difference must only be as likely to be positive as negative, at every size.
     """
-    test = stats.permutation_test((differences,), np.mean, permutation_type="samples", n_resamples=np.inf)
+    flips = np.inf if len(differences) <= MOST_EXACT else FLIPS - 1  # SciPy counts the observed signs in addition
+    test = stats.permutation_test((differences,), np.mean, permutation_type="samples", n_resamples=flips, rng=0)
     return min(float(test.pvalue), 1.0)
+
+
+def probability_of_better(differences: np.ndarray, sign: int) -> tuple[float, float, float]:
+    """Probability that a new replicate of the arm beats its control's, and the bounds of its 95 % interval.
+
+    differences: (n,); sign: 1 if a positive difference is better, otherwise -1. The share of seeds in which the arm is
+    better, where equal ones count half (Bouthillier et al. 2021, Accounting for Variance in Machine Learning
+    Benchmarks). The interval is Wilson's: a bootstrap, as in that paper, has no width if all seeds agree.
+    """
+    better = np.sum(sign * differences > 0) + np.sum(differences == 0) / 2
+    lower, upper = wilson_intervals(better, np.array(len(differences)))
+    return float(better / len(differences)), max(float(lower), 0.0), min(float(upper), 1.0)  # beyond by rounding only
 
 
 def holm(p_values: list[float]) -> list[float]:

@@ -1,5 +1,6 @@
-"""Paired differences of each arm to the baseline, by task, with intervals, effect sizes and tests."""
+"""Paired differences of each arm to its control, by task and outcome, with intervals, effect sizes and tests."""
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -10,92 +11,134 @@ from experiments.comparisons import (
     effect_size,
     hierarchical_interval,
     holm,
+    probability_of_better,
     seeds_needed,
     sign_flip_p,
     t_interval,
 )
-from experiments.finished import RunKey, Task, task_names
-from experiments.plan import Plan
+from experiments.finished import RunKey
+from experiments.outcomes import OUTCOMES
+from experiments.plan import Contrast, Plan
+from experiments.tasks import Task, task_names
 from utils.runtime.errors import UserError
 
-COMPARED = ("hard_f1", "f1", "balanced_accuracy", "top1")
+COMPARED = ("balanced_loss", "hard_f1", "f1", "balanced_accuracy", "top1", "ece")
 SEEDS_FOR_P = 8
-POINT = 0.01
+SMALL = 0.01  # one point, or .01 nats: the difference for which `needed` is
 
 
 class Comparison(NamedTuple):
-    """One arm minus the baseline in one task and metric, over the seeds that both have. Fractions, not points.
+    """One arm minus its control in one task and outcome, over the seeds that both have. Fractions, not points.
 
-    differences: (n,), one per seed; interval: bootstrap over seeds and test images; t: t-interval over seeds; effect:
-    d_z; needed: seeds to detect one point; t, effect and needed are None if too few seeds show their spread; p: None
-    with fewer than SEEDS_FOR_P seeds, and for metrics without a test; primary: whether p belongs to the test that was
-    fixed before the runs, and is not adjusted.
+    question: name of the primary contrast, "" for an exploratory comparison; differences: (n,), one per seed; interval:
+    bootstrap over seeds and test images, None where each seed has its own images, and for ECE; t: t-interval over
+    seeds; effect: d_z; needed: seeds to detect a difference of SMALL; t, effect and needed are None if too few seeds
+    show their spread; better: probability that a new replicate of the arm beats its control's, lower and upper bound;
+    p: of the primary tests, adjusted for their number (Holm), otherwise None, also with fewer than SEEDS_FOR_P seeds.
     """
 
     task: str
-    metric: str
+    outcome: str
     arm: str
+    control: str
+    question: str
     differences: np.ndarray
-    interval: tuple[float, float]
+    interval: tuple[float, float] | None
     t: tuple[float, float] | None
     effect: float | None
     needed: int | None
+    better: tuple[float, float, float]
     p: float | None
-    primary: bool
 
 
-def tested_metric(task: Task) -> str:
-    """The metric that p-values are computed for: macro F1 of the hard classes."""
-    return "hard_f1" if task.has_easy else "f1"
+def main_outcome(plan: Plan, task: Task) -> str:
+    """The outcome that the tests are made in; that of all classes where all are hard."""
+    return plan.outcome if task.has_easy else plan.outcome.removeprefix("hard_")
+
+
+def outcomes_compared(plan: Plan, task: Task) -> list[str]:
+    """The main outcome first."""
+    names = [name for name in COMPARED if task.has_easy or not name.startswith("hard_")]
+    return list(dict.fromkeys((main_outcome(plan, task), *names)))
+
+
+def contrasts(plan: Plan) -> Iterator[Contrast]:
+    """The primary contrasts, then each arm with its control as far as that is none of them, with an empty name."""
+    yield from plan.primary
+    primary = {(contrast.arm, contrast.control) for contrast in plan.primary}
+    for arm in plan.arms:
+        control = arm.control or plan.baseline
+        if arm.name != control and (arm.name, control) not in primary:
+            yield Contrast("", arm.name, control)
+
+
+def pairs(plan: Plan, task: Task, contrast: Contrast) -> list[tuple[RunKey, RunKey]]:
+    """A run of the arm and one of its control for each seed that both have."""
+    seeds = next(arm.all_seeds for arm in plan.arms if arm.name == contrast.arm)
+    both = [((contrast.arm, seed), (contrast.control, seed)) for seed in seeds]
+    return [pair for pair in both if task.runs.keys() >= set(pair)]
 
 
 def compare(plan: Plan, tasks: list[Task], resamples: int) -> list[Comparison]:
-    """Comparisons by task, metric and arm, without arms that have no seed in common with the baseline.
+    """Comparisons by task, outcome and arm, without arms that have no seed in common with their control.
 
-    Raises UserError if no run of the baseline has finished.
+    Raises UserError if no arm has one.
     """
-    if not any(arm == plan.baseline for task in tasks for arm, _ in task.runs):
-        raise UserError(f"no run of the baseline {plan.baseline!r} has finished and was tested. Run it first.")
     comparisons = []
     for task in tasks:
-        resampled = _resample(task, resamples)
-        for metric in COMPARED:
-            for arm in plan.arms:
-                pairs = [((arm.name, seed), (plan.baseline, seed)) for seed in arm.all_seeds]
-                pairs = [pair for pair in pairs if task.runs.keys() >= set(pair)]
-                if pairs and arm.name != plan.baseline and (task.has_easy or not metric.startswith("hard_")):
-                    comparisons.append(_comparison(plan, task, metric, pairs, resampled))
-    secondary = [index for index, row in enumerate(comparisons) if row.p is not None and not row.primary]
-    for index, p in zip(secondary, holm([comparisons[index].p for index in secondary]), strict=True):
+        matched = [(contrast, both) for contrast in contrasts(plan) if (both := pairs(plan, task, contrast))]
+        resampled = _resample(task, resamples) if matched and task.shared else {}
+        for outcome in outcomes_compared(plan, task):
+            for contrast, both in matched:
+                comparisons.append(_comparison(plan, task, outcome, contrast, both, resampled))
+    if not comparisons:
+        raise UserError(
+            f"no arm of the plan {plan.name!r} has a finished seed in common with its control (the baseline is "
+            f"{plan.baseline!r}). Run more of the plan first."
+        )
+    primary = [index for index, row in enumerate(comparisons) if row.p is not None]
+    for index, p in zip(primary, holm([comparisons[index].p for index in primary]), strict=True):
         comparisons[index] = comparisons[index]._replace(p=p)
     return comparisons
 
 
 def _comparison(
-    plan: Plan, task: Task, metric: str, pairs: list[tuple[RunKey, RunKey]], resampled: dict[RunKey, np.ndarray]
+    plan: Plan,
+    task: Task,
+    outcome: str,
+    contrast: Contrast,
+    both: list[tuple[RunKey, RunKey]],
+    resampled: dict[RunKey, np.ndarray],
 ) -> Comparison:
-    """pairs: a run of the arm and one of the baseline for each seed; p is not adjusted yet."""
-    arm, column = pairs[0][0][0], SCORES.index(metric)
-    differences = np.array([task.runs[run].metrics[metric] - task.runs[base].metrics[metric] for run, base in pairs])
-    resampled_differences = [resampled[run][:, column] - resampled[base][:, column] for run, base in pairs]
-    has_p = metric == tested_metric(task) and len(pairs) >= SEEDS_FOR_P
+    """p is not adjusted yet."""
+    differences = np.array([task.runs[run].metrics[outcome] - task.runs[base].metrics[outcome] for run, base in both])
+    interval = None
+    if resampled and outcome in SCORES:
+        column = SCORES.index(outcome)
+        columns = [resampled[run][:, column] - resampled[base][:, column] for run, base in both]
+        interval = hierarchical_interval(np.stack(columns, axis=1))
+    question = contrast.name if task.name == task_names(plan)[0] and outcome == main_outcome(plan, task) else ""
     return Comparison(
         task.name,
-        metric,
-        arm,
+        outcome,
+        contrast.arm,
+        contrast.control,
+        question,
         differences,
-        hierarchical_interval(np.stack(resampled_differences, axis=1)),
+        interval,
         t_interval(differences),
         effect_size(differences),
-        seeds_needed(differences, POINT),
-        sign_flip_p(differences) if has_p else None,
-        primary=has_p and task.name == task_names(plan)[0] and arm in {contrast.arm for contrast in plan.primary},
+        seeds_needed(differences, SMALL),
+        probability_of_better(differences, OUTCOMES[outcome].sign),
+        sign_flip_p(differences) if question and len(both) >= SEEDS_FOR_P else None,
     )
 
 
 def _resample(task: Task, resamples: int) -> dict[RunKey, np.ndarray]:
-    """The scores of each run, (resamples, 6), means over its draws, on the same resamples of the test images."""
-    stacked = np.concatenate([tested.predictions for tested in task.runs.values()])
-    values = bootstrap_scores(task.targets, stacked, task.hard, resamples)  # (resamples, rows, 6)
-    ends = np.cumsum([len(tested.predictions) for tested in task.runs.values()])[:-1]
+    """The scores of each run, (resamples, 7), means over its draws, on the same resamples of the test images."""
+    tested = list(task.runs.values())
+    predictions = np.concatenate([run.predictions for run in tested])
+    losses = np.concatenate([run.losses for run in tested])
+    values = bootstrap_scores(tested[0].targets, predictions, losses, task.hard, resamples)  # (resamples, rows, 7)
+    ends = np.cumsum([len(run.predictions) for run in tested])[:-1]
     return {key: rows.mean(1) for key, rows in zip(task.runs, np.split(values, ends, axis=1), strict=True)}

@@ -1,4 +1,4 @@
-"""Values of a plan's runs under several conditions: their CSV file, and tables of paired differences.
+"""Outcomes of a plan's runs under several conditions: their CSV file, and tables of paired differences.
 
 A condition is, for example, a change of the test images. Differences are those of each arm to its control, seed by
 seed, and positive where the arm is better.
@@ -11,14 +11,15 @@ from typing import NamedTuple
 import numpy as np
 
 from experiments.comparisons import t_interval
+from experiments.differences import contrasts
+from experiments.markdown import NONE, markdown
+from experiments.outcomes import OUTCOMES
 from experiments.plan import Plan
-from experiments.tables import markdown
 from utils.results.run_folder import read_table
 from utils.runtime.errors import UserError
 from utils.runtime.files import make_parent, write_atomically
 from utils.runtime.text import csv_table
 
-DASH = "\N{EN DASH}"
 SIGNS = (
     "Positive differences: the arm is better than its control (for errors such as cross-entropy the sign is reversed). "
     "Mean over the seeds that both have, with a 95 % t-interval in brackets; exploratory, not adjusted for the number "
@@ -26,24 +27,8 @@ SIGNS = (
 )
 
 
-class Measure(NamedTuple):
-    """What is measured. factor: from a value to the unit of the tables, with `digits` decimals."""
-
-    name: str
-    title: str
-    factor: float = 100
-    digits: int = 2
-    lower_is_better: bool = False
-
-
-LOSS = Measure("balanced_loss", "balanced cross-entropy, nats", 1, 3, lower_is_better=True)
-ACCURACY = Measure("balanced_accuracy", "balanced accuracy, points")
-F1 = Measure("f1", "macro F1, points")
-ECE = Measure("ece", "calibration error, points", lower_is_better=True)
-
-
 class Row(NamedTuple):
-    """The values of one run under one condition, by measure. condition: its parts, such as task and shift."""
+    """The values of a run under a condition, by the names of OUTCOMES. condition: its parts, such as task and shift."""
 
     arm: str
     seed: int
@@ -51,22 +36,21 @@ class Row(NamedTuple):
     values: dict[str, float]
 
 
-def read_rows(path: Path, plan: Plan, parts: Sequence[str], measures: Sequence[Measure]) -> list[Row]:
+def read_rows(path: Path, plan: Plan, parts: Sequence[str], outcomes: Sequence[str]) -> list[Row]:
     """The rows of a file of `write_rows`; none if there is no file.
 
     parts: names of the parts of a condition. Raises UserError for another file, and for one of another plan.
     """
     if not path.exists():
         return []
-    names = [measure.name for measure in measures]
     try:
-        table = read_table(path, ("plan", "arm", "seed", *parts, *names))
+        table = read_table(path, ("plan", "arm", "seed", *parts, *outcomes))
         rows = [
             Row(
                 row["arm"],
                 int(row["seed"]),
                 tuple(row[part] for part in parts),
-                {name: float(row[name]) for name in names},
+                {name: float(row[name]) for name in outcomes},
             )
             for row in table
         ]
@@ -103,64 +87,62 @@ def output_paths(path: Path, *endings: str) -> list[Path]:
     return [path, *others]
 
 
-def controls(plan: Plan) -> dict[str, str]:
-    """By arm, the arm that it is compared with; without the baseline, if that has no control."""
-    pairs = {arm.name: arm.control or plan.baseline for arm in plan.arms}
-    return {arm: control for arm, control in pairs.items() if arm != control}
-
-
 def conditions(rows: Iterable[Row]) -> list[tuple[str, ...]]:
     """All conditions, in the order of the rows."""
     return list(dict.fromkeys(row.condition for row in rows))
 
 
-def differences(
-    rows: Iterable[Row], condition: tuple[str, ...], arm: str, control: str, measure: Measure
-) -> np.ndarray:
-    """Differences of a measure over the seeds that both arms have, (n,), positive where the arm is better."""
+def differences(rows: Iterable[Row], condition: tuple[str, ...], arm: str, control: str, outcome: str) -> np.ndarray:
+    """Differences of an outcome over the seeds that both arms have, (n,), positive where the arm is better."""
     values: dict[str, dict[int, float]] = {arm: {}, control: {}}
     for row in rows:
         if row.condition == condition and row.arm in values:
-            values[row.arm][row.seed] = row.values[measure.name]
+            values[row.arm][row.seed] = row.values[outcome]
     seeds = sorted(values[arm].keys() & values[control].keys())
-    sign = -1 if measure.lower_is_better else 1
-    return sign * np.array([values[arm][seed] - values[control][seed] for seed in seeds])
+    return OUTCOMES[outcome].sign * np.array([values[arm][seed] - values[control][seed] for seed in seeds])
 
 
-def levels_table(plan: Plan, rows: Sequence[Row], parts: Sequence[str], measure: Measure) -> str:
-    """Mean of a measure over the seeds, one row per condition and one column per arm."""
+def levels_table(plan: Plan, rows: Sequence[Row], parts: Sequence[str], outcome: str) -> str:
+    """Mean of an outcome over the seeds, one row per condition and one column per arm."""
     present = {row.arm for row in rows}
     arms = [arm.name for arm in plan.arms if arm.name in present]
     body = []
     for condition in conditions(rows):
         values = [[row.values for row in rows if (row.condition, row.arm) == (condition, arm)] for arm in arms]
-        means = [np.mean([measured[measure.name] for measured in seeds]) if seeds else np.nan for seeds in values]
-        body.append([*condition, *(_shown(float(mean), measure) for mean in means)])
+        means = [np.mean([measured[outcome] for measured in seeds]) if seeds else np.nan for seeds in values]
+        body.append([*condition, *(_shown(float(mean), outcome) for mean in means)])
     return markdown([*parts, *arms], body, texts=len(parts))
 
 
-def differences_table(plan: Plan, rows: Sequence[Row], parts: Sequence[str], measures: Sequence[Measure]) -> str:
-    """One row per condition and arm with a control, one column per measure."""
+def differences_table(plan: Plan, rows: Sequence[Row], parts: Sequence[str], outcomes: Sequence[str]) -> str:
+    """One row per condition and arm with a control, one column per outcome."""
     body = []
     for condition in conditions(rows):
-        for arm, control in controls(plan).items():
-            by_measure = [differences(rows, condition, arm, control, measure) for measure in measures]
-            if len(by_measure[0]):
-                cells = map(_difference, by_measure, measures)
-                body.append([*condition, arm, control, str(len(by_measure[0])), *cells])
-    head = [*parts, "arm", "control", "seeds", *(measure.title for measure in measures)]
+        for contrast in contrasts(plan):
+            arm, control = contrast.arm, contrast.control
+            values = [differences(rows, condition, arm, control, outcome) for outcome in outcomes]
+            if len(values[0]):
+                cells = map(_difference, values, outcomes)
+                body.append([*condition, arm, control, str(len(values[0])), *cells])
+    head = [*parts, "arm", "control", "seeds", *map(title, outcomes)]
     return markdown(head, body, texts=len(parts) + 2)
 
 
-def _shown(value: float, measure: Measure, plus: str = "") -> str:
-    """The value in the table's unit; a dash if it is not finite."""
+def title(outcome: str) -> str:
+    """The outcome with its unit."""
+    return f"{OUTCOMES[outcome].title}, {OUTCOMES[outcome].unit}"
+
+
+def _shown(value: float, outcome: str, plus: str = "") -> str:
+    """The value in the outcome's unit; a dash if it is not finite."""
     if not np.isfinite(value):
-        return DASH
-    return f"{round(measure.factor * value, measure.digits) + 0.0:{plus}.{measure.digits}f}"  # not -0.00
+        return NONE
+    digits = 3 if OUTCOMES[outcome].unit == "nats" else 2
+    return f"{round(OUTCOMES[outcome].scale * value, digits) + 0.0:{plus}.{digits}f}"  # not -0.00
 
 
-def _difference(values: np.ndarray, measure: Measure) -> str:
+def _difference(values: np.ndarray, outcome: str) -> str:
     """Mean and interval, such as "+1.20 (-0.31 to +2.71)"."""
-    mean = _shown(float(values.mean()), measure, "+")
+    mean = _shown(float(values.mean()), outcome, "+")
     interval = t_interval(values) if np.isfinite(values).all() else None
-    return mean if interval is None else f"{mean} ({' to '.join(_shown(end, measure, '+') for end in interval)})"
+    return mean if interval is None else f"{mean} ({' to '.join(_shown(end, outcome, '+') for end in interval)})"

@@ -1,4 +1,4 @@
-"""The figures of an analysis: differences to the baseline, and validation over the epochs.
+"""The figures of an analysis: differences of each arm to its control, and validation over the epochs.
 
 `python -m utils.plots health RUN/STAGE ...` draws the policy's health.
 """
@@ -12,65 +12,90 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
-from experiments.differences import POINT, Comparison, tested_metric
-from experiments.finished import Runs, Task
+from experiments.differences import Comparison, contrasts, main_outcome
+from experiments.finished import Log, Run, RunKey
+from experiments.outcomes import OUTCOMES
 from experiments.plan import Arm, Plan, Stage
+from experiments.tasks import Task
 from utils.results.curves import STYLES
 from utils.results.figures import COLOURS, FAINT, INK, as_text, in_lines
-from utils.results.run_folder import RunFolder
 
-COLUMNS, WIDTH = 3, 9.0  # panels per row; inches of the figure
+COLUMNS, WIDTH = 3, 10.0  # panels per row; inches of the figure
 ARM_COLOURS = COLOURS[:-1]  # black is for the baseline
-ARM_WIDTH = 18  # characters per line of an arm's name
+ARM_WIDTH = 24  # characters per line of an arm's name
+WITH_ONE_TASK = ("balanced_accuracy", "ece")  # further panels next to that of the main outcome
+JITTER = 0.14  # rows; seeds are spread over this height below their mean
 
 
 def differences(plan: Plan, tasks: list[Task], comparisons: list[Comparison]) -> Figure | None:
-    """Differences to the baseline in hard macro F1: each seed, mean, t-interval; one panel per task, one row per arm.
+    """Differences of each arm to its control: each seed, mean, t-interval; one row per comparison.
 
-    None if no task has differences.
+    One panel for each task, in the main outcome; with a single task, panels for WITH_ONE_TASK too. None if no task has
+    differences.
     """
     tasks = [task for task in tasks if any(comparison.task == task.name for comparison in comparisons)]
     if not tasks:
         return None
-    arms = [arm.name for arm in plan.arms if arm.name != plan.baseline]
-    figure, panels = _panels(len(tasks), row_height=0.9 + 0.45 * len(arms))
-    for number, (task, axes) in enumerate(zip(tasks, panels, strict=True)):
+    shown = [(task, main_outcome(plan, task)) for task in tasks]
+    if len(tasks) == 1:
+        shown += [(tasks[0], name) for name in WITH_ONE_TASK if name != shown[0][1]]
+    order = [(arm.name, control) for arm in plan.arms for control in _controls(plan, arm.name)]
+    rows = [pair for pair in order if any((row.arm, row.control) == pair for row in comparisons)]
+    figure, panels = _panels(len(shown), row_height=0.9 + 0.42 * len(rows))
+    for number, ((task, name), axes) in enumerate(zip(shown, panels, strict=True)):
         for comparison in comparisons:
-            if (comparison.task, comparison.metric) == (task.name, tested_metric(task)):
-                _draw_difference(axes, comparison, arms.index(comparison.arm))
+            if (comparison.task, comparison.outcome) == (task.name, name):
+                _draw_difference(axes, comparison, rows.index((comparison.arm, comparison.control)))
         axes.axvline(0, color=INK, linewidth=1)
-        names = [in_lines(arm, ARM_WIDTH) for arm in arms] if number % COLUMNS == 0 else [""] * len(arms)
-        axes.set_yticks(range(len(arms)), names)
-        axes.set_ylim(len(arms) - 0.5, -0.5)
+        axes.set_yticks(range(len(rows)), [_row_label(*pair) if number % COLUMNS == 0 else "" for pair in rows])
+        axes.tick_params(axis="y", labelsize=8)
+        axes.set_ylim(len(rows) - 0.5, -0.5)
         axes.xaxis.set_major_locator(MaxNLocator(5))
-        kind = "hard macro F1" if task.has_easy else "macro F1"
-        _finish(axes, f"{as_text(task.name)}: {kind}", "difference, points")
+        outcome = OUTCOMES[name]
+        title = outcome.title if len(tasks) == 1 else f"{as_text(task.name)}: {outcome.title}"
+        better = "better \N{RIGHTWARDS ARROW}" if outcome.sign > 0 else "\N{LEFTWARDS ARROW} better"
+        _finish(axes, title, f"difference, {outcome.unit} ({better})")
         axes.grid(visible=False, axis="y")
-    figure.suptitle(f"Difference to {as_text(plan.baseline)} (0): each seed, mean, 95 % t-interval", color=INK)
+    figure.suptitle("Difference to the control (0): each seed, mean, 95 % t-interval", color=INK, fontsize=11)
     return figure
 
 
+def _controls(plan: Plan, arm: str) -> list[str]:
+    return [contrast.control for contrast in contrasts(plan) if contrast.arm == arm]
+
+
+def _row_label(arm: str, control: str) -> str:
+    return f"{in_lines(arm, ARM_WIDTH)}\n\N{MINUS SIGN} {in_lines(control, ARM_WIDTH)}"
+
+
 def _draw_difference(axes: Axes, comparison: Comparison, row: int) -> None:
-    values = comparison.differences / POINT
+    scale = OUTCOMES[comparison.outcome].scale
+    values = comparison.differences * scale
     colour = ARM_COLOURS[row % len(ARM_COLOURS)]
-    axes.scatter(values, np.full(len(values), row + 0.2), s=22, color=colour, alpha=0.6, linewidths=0, zorder=3)
+    heights = row + 0.22 + JITTER * (np.arange(len(values)) % 3 - 1)
+    axes.scatter(values, heights, s=9, color=colour, alpha=0.5, linewidths=0, zorder=3)
     if comparison.t is not None:
-        axes.plot([end / POINT for end in comparison.t], [row - 0.12] * 2, color=colour, linewidth=2.5)
-    axes.plot(values.mean(), row - 0.12, marker="D", markersize=6, color=colour, markeredgecolor="white", zorder=4)
+        axes.plot([end * scale for end in comparison.t], [row - 0.15] * 2, color=colour, linewidth=2.5)
+    axes.plot(values.mean(), row - 0.15, marker="D", markersize=5, color=colour, markeredgecolor="white", zorder=4)
 
 
-def validation(plan: Plan, tasks: list[Task], runs: Runs) -> Figure | None:
-    """Macro F1 on val over the epochs of all stages that lead to a task, means over seeds; one panel per task."""
+def validation(plan: Plan, tasks: list[Task], runs: dict[RunKey, Run]) -> Figure | None:
+    """Macro F1 on val over the epochs of all stages that lead to a task, means over seeds; one panel per task.
+
+    None if no stage was validated more than once.
+    """
     figure, panels = _panels(len(tasks), row_height=3.0)
     drawn = {}  # arms in the plan's order, with a line for the legend
+    is_curve = False
     for task, axes in zip(tasks, panels, strict=True):
         for arm in plan.arms:
             curves = []
             for seed in arm.all_seeds:
                 if (arm.name, seed) in runs:
-                    stages = runs[arm.name, seed].stages
-                    curves += [_validation_f1(chain, stages) for chain in chains(arm, task.name)]
+                    logs = runs[arm.name, seed].logs
+                    curves += [_validation_f1(chain, logs) for chain in chains(arm, task.name)]
             curves = [curve for curve in curves if curve]
+            is_curve = is_curve or any(len(piece) > 1 for curve in curves for piece in curve)
             if curves:
                 _draw_means(axes, curves, style := _style(plan, arm.name))
                 drawn[arm.name] = Line2D([], [], **style)
@@ -78,7 +103,7 @@ def validation(plan: Plan, tasks: list[Task], runs: Runs) -> Figure | None:
         _finish(axes, as_text(task.name), "epoch over all stages, from 0", "macro F1 on val")
     names = [as_text(name) for name in drawn]
     figure.legend(drawn.values(), names, loc="outside lower center", ncols=3, frameon=False, handlelength=3.5)
-    return figure if drawn else None
+    return figure if is_curve else None
 
 
 def chains(arm: Arm, task: str) -> list[list[Stage]]:
@@ -94,16 +119,17 @@ def chains(arm: Arm, task: str) -> list[list[Stage]]:
     return result
 
 
-def _validation_f1(chain: list[Stage], stages: dict[str, RunFolder]) -> list[dict[int, float]]:
+def _validation_f1(chain: list[Stage], logs: dict[str, Log]) -> list[dict[int, float]]:
     """val_f1 by epoch over all stages, one piece per stage; empty if a stage has no values."""
     pieces, first = [], 0
     for stage in chain:
-        values = [(epoch, line.get("val_f1")) for epoch, line in enumerate(stages[stage.name].log, first)]
+        log = logs[stage.name]
+        values = [(first + line["epoch"], line.get("val_f1")) for line in log]
         piece = {epoch: value for epoch, value in values if value is not None and math.isfinite(value)}
         if not piece:
             return []
         pieces.append(piece)
-        first += len(piece)
+        first += log[-1]["epoch"] + 1
     return pieces
 
 

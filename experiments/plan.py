@@ -9,6 +9,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Literal
 
+from experiments.outcomes import OUTCOMES
 from utils.runtime.errors import UserError
 from utils.runtime.reading import read_json
 
@@ -198,6 +199,8 @@ def read_plan(path: Path) -> Plan:
     for arm in plan.arms:
         if len({stage.name for stage in arm.stages}) < len(arm.stages):
             raise UserError(f"{path}: two stages of the arm {arm.name!r} have the same name. Rename one.")
+    if plan.outcome not in OUTCOMES:
+        raise UserError(f"{path}: outcome {plan.outcome!r} is unknown. Give one of {', '.join(OUTCOMES)}.")
     compared = [name for contrast in plan.primary for name in (contrast.arm, contrast.control)]
     for name in (plan.baseline, *compared, *(arm.control for arm in plan.arms if arm.control is not None)):
         if name not in names:

@@ -27,7 +27,7 @@ from utils.runtime.reading import read_json
 from utils.runtime.text import count, printable
 
 PARTS = ("classes", "probe", "images per class")
-MEASURES = (paired.F1, paired.ACCURACY)
+REPORTED = ("f1", "balanced_accuracy")
 
 
 def read_probes(plan: Plan, results: Path) -> list[Row]:
@@ -55,7 +55,7 @@ def _rows_of(arm: str, seed: int, stage: str, path: Path) -> Iterator[Row]:
             images = "all" if result["shots"] is None else str(int(result["shots"]))
             by_condition.setdefault((PROBE_TITLES[result["probe"]], images), []).append(result["metrics"])
         for condition, metrics in by_condition.items():
-            values = {measure.name: float(np.mean([draw[measure.name] for draw in metrics])) for measure in MEASURES}
+            values = {name: float(np.mean([draw[name] for draw in metrics])) for name in REPORTED}
             yield Row(arm, seed, (stage, *condition), values)
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise UserError(f"{path}: missing or damaged. Remove the run's folder, and run the plan again.") from None
@@ -67,11 +67,11 @@ def page(plan: Plan, rows: Sequence[Row]) -> str:
     parts = [
         f"# {plan.name}: probes of frozen features",
         f"{plan.question} {count(len(runs), 'run')}; the value of a run is the mean over its draws of training images.",
-        f"## Mean over seeds: {paired.F1.title}",
-        paired.levels_table(plan, rows, PARTS, paired.F1),
+        f"## Mean over seeds: {paired.title('f1')}",
+        paired.levels_table(plan, rows, PARTS, "f1"),
         "## Paired differences to the control",
         paired.SIGNS,
-        paired.differences_table(plan, rows, PARTS, MEASURES),
+        paired.differences_table(plan, rows, PARTS, REPORTED),
     ]
     return "\n\n".join(parts) + "\n"
 
@@ -85,7 +85,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = parser.parse_args(argv)
     plan = read_plan(options.plan)
     table, text = paired.output_paths(options.output, ".md")
-    rows = paired.read_rows(table, plan, PARTS, MEASURES)
+    rows = paired.read_rows(table, plan, PARTS, REPORTED)
     if options.results is not None:
         rows = read_probes(plan, options.results)
         paired.write_rows(table, plan, PARTS, rows)

@@ -35,7 +35,7 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional as F
 
 from experiments import paired
-from experiments.comparisons import t_interval
+from experiments.comparisons import balanced_loss, t_interval
 from experiments.paired import Row
 from experiments.plan import FINISHED, Plan, Subset, folder_of_run, matches, read_plan, read_record
 from experiments.run import SUBSETS
@@ -60,7 +60,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 PARTS = ("task", "shift")
-MEASURES = (paired.LOSS, paired.ACCURACY, paired.F1, paired.ECE)
+REPORTED = ("balanced_loss", "balanced_accuracy", "f1", "ece")
 WEIGHTS = "model_best.pth"
 BATCH_SIZE = 64
 
@@ -167,7 +167,7 @@ def test_all(tested: Sequence[Tested], images: Path, device: torch.device) -> li
         targets = torch.from_numpy(files.targets).long()
         for (stage, _), by_shift in zip(group, logits, strict=True):
             for shift, values in by_shift.items():
-                rows.append(Row(stage.arm, stage.seed, (stage.task, shift), measures_of(values, targets)))
+                rows.append(Row(stage.arm, stage.seed, (stage.task, shift), outcomes_of(values, targets)))
     return rows
 
 
@@ -203,15 +203,13 @@ def predict_shifted(
     return [{shift: torch.cat(parts) for shift, parts in by_shift.items()} for by_shift in logits]
 
 
-def measures_of(logits: Tensor, targets: Tensor) -> dict[str, float]:
-    """The values of MEASURES. logits: (N, C), targets: (N,) int64, on the CPU.
-
-    balanced_loss: mean over the classes of the mean cross-entropy of their images, nats.
-    """
+def outcomes_of(logits: Tensor, targets: Tensor) -> dict[str, float]:
+    """The values of REPORTED. logits: (N, C), targets: (N,) int64, on the CPU."""
     outcome = outcome_of(logits, targets, calibration=True)
-    images, losses = np.bincount(outcome.targets), np.bincount(outcome.targets, outcome.losses)
-    values = {**outcome_metrics(outcome), "balanced_loss": float((losses[images > 0] / images[images > 0]).mean())}
-    return {measure.name: values[measure.name] for measure in MEASURES}
+    images = np.bincount(outcome.targets, minlength=outcome.num_classes)
+    loss = float(balanced_loss(outcome.targets, outcome.losses[None], images)[0])
+    values = {**outcome_metrics(outcome), "balanced_loss": loss}
+    return {name: values[name] for name in REPORTED}
 
 
 # Outputs
@@ -223,13 +221,13 @@ def page(plan: Plan, rows: Sequence[Row]) -> str:
     parts = [
         f"# {plan.name}: changed test images",
         f"{count(len(runs), 'run')}. The changes are listed in experiments/shifts.py.",
-        f"## Mean over seeds: {paired.LOSS.title}",
-        paired.levels_table(plan, rows, PARTS, paired.LOSS),
-        f"## Mean over seeds: {paired.ACCURACY.title}",
-        paired.levels_table(plan, rows, PARTS, paired.ACCURACY),
+        f"## Mean over seeds: {paired.title('balanced_loss')}",
+        paired.levels_table(plan, rows, PARTS, "balanced_loss"),
+        f"## Mean over seeds: {paired.title('balanced_accuracy')}",
+        paired.levels_table(plan, rows, PARTS, "balanced_accuracy"),
         "## Paired differences to the control",
         paired.SIGNS,
-        paired.differences_table(plan, rows, PARTS, MEASURES),
+        paired.differences_table(plan, rows, PARTS, REPORTED),
     ]
     return "\n\n".join(parts) + "\n"
 
@@ -243,7 +241,8 @@ def picture(plan: Plan, rows: Sequence[Row]) -> "Figure | None":
     conditions = paired.conditions(rows)
     by_contrast = {
         contrast: [
-            paired.differences(rows, condition, contrast.arm, contrast.control, paired.LOSS) for condition in conditions
+            paired.differences(rows, condition, contrast.arm, contrast.control, "balanced_loss")
+            for condition in conditions
         ]
         for contrast in plan.primary
     }
@@ -295,7 +294,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = build_parser().parse_args(argv)
     plan = read_plan(options.plan)
     table, text, figure = paired.output_paths(options.output, ".md", ".png")
-    rows = paired.read_rows(table, plan, PARTS, MEASURES)
+    rows = paired.read_rows(table, plan, PARTS, REPORTED)
     if options.results is not None:
         rows = add_rows(plan, options, rows)
     if not rows:

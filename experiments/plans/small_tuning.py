@@ -5,7 +5,7 @@ replicates: `python experiments/choose_rates.py RESULTS`. Nothing is tested.
 """
 
 from experiments.plan import Arm, Plan
-from experiments.plans.small import ARMS, FIRST_SEED, MAIN, RATES, stages
+from experiments.plans.small import ARMS, FIRST_SEED, MAIN, RATES, WIDER, stages
 
 PLAN = Plan(
     name="small_tuning",
@@ -13,7 +13,7 @@ PLAN = Plan(
     arms=tuple(
         Arm(f"{name}-{rate:g}", stages(name, rate, test=False), FIRST_SEED)
         for name in (*MAIN, *(name for name in ARMS if name not in MAIN))
-        for rate in RATES
+        for rate in (*RATES, *WIDER.get(name, ()))
     ),
     baseline=f"none-{RATES[1]:g}",
     hard="*",

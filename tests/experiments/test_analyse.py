@@ -12,8 +12,9 @@ import torch
 
 from experiments import analyse, pictures
 from experiments.differences import compare
-from experiments.finished import read_runs, read_tasks
-from experiments.plan import Arm, Plan, Stage, read_plan
+from experiments.finished import read_folders
+from experiments.plan import Arm, Contrast, Plan, Stage, read_plan
+from experiments.tasks import Task, read_tasks
 from tests.conftest import ROOT
 from tests.helpers.finished_runs import finish, write_stage, write_test
 from utils.runtime.errors import UserError
@@ -82,9 +83,13 @@ def plan(tmp_path: Path) -> Plan:
 
 def page_of(plan: Plan, results: Path) -> str:
     """tables.md, with few resamples and without the figures, which take longer."""
-    runs = read_runs(plan, results)
-    tasks = read_tasks(plan, runs)
-    return analyse.page(plan, runs, tasks, compare(plan, tasks, 20), 20)
+    found = read_folders(plan, results)
+    tasks = read_tasks(plan, found.runs)
+    return analyse.page(plan, found, tasks, compare(plan, tasks, 20), 20)
+
+
+def tasks_of(plan: Plan, results: Path) -> list[Task]:
+    return read_tasks(plan, read_folders(plan, results).runs)
 
 
 def cells(text: str, *beginning: str) -> list[str]:
@@ -92,6 +97,14 @@ def cells(text: str, *beginning: str) -> list[str]:
     rows = [[cell.strip() for cell in line.strip("| ").split(" | ")] for line in text.splitlines() if line[:1] == "|"]
     (row,) = [row for row in rows if tuple(row[: len(beginning)]) == beginning]
     return row[len(beginning) :]
+
+
+def results_of(text: str, arm: str) -> dict[str, str]:
+    """The row of an arm in the table of results, by column."""
+    lines = iter(text.splitlines())
+    header = next(line for line in lines if line.startswith("| arm | seeds |"))
+    row = next(line for line in lines if line.startswith(f"| {arm} |"))
+    return dict(zip(header.strip("| ").split(" | "), row.strip("| ").split(" | "), strict=True))
 
 
 def test_the_tables_equal_numbers_by_hand(finished, tmp_path, capsys):
@@ -104,26 +117,36 @@ def test_the_tables_equal_numbers_by_hand(finished, tmp_path, capsys):
     # us-breast-cyst: recall r / 4, F1 2 r / (4 + r); ct-lung: F1 8 / (8 + 4 - r); mr-brain-normal: all right.
     f1s = np.array([[8 / (12 - right), 1, 2 * right / (4 + right)] for right in (1, 2, 3)])
     overall, hard = 100 * f1s.mean(1), 100 * f1s[:, 1:].mean(1)
-    row = cells(text, "plain", "3")
-    assert row[0] == "75.00 ± 0.00"  # 9 of 12
-    assert [row[2], row[6]] == [f"{overall[0]:.2f} ± 0.00", f"{hard[0]:.2f} ± 0.00"]
-    assert row[4:6] == ["62.50 ± 0.00", "62.50 ± 0.00"]  # 5 of 8
-    row = cells(text, "learned", "3")
-    assert row[0] == f"83.33 ± {100 / 12:.2f}"  # 9, 10 and 11 of 12
-    assert [row[2], row[6]] == [f"{values.mean():.2f} ± {values.std(ddof=1):.2f}" for values in (overall, hard)]
+    row = results_of(text, "plain")
+    assert row["top-1"] == "75.00 ± 0.00"  # 9 of 12
+    assert [row["macro F1"], row["hard: macro F1"]] == [f"{overall[0]:.2f} ± 0.00", f"{hard[0]:.2f} ± 0.00"]
+    assert row["hard: balanced accuracy"] == row["hard: top-1"] == "62.50 ± 0.00"  # 5 of 8
+    # The largest logit is 3, two are 0.
+    right, wrong = np.log(1 + 2 / np.e**3), np.log(np.e**3 + 2)
+    assert row["balanced cross-entropy"] == f"{(2 * right + (right + 3 * wrong) / 4) / 3:.4f} ± .0000"[1:]
+    confidence = np.e**3 / (np.e**3 + 2)
+    assert row["calibration error (ECE)"] == f"{100 * (confidence - 0.75):.2f} ± 0.00"  # all in one bin
+    row = results_of(text, "learned")
+    assert row["top-1"] == f"83.33 ± {100 / 12:.2f}"  # 9, 10 and 11 of 12
+    assert [row["macro F1"], row["hard: macro F1"]] == [
+        f"{values.mean():.2f} ± {values.std(ddof=1):.2f}" for values in (overall, hard)
+    ]
     # One-vs-rest: every recognised us-breast-cyst is above all other images, the rest are level with them.
     aurocs = [np.mean([1, right / 4 + (1 - right / 4) / 2]) for right in (1, 2, 3)]
-    assert row[7] == f"{np.mean(aurocs):.4f} ± {np.std(aurocs, ddof=1):.4f}".replace("0.", ".")
+    assert row["hard: AUROC"] == f"{np.mean(aurocs):.4f} ± {np.std(aurocs, ddof=1):.4f}".replace("0.", ".")
     difference = hard - hard[0]
     mean, half = difference.mean(), 4.302653 * difference.std(ddof=1) / 3**0.5
-    row = cells(text, "hard: macro F1", "learned")
+    row = cells(text, "x", "hard: macro F1 (points)", "learned", "plain")
     assert row[:3] == ["3", f"{mean:+.2f}", f"{mean - half:+.2f} to {mean + half:+.2f}"]
-    assert row[4] == f"{mean / difference.std(ddof=1):+.2f}" and row[6] == DASH
-    assert cells(text, "top-1", "learned")[:2] == ["3", "+8.33"]
-    assert "2^(1-n), 0.25 with 3" in text and "primary" not in text
-    assert cells(text, "`policy_entropy`") == ["-0.2500 → -0.2500"]
-    assert cells(text, "`val_top1`, last epoch") == ["0.6250"]
-    assert cells(text, "`mask_mean`") == [DASH]
+    assert row[3] == f"{mean / difference.std(ddof=1):+.2f}" and row[7] == DASH
+    assert row[4:6] == [".83", ".31 to .98"]  # two of three are better, one is equal
+    assert cells(text, "top-1 (points)", "learned", "plain")[:2] == ["3", "+8.33"]
+    loss = cells(text, "balanced cross-entropy (nats)", "learned", "plain")
+    assert loss[1] == "-0.2500" and loss[5] == ".83"  # (0 + 1 + 2) / 3 images of 12 are right: 3 nats less each
+    assert "2^(1-n), 0.25 with 3" in text
+    # Without a difference one half; with one and two more images 1 / 4 and 1 / 8 (Beta(2, 1), Beta(3, 1)).
+    assert cells(text, "learned", "plain") == [".750", "2 of 3", ".25", "0 of 3", "0 of 0"]
+    assert cells(text, "learned", "-0.2500 → -0.2500") == ["0.5000 → 0.5000", "0.6250", "0.5000"]
     assert "12 test images of 3 classes, 2 of them hard" in text and "6 of 6 planned runs have finished." in text
     assert "torch 2.14.1; CPU (Linux x86_64, 2 CPU cores); 2026-11-23; commit 0123456789ab; 3.0 hours" in text
 
@@ -134,19 +157,19 @@ def test_unfinished_runs_are_left_out_and_named(results, tmp_path):
     text = page_of(read_plan(write_plan(tmp_path, 4)), results)
     assert "4 of 8 planned runs have finished." in text
     assert "missing plain seed 0, learned seed 2, plain seed 3, learned seed 3." in text
-    row = cells(text, "top-1", "learned")
+    row = cells(text, "top-1 (points)", "learned", "plain")
     assert row[:3] == ["1", "+8.33", DASH]  # from seed 1 alone
-    assert row[4:] == [DASH] * 3
+    assert row[4] == row[7] == DASH
 
 
 def test_one_seed_has_no_spread(finished, tmp_path):
     text = page_of(read_plan(write_plan(tmp_path, 1)), finished)
-    assert cells(text, "learned", "1")[0] == f"75.00 ± {DASH}"
-    assert cells(text, "top-1", "learned")[:3] == ["1", "+0.00", DASH]
+    assert results_of(text, "learned")["top-1"] == f"75.00 ± {DASH}"
+    assert cells(text, "top-1 (points)", "learned", "plain")[:3] == ["1", "+0.00", DASH]
     assert not re.search(r"\bnan\b", text)
 
 
-def test_p_values_need_eight_seeds_and_are_for_hard_f1_only(tmp_path):
+def test_p_values_need_eight_seeds_and_are_for_primary_contrasts_only(tmp_path):
     results = tmp_path / "runs"
     write_run(results, "plain", 0, (4, 4, 1))
     for seed in range(2):
@@ -157,22 +180,26 @@ def test_p_values_need_eight_seeds_and_are_for_hard_f1_only(tmp_path):
         (results / "learned" / f"seed{seed}").symlink_to("seed1")
     plan = read_plan(write_plan(tmp_path, 8))
     text = page_of(plan, results)
-    assert cells(text, "hard: macro F1", "learned")[-1] == "0.016 (primary)"  # 7 equal ones, one 0: 4 of 256
-    assert len(re.findall(r"\(primary\)|\(secondary\)", text)) == 1
-    assert "Primary: learned in images" in text and "Secondary" not in text
-    # The same arm twice, without a primary test: Holm's p of two tests.
+    assert cells(text, "x", "hard: macro F1 (points)")[-1] == "0.016"  # 7 equal ones, one 0: 4 of 256
+    assert "adjusted for the number of questions (Holm)" in text and "no p is given" not in text
+    # A second question, of the same arm with a control of its own: Holm's p of two tests, in another outcome.
     (results / "again").symlink_to(results / "learned")
-    plan = Plan("", "", (*plan.arms, Arm("again", plan.arms[1].stages, 8)), "plain")
-    tested = [row for row in compare(plan, read_tasks(plan, read_runs(plan, results)), 20) if row.p is not None]
-    expected = [(arm, "hard_f1", False, 2 * 4 / 256) for arm in ("learned", "again")]
-    assert [(row.arm, row.metric, row.primary, row.p) for row in tested] == expected
+    arms = (*plan.arms, Arm("again", plan.arms[1].stages, 8, control="learned"))
+    plan = Plan("", "", arms, "plain", (*plan.primary, Contrast("y", "again", "plain")), outcome="balanced_loss")
+    rows = compare(plan, tasks_of(plan, results), 20)
+    tested = [(row.question, row.arm, row.outcome, row.p) for row in rows if row.p is not None]
+    assert tested == [(*key, "balanced_loss", 2 * 4 / 256) for key in (("x", "learned"), ("y", "again"))]
+    exploratory = [row for row in rows if (row.arm, row.control) == ("again", "learned")]
+    assert len(exploratory) == 6 and not any(row.differences.any() or row.question for row in exploratory)
 
 
 def test_the_figure_of_differences_shows_each_seed(finished, plan):
-    tasks = read_tasks(plan, read_runs(plan, finished))
+    tasks = tasks_of(plan, finished)
     comparisons = compare(plan, tasks, 5)
-    (axes,) = pictures.differences(plan, tasks, comparisons).axes
-    hard_f1 = next(comparison for comparison in comparisons if comparison.metric == "hard_f1")
+    axes, accuracy, calibration = pictures.differences(plan, tasks, comparisons).axes
+    assert [other.get_title() for other in (accuracy, calibration)] == ["balanced accuracy", "calibration error (ECE)"]
+    assert "better" in axes.get_xlabel() and calibration.get_xlabel().endswith("(\N{LEFTWARDS ARROW} better)")
+    hard_f1 = next(comparison for comparison in comparisons if comparison.outcome == "hard_f1")
     assert list(axes.collections[0].get_offsets()[:, 0]) == pytest.approx(list(100 * hard_f1.differences))
     interval, mean, zero = axes.lines
     assert interval.get_xdata() == pytest.approx([100 * end for end in hard_f1.t])
@@ -181,7 +208,7 @@ def test_the_figure_of_differences_shows_each_seed(finished, plan):
 
 
 def test_the_validation_figure_concatenates_stages(finished, plan):
-    runs = read_runs(plan, finished)
+    runs = read_folders(plan, finished).runs
     (axes,) = pictures.validation(plan, read_tasks(plan, runs), runs).axes
     lines = [(list(line.get_xdata()), list(line.get_ydata())) for line in axes.lines]
     assert lines == [([0, 1], [0.25, 0.5]), ([2], [0.25])] * 2  # two stages of two arms
@@ -199,10 +226,10 @@ def test_draws_are_averaged_and_all_hard_tasks_have_one_set_of_columns(tmp_path)
             part = slice(4, None) if stage.test == "few" else slice(None)  # hard classes only
             write_test(folder, logits((4, 4, right))[part, :], TARGETS[part], CLASSES)
         finish(tmp_path, arm, 0)
-    few, whole = read_tasks(plan, read_runs(plan, tmp_path))
+    few, whole = tasks_of(plan, tmp_path)
     assert [few.runs[arm, 0].metrics["top1"] for arm in "ab"] == [(5 + 6) / 16, (6 + 8) / 16]
     assert whole.has_easy and few.runs["a", 0].predictions.shape == (2, 8)
-    differences = {comparison.metric: comparison.differences[0] for comparison in compare(plan, [few], 10)}
+    differences = {comparison.outcome: comparison.differences[0] for comparison in compare(plan, [few], 10)}
     assert differences["top1"] == pytest.approx(3 / 16)
     chains = pictures.chains(plan.arms[0], "few")
     assert [[stage.name for stage in chain] for chain in chains] == [["heated", "draw0"], ["heated", "draw1"]]
@@ -213,7 +240,8 @@ def test_draws_are_averaged_and_all_hard_tasks_have_one_set_of_columns(tmp_path)
 def test_different_commits_and_versions_are_reported(results, plan):
     origin = {"commit": None, "versions": {"torch": "2.11.0"}, "time": "2026-11-25T09:00:00+00:00"}
     write_run(results, "learned", 2, (4, 4, 3), **origin)
-    text = analyse.provenance(read_runs(plan, results))
+    found = read_folders(plan, results)
+    text = analyse.provenance(found.runs, found.origin)
     assert "torch 2.14.1 and 2.11.0" in text and "commits 0123456789ab, unknown" in text
     assert "2026-11-23 to 2026-11-25" in text
     assert text.endswith("**The runs are of different commits and versions of torch.**")
@@ -229,8 +257,8 @@ OTHER_HARD = PLAN.replace("SEEDS", "3") + "PLAN = Plan('', '', ARMS, 'plain', ha
     ("pattern", "content", "message"),
     [
         ("learned/seed1/finetuned/predictions.csv", OTHER_IMAGES,
-         r"plain/seed0/finetuned and .*learned/seed1/finetuned: were tested on different images"),
-        ("plain/*/finished.json", None, "baseline 'plain'"),
+         r"plain, seed 0 and learned, seed 1: were tested on different images"),
+        ("plain/*/finished.json", None, "no arm of the plan 'A plan' has .* \\(the baseline is 'plain'\\)"),
         ("*/*/finished.json", None, "no run of the plan 'A plan'"),
         ("plain/seed1/finished.json", "[]", "seed1/finished.json: damaged"),
         ("plain/seed1/finished.json", '{"seconds": 1, "stages": []}', "seed1/finished.json: the run has other stages"),

@@ -6,9 +6,14 @@ from pathlib import Path
 import pytest
 
 from experiments import choose_rates
-from experiments.plans.small_tuning import PLAN
+from experiments.plan import Arm, Plan, Stage
 from tests.helpers.finished_runs import finish, write_stage
 from utils.runtime.errors import UserError
+
+STAGES = (Stage("pretraining", "_normal", "--epochs 2"), Stage("fine-tuning", "_normal", "--epochs 2"))
+RATES = ("0.02", "0.05", "0.125")
+ARMS = tuple(Arm(f"{name}-{rate}", STAGES, 3) for name in ("none", "uniform-4") for rate in RATES)
+PLAN = Plan("tuning", "", ARMS, "none-0.05")
 
 
 def write_losses(results: Path, arm: str, losses: list[float | None]) -> None:
@@ -19,19 +24,20 @@ def write_losses(results: Path, arm: str, losses: list[float | None]) -> None:
         finish(results, arm, seed)
 
 
-def test_the_rate_with_the_lowest_mean_loss_is_chosen(tmp_path, capsys):
+def test_the_rate_with_the_lowest_mean_loss_is_chosen(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(choose_rates, "PLAN", PLAN)
     write_losses(tmp_path, "none-0.02", [1.0, 1.5, 0.8])
     write_losses(tmp_path, "none-0.05", [1.0, 1.1, 0.9])
     write_losses(tmp_path, "none-0.125", [0.9, None, 0.9])  # one diverged
     write_losses(tmp_path, "uniform-4-0.02", [2.0, 3.0])
+    write_losses(tmp_path, "uniform-4-0.05", [1.9])
     losses = choose_rates.final_losses(PLAN, tmp_path)
     assert losses["none"] == {0.02: [1.0, 1.5, 0.8], 0.05: [1.0, 1.1, 0.9], 0.125: [0.9, math.inf, 0.9]}
     choose_rates.main([str(tmp_path)])
     lines = capsys.readouterr().out.splitlines()
     assert "| none | 1.100 ± 0.361 | 1.000 ± 0.100 | inf | 0.05 |  |" in lines
     assert (
-        "| uniform-4 | 2.500 ± 0.707 (2) | \N{EN DASH} | \N{EN DASH} | 0.02 | incomplete: 7 of 9 runs missing |"
-        in lines
+        "| uniform-4 | 2.500 ± 0.707 (2) | 1.900 (1) | \N{EN DASH} | 0.02 | incomplete: 6 of 9 runs missing |" in lines
     )
     assert lines[-1] == "CHOSEN = {'none': 0.05, 'uniform-4': 0.02}"
 

@@ -12,6 +12,7 @@ from experiments.comparisons import (
     hierarchical_interval,
     holm,
     power_of_t_test,
+    probability_of_better,
     scores,
     seeds_needed,
     sign_flip_p,
@@ -21,19 +22,20 @@ from experiments.comparisons import (
 HARD = np.array([True, False, True, False, True])
 
 
-def outcomes(images: int = 80, runs: int = 3, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """Targets (N,) and predictions (R, N), about half of them correct."""
+def outcomes(images: int = 80, runs: int = 3, seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Targets (N,), predictions (R, N), about half of them correct, and losses (R, N)."""
     generator = np.random.default_rng(seed)
     targets = generator.integers(len(HARD), size=images)
     guesses = generator.integers(len(HARD), size=(runs, images))
-    return targets, np.where(generator.random((runs, images)) < 0.4, targets, guesses)
+    predictions = np.where(generator.random((runs, images)) < 0.4, targets, guesses)
+    return targets, predictions, generator.exponential(size=(runs, images))
 
 
 def test_scores_equal_scikit_learn():
-    targets, predictions = outcomes()
+    targets, predictions, losses = outcomes()
     hard = np.flatnonzero(HARD)
     is_hard = HARD[targets]
-    for row, guesses in zip(scores(targets, predictions, HARD), predictions, strict=True):
+    for row, guesses, values in zip(scores(targets, predictions, losses, HARD), predictions, losses, strict=True):
         assert dict(zip(SCORES, row, strict=True)) == pytest.approx(
             {
                 "top1": accuracy_score(targets, guesses),
@@ -42,24 +44,28 @@ def test_scores_equal_scikit_learn():
                 "hard_top1": accuracy_score(targets[is_hard], guesses[is_hard]),
                 "hard_balanced_accuracy": recall_score(targets, guesses, labels=hard, average="macro"),
                 "hard_f1": f1_score(targets, guesses, labels=hard, average="macro"),
+                "balanced_loss": np.mean([values[targets == number].mean() for number in range(len(HARD))]),
             }
         )
 
 
 def test_weights_repeat_images_and_absent_classes_do_not_count():
-    targets, predictions = outcomes(images=12, seed=3)
+    targets, predictions, losses = outcomes(images=12, seed=3)
     weights = np.random.default_rng(1).integers(3, size=12)
-    repeated = scores(targets.repeat(weights), predictions.repeat(weights, axis=1), HARD)
-    assert scores(targets, predictions, HARD, weights) == pytest.approx(repeated)
+    images = (values.repeat(weights, axis=1) for values in (predictions, losses))
+    assert scores(targets, predictions, losses, HARD, weights) == pytest.approx(
+        scores(targets.repeat(weights), *images, HARD)
+    )
     # Classes 2 and 4 have no image; class 2 is predicted once.
-    row = scores(np.array([0, 0, 1, 3]), np.array([[0, 2, 1, 3]]), HARD)[0]
-    assert row == pytest.approx([3 / 4, (0.5 + 1 + 1) / 3, (2 / 3 + 1 + 1) / 3, 0.5, 0.5, 2 / 3])
-    assert np.isnan(scores(np.array([1, 3]), np.array([[1, 3]]), HARD)[0, 3:]).all()  # no hard class occurs
+    row = scores(np.array([0, 0, 1, 3]), np.array([[0, 2, 1, 3]]), np.array([[1.0, 3, 6, 8]]), HARD)[0]
+    assert row == pytest.approx([3 / 4, (0.5 + 1 + 1) / 3, (2 / 3 + 1 + 1) / 3, 0.5, 0.5, 2 / 3, (2 + 6 + 8) / 3])
+    row = scores(np.array([1, 3]), np.array([[1, 3]]), np.zeros((1, 2)), HARD)[0]
+    assert np.isnan(row[3:6]).all()  # no hard class occurs
 
 
 def test_the_bootstrap_with_one_seed_is_over_images_only():
-    targets, predictions = outcomes(images=50, runs=2)
-    drawn = bootstrap_scores(targets, predictions, HARD, resamples=300, seed=5)[:, :, SCORES.index("top1")]
+    targets, predictions, losses = outcomes(images=50, runs=2)
+    drawn = bootstrap_scores(targets, predictions, losses, HARD, resamples=300, seed=5)[:, :, SCORES.index("top1")]
     generator = np.random.default_rng(5)
     by_hand = []
     for _ in range(300):
@@ -92,6 +98,24 @@ def test_sign_flips_equal_counts_by_hand():
     assert sign_flip_p(np.zeros(8)) == 1
     # 0.5 or more are .3 + .1 + .2 + .1, the two without one .1, and the mirrors of these three.
     assert sign_flip_p(np.array([0.3, 0.1, 0.2, -0.1])) == 6 / 16
+
+
+def test_random_sign_flips_agree_with_the_exact_count():
+    """20 differences of one size: the number of positive ones is binomial."""
+    p = sign_flip_p(np.where(np.arange(20) < 14, 0.1, -0.1))
+    assert p == pytest.approx(stats.binomtest(14, 20).pvalue, abs=0.004)
+    assert sign_flip_p(np.linspace(1, 2, 40)) == 2 / 100_000
+
+
+def test_probability_of_better_equals_counts_and_scipy():
+    differences = np.array([-0.3, -0.2, 0.0, 0.1, -0.1])
+    assert probability_of_better(differences, -1)[0] == 3.5 / 5
+    assert probability_of_better(differences, 1)[0] == 1.5 / 5
+    wins = np.where(np.arange(40) < 31, 0.1, -0.1)
+    interval = stats.binomtest(31, 40).proportion_ci(method="wilson")
+    assert probability_of_better(wins, 1) == pytest.approx((31 / 40, interval.low, interval.high))
+    assert probability_of_better(np.ones(2), -1)[:2] == (0, 0)
+    assert probability_of_better(np.ones(8), 1)[1:] == pytest.approx((8 / (8 + 1.959964**2), 1))
 
 
 def test_holm_adjusts_for_the_number_of_tests():

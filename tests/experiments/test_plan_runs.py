@@ -240,7 +240,7 @@ def test_commands_see_their_gpus_and_the_users_modules(gpus, visible, ranks, exp
 
 
 def test_bad_input_gets_a_sentence(tmp_path, monkeypatch):
-    plan = str(ROOT / "experiments" / "plans" / "classification_small.py")
+    plan = str(ROOT / "experiments" / "plans" / "classification.py")
     output = ["-o", str(tmp_path / "out")]
     with pytest.raises(UserError, match=r"none: no such folder\. Expected DATA/"):
         run.main([plan, "--data-path", str(tmp_path / "none"), *output])

@@ -88,6 +88,7 @@ def test_the_control_has_the_effective_rate_of_published():
             "PLAN = Plan('p', '?', (ARM,), 'a', (Contrast('x', 'c', 'a'),))",
             "compares 'c', which is not one of its arms",
         ),
+        ("PLAN = Plan('p', '?', (ARM,), 'a', outcome='f2')", "outcome 'f2' is unknown. Give one of balanced_loss"),
     ],
 )
 def test_an_invalid_plan_is_refused(text, message, tmp_path):

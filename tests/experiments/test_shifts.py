@@ -90,10 +90,10 @@ def test_small_and_odd_images_can_be_changed(size):
     assert {changed.shape for changed in by_name(images(2, 3, size, size)).values()} == {(2, 3, size, size)}
 
 
-def test_measures_equal_those_of_scikit_learn():
+def test_outcomes_equal_those_of_scikit_learn():
     generator = torch.Generator().manual_seed(1)
     logits, targets = torch.randn(60, 4, generator=generator), torch.randint(0, 3, (60,), generator=generator)
-    values = shifts.measures_of(logits, targets)
+    values = shifts.outcomes_of(logits, targets)
     balanced = compute_sample_weight("balanced", targets)  # class 3 does not occur
     predictions = logits.argmax(1)
     loss = log_loss(targets, logits.double().softmax(1), sample_weight=balanced, labels=range(4))
@@ -173,7 +173,7 @@ def test_the_page_and_the_picture_show_differences_that_are_positive_where_the_a
     cell = f"{mean:+.3f} ({mean - half:+.3f} to {mean + half:+.3f})"
     assert f"| three | gamma 1.4 | masked | plain | 2 | {cell} |" in text
     plan = read_plan(runs / "plan.py")
-    read = paired.read_rows(runs / "s" / "shifts.csv", plan, shifts.PARTS, shifts.MEASURES)
+    read = paired.read_rows(runs / "s" / "shifts.csv", plan, shifts.PARTS, shifts.REPORTED)
     (axes,) = shifts.picture(plan, read).axes
     labels = [label.get_text() for label in axes.get_yticklabels()]
     place = labels.index("gamma 1.4")
