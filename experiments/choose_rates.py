@@ -1,6 +1,8 @@
 """Choose the learning rate of each arm of Plan S from its tuning: `python experiments/choose_rates.py RESULTS`.
 
-The rate of an arm is the one with the lowest cross-entropy on `val` at the end of training, mean over the replicates.
+The rate of an arm is the lowest whose cross-entropy on `val` at the end of training, mean over the replicates, is
+within one standard error of the best. The highest rates, at which single trainings begin to fail, must be clearly
+better.
 """
 
 import math
@@ -47,13 +49,24 @@ def split_name(arm: Arm) -> tuple[str, float]:
 
 
 def choose(losses: dict[float, list[float]]) -> float | None:
-    """The rate with the lowest mean loss; None if no run has finished.
+    """The lowest rate that is within one standard error of the lowest mean loss; None if no run has finished.
 
-    Of those with the most finished replicates, because replicates differ by more than rates.
+    The standard error is that of the paired differences. Only of rates with the most finished replicates, because
+    replicates differ by more than rates.
     """
     most = max(map(len, losses.values()))
-    means = {rate: np.mean(values) for rate, values in losses.items() if most and len(values) == most}
-    return min(means, key=means.get) if means else None
+    candidates = {rate: np.array(values) for rate, values in losses.items() if most and len(values) == most}
+    if not candidates:
+        return None
+    best = min(candidates, key=lambda rate: candidates[rate].mean())
+    return min(rate for rate, values in candidates.items() if rate == best or _is_close(values - candidates[best]))
+
+
+def _is_close(differences: np.ndarray) -> bool:
+    """Whether their mean is within one standard error of 0; with one difference, or a loss that is infinite: no."""
+    if len(differences) < 2 or not np.isfinite(differences).all():
+        return False
+    return differences.mean() <= differences.std(ddof=1) / math.sqrt(len(differences))
 
 
 def table(losses: Losses, replicates: int) -> str:

@@ -307,21 +307,27 @@ def run_plan(plan: Plan, options: argparse.Namespace) -> tuple[list[str], list[s
     return failed, unfinished
 
 
+def check_processes(processes: int, flags: str) -> None:
+    """Raise UserError for less than one process, and for more than the GPUs, unless the flags ask for the CPU."""
+    if processes < 1:
+        raise UserError(f"--processes {processes}: expected 1 or more.")
+    gpus = len(visible_gpus())
+    if 0 < gpus < processes and "cpu" not in re.split("[ =]", flags):
+        raise UserError(
+            f"--processes {processes}: every process needs its own GPU, and this machine has {gpus}. Give at most "
+            f'{gpus}, or --flags "--device cpu".'
+        )
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     options = build_parser().parse_args(argv)
     check_limits(vars(options))
     plan = read_plan(options.plan)
     # Relative, so that the paths that runs record are valid elsewhere too.
     options.output = options.output or Path(os.path.relpath(ROOT / "experiments" / "results" / plan.name))
-    for flag, value in (("--jobs", options.jobs), ("--processes", options.processes)):
-        if value < 1:
-            raise UserError(f"{flag} {value}: expected 1 or more.")
-    gpus = len(visible_gpus())
-    if 0 < gpus < options.processes and "cpu" not in re.split("[ =]", options.flags):
-        raise UserError(
-            f"--processes {options.processes}: every process needs its own GPU, and this machine has {gpus}. Give at "
-            f'most {gpus}, or --flags "--device cpu".'
-        )
+    if options.jobs < 1:
+        raise UserError(f"--jobs {options.jobs}: expected 1 or more.")
+    check_processes(options.processes, options.flags)
     if not options.data_path.is_dir():
         raise UserError(f"--data-path {options.data_path}: no such folder. Expected {LAYOUT}.")
     failed, unfinished = run_plan(plan, options)

@@ -26,20 +26,29 @@ def write_losses(results: Path, arm: str, losses: list[float | None]) -> None:
 
 def test_the_rate_with_the_lowest_mean_loss_is_chosen(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(choose_rates, "PLAN", PLAN)
-    write_losses(tmp_path, "none-0.02", [1.0, 1.5, 0.8])
+    write_losses(tmp_path, "none-0.02", [1.1, 1.3, 1.0])
     write_losses(tmp_path, "none-0.05", [1.0, 1.1, 0.9])
     write_losses(tmp_path, "none-0.125", [0.9, None, 0.9])  # one diverged
     write_losses(tmp_path, "uniform-4-0.02", [2.0, 3.0])
     write_losses(tmp_path, "uniform-4-0.05", [1.9])
     losses = choose_rates.final_losses(PLAN, tmp_path)
-    assert losses["none"] == {0.02: [1.0, 1.5, 0.8], 0.05: [1.0, 1.1, 0.9], 0.125: [0.9, math.inf, 0.9]}
+    assert losses["none"] == {0.02: [1.1, 1.3, 1.0], 0.05: [1.0, 1.1, 0.9], 0.125: [0.9, math.inf, 0.9]}
     choose_rates.main([str(tmp_path)])
     lines = capsys.readouterr().out.splitlines()
-    assert "| none | 1.100 ± 0.361 | 1.000 ± 0.100 | inf | 0.05 |  |" in lines
+    assert "| none | 1.133 ± 0.153 | 1.000 ± 0.100 | inf | 0.05 |  |" in lines
     assert (
         "| uniform-4 | 2.500 ± 0.707 (2) | 1.900 (1) | \N{EN DASH} | 0.02 | incomplete: 6 of 9 runs missing |" in lines
     )
     assert lines[-1] == "CHOSEN = {'none': 0.05, 'uniform-4': 0.02}"
+
+
+def test_a_lower_rate_within_one_standard_error_is_chosen():
+    """Paired differences of 0, .4 and -.1: mean .1, standard error .153; of .1, .2, .1: .133 and .033."""
+    best = [1.0, 1.1, 0.9]
+    assert choose_rates.choose({0.02: [1.0, 1.5, 0.8], 0.05: best, 0.125: best}) == 0.02
+    assert choose_rates.choose({0.02: [1.1, 1.3, 1.0], 0.05: best}) == 0.05
+    assert choose_rates.choose({0.05: best, 0.125: [1.0, 1.5, 0.8]}) == 0.05  # never a higher one
+    assert choose_rates.choose({0.02: [1.0], 0.05: [0.9]}) == 0.05
 
 
 def test_a_choice_at_the_edge_is_marked():

@@ -112,6 +112,7 @@ def test_the_pages_name_each_command():
         *("utils.export", "utils.predict", "utils.weight_averaging", "utils.radimagenet", "utils.phantoms"),
         *("utils.prepare", "utils.medmnist", "utils.probe"),
         *("experiments.run", "experiments.analyse", "experiments.learning_signal", "experiments.build_mini_rin"),
+        "experiments.paper",
         *("benchmarks.run", "benchmarks.curves", "benchmarks.soak"),
     }
 
