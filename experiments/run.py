@@ -49,14 +49,8 @@ from utils.runtime.text import print_line
 PROGRESS = "progress.json"  # of a run that has begun
 OUTPUT = "output.txt"  # of all commands of a run
 SUBSETS = "data"  # folder of the links of all subsets
-KEPT = (
-    "log.jsonl",
-    "run.json",
-    "metrics.json",
-    "per_class.csv",
-    "predictions.csv",
-    "probe.json",
-)  # of each finished stage
+# Of each finished stage:
+KEPT = ("log.jsonl", "run.json", "metrics.json", "per_class.csv", "predictions.csv", "probe.json")
 
 
 class Unfinished(Exception):

@@ -94,7 +94,7 @@ def test_the_control_has_the_effective_rate_of_published():
 def test_an_invalid_plan_is_refused(text, message, tmp_path):
     path = tmp_path / "plan.py"
     arms = "STAGE = Stage('s', '_normal', '')\nARM = Arm('a', (STAGE,), 1)\n"
-    path.write_text(f"from experiments.plan import PROBE, Arm, Contrast, Plan, Stage\n{arms}{text}\n")
+    path.write_text(f"from experiments.plan import Arm, Contrast, Plan, Stage\n{arms}{text}\n")
     with pytest.raises(UserError, match=message):
         read_plan(path)
     with pytest.raises(UserError, match="no such file"):
