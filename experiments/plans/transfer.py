@@ -44,4 +44,6 @@ PLAN = Plan(
     question="Do masks, or learning them, give features that carry over better to an unseen concept?",
     arms=tuple(Arm(name, stages(name), SEEDS, control=small.ARMS[name][2]) for name in small.MAIN),
     baseline="none",
+    outcome="balanced_loss",
+    hard="*",
 )
