@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from experiments.plan import FINISHED, Plan, Stage, folder_of_run, read_record
+from experiments.plan import FINISHED, PROBE, Plan, Stage, folder_of_run, read_record
 from utils.results.run_folder import Evaluation, RunFolder, read_run_folder, read_table
 from utils.runtime.errors import UserError
 
@@ -86,7 +86,8 @@ def read_folders(plan: Plan, results: Path) -> Results:
         for seed in arm.all_seeds:
             folder = folder_of_run(results, arm.name, seed)
             if record := read_record(folder / FINISHED, arm):
-                stages = {stage.name: _read_stage(folder / stage.name, stage) for stage in arm.stages}
+                trainings = [stage for stage in arm.stages if stage.script != PROBE]
+                stages = {stage.name: _read_stage(folder / stage.name, stage) for stage in trainings}
                 tests: dict[str, list[Predictions]] = {}
                 for stage in arm.stages:
                     if stage.test is not None:

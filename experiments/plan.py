@@ -13,6 +13,7 @@ from experiments.outcomes import OUTCOMES
 from utils.runtime.errors import UserError
 from utils.runtime.reading import read_json
 
+PROBE = "utils.probe"  # script of a stage that trains nothing
 FINISHED = "finished.json"  # of a finished run: its stages, and the seconds that they took
 
 
@@ -51,9 +52,11 @@ class Subset:
 
 @dataclass(frozen=True)
 class Stage:
-    """One training, in the folder `name` of its run.
+    """One training, or the probes of a trained model, in the folder `name` of its run.
 
-    script: _normal or _policy_gradient; flags: as typed; start: weights to fine-tune, relative to the run's folder;
+    script: _normal, _policy_gradient, or PROBE for `python -m utils.probe`, which writes probe.json and judges the
+    features of the weights `start` on the classes of `subset`; flags: as typed; start: weights to fine-tune or to
+    probe, relative to the run's folder;
     average: number of last epochs whose mean is written to average.pth, 0 for none; test: name of a task, for which
     model_best.pth (chosen on `val`) is evaluated on `test`; subset: part of the data, None for all; keep: further files
     of the stage's folder that remain once the stage is done, such as model_best.pth.

@@ -23,7 +23,18 @@ sys.path.insert(0, str(ROOT))
 import torch
 
 from experiments import warm
-from experiments.plan import FINISHED, Arm, Plan, Stage, as_written, folder_of_run, matches, read_plan, read_record
+from experiments.plan import (
+    FINISHED,
+    PROBE,
+    Arm,
+    Plan,
+    Stage,
+    as_written,
+    folder_of_run,
+    matches,
+    read_plan,
+    read_record,
+)
 from experiments.subsets import link_subset
 from utils.arguments import check_limits
 from utils.data.folders import LAYOUT
@@ -38,7 +49,8 @@ from utils.runtime.text import print_line
 PROGRESS = "progress.json"  # of a run that has begun
 OUTPUT = "output.txt"  # of all commands of a run
 SUBSETS = "data"  # folder of the links of all subsets
-KEPT = ("log.jsonl", "run.json", "metrics.json", "per_class.csv", "predictions.csv")  # of each finished stage
+# Of each finished stage:
+KEPT = ("log.jsonl", "run.json", "metrics.json", "per_class.csv", "predictions.csv", "probe.json")
 
 
 class Unfinished(Exception):
@@ -105,11 +117,14 @@ def visible_gpus() -> list[str]:
 
 
 def commands(stage: Stage, seed: int, run: Path, data: Path, flags: Sequence[str], ranks: int = 1) -> list[list[str]]:
-    """The commands of a stage as a user would type them: train, average, test. The training resumes by itself.
+    """The commands of a stage as a user would type them: train, average, test; or probe. A training resumes by itself.
 
     run: the run's folder; flags: for this machine, such as --device and --workers; ranks: processes of a training.
     """
     folder = run / stage.name
+    if stage.script == PROBE:
+        probe = [sys.executable, "-m", PROBE, str(run / stage.start), "--data-path", str(data), *probe_flags(flags)]
+        return [[*probe, *shlex.split(stage.flags), "--seed", str(seed), "--output-dir", str(folder), "--overwrite"]]
     python = [sys.executable, *(torchrun(ranks) if ranks > 1 else [])]
     script = [*python, str(ROOT / stage.script / "train.py"), "--data-path", str(data), *flags]
     start = ["--finetune", str(run / stage.start)] if stage.start else []
@@ -123,6 +138,15 @@ def commands(stage: Stage, seed: int, run: Path, data: Path, flags: Sequence[str
         best = ["--resume", str(folder / "model_best.pth"), "--output-dir", str(folder)]
         result.append([*script, "--test-only", "--split", "test", *best])
     return result
+
+
+def probe_flags(flags: Sequence[str]) -> list[str]:
+    """Those of a training's flags for this machine that utils.probe has too."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for names in (("--device",), ("-j", "--workers"), ("--exclude",), ("--bad-images",), ("--max-bad-images",)):
+        parser.add_argument(*names, default=argparse.SUPPRESS)
+    known, _ = parser.parse_known_args(flags)
+    return [word for name, value in vars(known).items() for word in (f"--{name.replace('_', '-')}", value)]
 
 
 def torchrun(ranks: int) -> list[str]:

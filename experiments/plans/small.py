@@ -69,6 +69,11 @@ def rate_flags(arm: str, rate: float) -> str:
     return f"--lr {rate / PUBLISHED_SCALE:.4g} --wd {1e-4 * PUBLISHED_SCALE:.4g} --policy-lr {rate / 10:g}"
 
 
+def common(epochs: int, model: str = "test_resnet") -> str:
+    """The flags of every training of so many epochs."""
+    return f"--model {model} {IMAGES} --epochs {epochs} --val-every {epochs}"
+
+
 def stages(
     arm: str, rate: float, *, shots: int = SHOTS, model: str = "test_resnet", test: bool = True
 ) -> tuple[Stage, ...]:
@@ -76,15 +81,11 @@ def stages(
     script, flags, _ = ARMS[arm]
     subset = Subset(CLASSES, shots=shots, draw="seed", test="rest")
     task, keep = TASK if test else None, ("model_best.pth",) if test else ()
-
-    def common(epochs: int) -> str:
-        return f"--model {model} {IMAGES} --epochs {epochs} --val-every {epochs}"
-
     if arm == "conventional":
-        flags = f"{common(MASKED_EPOCHS + CLEAN_EPOCHS)} {rate_flags(arm, rate)}"
+        flags = f"{common(MASKED_EPOCHS + CLEAN_EPOCHS, model)} {rate_flags(arm, rate)}"
         return (Stage("training", "_normal", flags, test=task, subset=subset, keep=keep),)
-    first = f"{common(MASKED_EPOCHS)} {rate_flags(arm, rate)} {flags}"
-    second = f"{common(CLEAN_EPOCHS)} --lr {rate / 5:g}"
+    first = f"{common(MASKED_EPOCHS, model)} {rate_flags(arm, rate)} {flags}"
+    second = f"{common(CLEAN_EPOCHS, model)} --lr {rate / 5:g}"
     return (
         Stage("pretraining", script, first, average=3, subset=subset),
         Stage("fine-tuning", "_normal", second, "pretraining/average.pth", test=task, subset=subset, keep=keep),

@@ -14,16 +14,16 @@ import torch
 from _normal import train as normal
 from _policy_gradient import train as policy_gradient
 from experiments import run
-from experiments.plan import Arm, Contrast, Plan, Stage, Subset, heated_arm, read_plan
+from experiments.plan import PROBE, Arm, Contrast, Plan, Stage, Subset, heated_arm, read_plan
 from experiments.plans import classification
 from experiments.subsets import choose, link_subset
 from tests.conftest import ROOT, SMALL, SMALL_POLICY
-from utils import weight_averaging
+from utils import probe, weight_averaging
 from utils.arguments import parse_given
 from utils.runtime.errors import UserError
 
 PLANS = sorted(path for path in (ROOT / "experiments" / "plans").glob("*.py") if path.stem != "__init__")
-SCRIPTS = {"_normal": normal, "_policy_gradient": policy_gradient}
+SCRIPTS = {"_normal": normal, "_policy_gradient": policy_gradient, PROBE: probe}
 
 
 def images_of(folder):
@@ -39,8 +39,9 @@ def test_every_flag_of_a_plan_is_known_to_its_script(path):
     assert plan.name == path.stem
     for arm in plan.arms:
         for stage in arm.stages:
-            given = parse_given(SCRIPTS[stage.script].build_parser(), shlex.split(stage.flags))
-            assert given["epochs"] == stage.epochs and stage.average <= stage.epochs
+            words = [*shlex.split(stage.flags), *([stage.start, "--data-path", "x"] if stage.script == PROBE else [])]
+            given = parse_given(SCRIPTS[stage.script].build_parser(), words)
+            assert stage.script == PROBE or (given["epochs"] == stage.epochs and stage.average <= stage.epochs)
             before = {f"{earlier.name}/{'average' if earlier.average else 'model_best'}.pth" for earlier in arm.stages}
             assert stage.start is None or stage.start in before
 

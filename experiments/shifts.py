@@ -1,0 +1,347 @@
+"""Test a plan's classifiers on changed images: `python experiments/shifts.py PLAN RESULTS --data-path DATA -o FILE.csv`
+
+For each finished run, model_best.pth of the stages that are tested and keep it is tested on the run's own test images,
+as they are ("clean") and changed in seven ways at two strengths. FILE.csv gets a row for each run and change. Run
+again, the command adds what is missing. FILE.md and FILE.png, written next to it, hold the paired differences of each
+arm to its control; without RESULTS they are made from FILE.csv alone. One core takes about 10 seconds for each run of
+Plan S (2,600 images of 48 pixels, test_resnet).
+
+The changes, of the 8-bit images of S x S pixels that the classifier gets. Their strengths were fixed before arms were
+compared, with one model of Plan S's arm `none` (seed 0, which the plan does not use): none brings it near chance.
+
+  contrast      distances of the pixels from the image's mean x 0.7, x 1.4
+  gamma         exponent 0.7, 1.4
+  noise         Gaussian, standard deviation 0.05, 0.1 of the full range
+  speckle       each pixel x (1 + Gaussian noise of standard deviation 0.2, 0.4)
+  blur          Gaussian, standard deviation S / 48, S / 24
+  resolution    scaled down to S / 2, S / 4 and up again
+  border        black, of width S / 24, S / 12
+
+The noise of an image depends on its place in the test set only: it is the same for all arms and strengths.
+"""
+
+import argparse
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import numpy as np
+import torch
+from torch import Tensor
+from torchvision.transforms.v2 import functional as F
+
+from experiments import paired
+from experiments.comparisons import balanced_loss, t_interval
+from experiments.paired import Row
+from experiments.plan import FINISHED, Plan, Subset, folder_of_run, matches, read_plan, read_record
+from experiments.run import SUBSETS
+from experiments.subsets import link_subset
+from utils.data.dataset import ImageFolder, batches, build_loader
+from utils.data.folders import ImageFiles
+from utils.data.samplers import EvaluationSampler, derive_seed
+from utils.data.splits import transform_for_evaluation
+from utils.inference.classifier import Classifier, open_classifier
+from utils.inference.features import PREPARATION
+from utils.results.metrics import outcome_metrics, outcome_of
+from utils.results.run_folder import read_table
+from utils.runtime.command_line import Parser, expanded_path
+from utils.runtime.distributed import resolve_device
+from utils.runtime.errors import UserError
+from utils.runtime.files import write_atomically
+from utils.runtime.processes import run_script
+from utils.runtime.text import count, print_line, printable
+from utils.training import build
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+PARTS = ("task", "shift")
+REPORTED = ("balanced_loss", "balanced_accuracy", "f1", "ece")
+WEIGHTS = "model_best.pth"
+BATCH_SIZE = 64
+
+
+class Tested(NamedTuple):
+    """A tested stage of a finished run. folder: of the stage; subset: of the data, None for all."""
+
+    arm: str
+    seed: int
+    task: str
+    folder: Path
+    subset: Subset | None
+
+
+# Changes
+
+
+def shifted(images: Tensor, noise: Tensor) -> Iterator[tuple[str, Tensor]]:
+    """The images (B, C, S, S) uint8, unchanged and under each change, with its name.
+
+    noise: (B, C, S, S) float32, standard normal.
+    """
+    size = images.shape[-1]
+    yield "clean", images
+    for factor in (0.7, 1.4):
+        yield f"contrast x {factor}", F.adjust_contrast(images, factor)
+    for exponent in (0.7, 1.4):
+        yield f"gamma {exponent}", F.adjust_gamma(images, exponent)
+    for deviation in (0.05, 0.1):
+        yield f"noise {deviation}", _as_bytes(images + 255 * deviation * noise)
+    for deviation in (0.2, 0.4):
+        yield f"speckle {deviation}", _as_bytes(images * (1 + deviation * noise))
+    for part in (48, 24):
+        sigma = size / part
+        # Three deviations on each side, unless the image is so small that reflection at its border ends before.
+        yield f"blur S / {part}", F.gaussian_blur(images, 2 * min(round(3 * sigma), size - 1) + 1, sigma)
+    for part in (2, 4):
+        small = F.resize(images, [max(1, size // part)] * 2, antialias=True)
+        yield f"resolution S / {part}", F.resize(small, [size, size], antialias=True)
+    for part in (24, 12):
+        width = max(1, round(size / part))
+        yield f"border S / {part}", F.pad(F.center_crop(images, [size - 2 * width] * 2), [width])
+
+
+def _as_bytes(images: Tensor) -> Tensor:
+    return images.round().clamp(0, 255).to(torch.uint8)
+
+
+def image_noise(indices: Sequence[int], shape: Sequence[int]) -> Tensor:
+    """Standard normal noise (B, *shape) float32, which depends on the index of each image only."""
+    generator = torch.Generator()
+    seeds = (derive_seed("shift", index) for index in indices)
+    return torch.stack([torch.randn(*shape, generator=generator.manual_seed(seed)) for seed in seeds])
+
+
+# Tests
+
+
+def find_tested(plan: Plan, results: Path, patterns: str) -> list[Tested]:
+    """The tested stages of finished runs that keep their weights, by seed, arms in the plan's order.
+
+    patterns: of the arms. Raises UserError if there is none.
+    """
+    arms = [arm for arm in plan.arms if matches(arm.name, patterns)]
+    if not arms:
+        raise UserError(f"--arms {patterns}: matches none of {', '.join(arm.name for arm in plan.arms)}.")
+    found, has_weights = [], False
+    for arm in arms:
+        stages = [stage for stage in arm.stages if stage.test is not None and WEIGHTS in stage.keep]
+        has_weights = has_weights or bool(stages)
+        for seed in arm.all_seeds:
+            run = folder_of_run(results, arm.name, seed)
+            if stages and read_record(run / FINISHED, arm):
+                for stage in stages:
+                    subset = stage.subset and stage.subset.of_seed(seed)
+                    found.append(Tested(arm.name, seed, stage.test, run / stage.name, subset))
+    if not has_weights:
+        raise UserError(f'the plan {plan.name!r}: no tested stage keeps its weights. Give stages keep=("{WEIGHTS}",).')
+    if not found:
+        raise UserError(f"{results}: no run of these arms has finished yet (no {FINISHED}).")
+    return sorted(found, key=lambda tested: tested.seed)
+
+
+def test_all(tested: Sequence[Tested], images: Path, device: torch.device) -> list[Row]:
+    """The rows of stages that were tested on the same images: read once, and changed once for all classifiers.
+
+    images: their folder, with a folder for each class. Raises UserError for weights and images that are missing,
+    unreadable, or not those of the run's own test.
+    """
+    classifiers = [open_classifier({"file": str(stage.folder / WEIGHTS)}, device) for stage in tested]
+    alike: dict[str, list[tuple[Tested, Classifier]]] = {}  # with equal classes and preparation of images
+    for stage, classifier in zip(tested, classifiers, strict=True):
+        args = classifier.args
+        args.channels_last = classifier.weights.args.get("channels_last")
+        classifier.model.to(memory_format=build.memory_format(args, device))
+        preparation = {name: getattr(args, name) for name in (*PREPARATION, "channels_last")}
+        alike.setdefault(f"{classifier.classes} {preparation}", []).append((stage, classifier))
+    rows = []
+    for group in alike.values():
+        files = ImageFiles.find(images, classes=group[0][1].classes)
+        for stage, _ in group:
+            check_same_images(stage, files)
+        logits = predict_shifted([classifier for _, classifier in group], files, device)
+        targets = torch.from_numpy(files.targets).long()
+        for (stage, _), by_shift in zip(group, logits, strict=True):
+            for shift, values in by_shift.items():
+                rows.append(Row(stage.arm, stage.seed, (stage.task, shift), outcomes_of(values, targets)))
+    return rows
+
+
+def check_same_images(stage: Tested, files: ImageFiles) -> None:
+    """Raise UserError if the stage was tested on other images, or on images of other classes."""
+    table = read_table(stage.folder / "predictions.csv", ("image", "target"))
+    names = (files.path_as_text(index).encode(errors="backslashreplace").decode() for index in range(len(files)))
+    classes = (files.classes[target].encode(errors="backslashreplace").decode() for target in files.targets)
+    if [(row["image"], row["target"]) for row in table] != list(zip(names, classes, strict=True)):
+        raise UserError(
+            f"{files.root}: not the images that {stage.folder} was tested on. Give the --data-path and --exclude of "
+            "the runs."
+        )
+
+
+@torch.inference_mode()
+def predict_shifted(
+    classifiers: Sequence[Classifier], files: ImageFiles, device: torch.device
+) -> list[dict[str, Tensor]]:
+    """For each classifier, its logits (N, C) float32 on the CPU, by shift. All prepare images in the same way."""
+    args = classifiers[0].args
+    transform = transform_for_evaluation(args)
+    dataset = ImageFolder(files.root, transform, gray=args.gray, upper_8_bits=args.upper_8_bits, files=files)
+    loader = build_loader(dataset, EvaluationSampler(len(files), BATCH_SIZE), workers=0, pin_memory=False)
+    normalize = build.normalize(args, device)
+    logits: list[dict[str, list[Tensor]]] = [{} for _ in classifiers]
+    for batch in batches(loader, torch.device("cpu")):
+        noise = image_noise(batch.indices.tolist(), batch.images.shape[1:])
+        for shift, images in shifted(batch.images, noise):
+            prepared = normalize(images.to(device))
+            for by_shift, classifier in zip(logits, classifiers, strict=True):
+                by_shift.setdefault(shift, []).append(classifier.model(prepared).float().cpu())
+    return [{shift: torch.cat(parts) for shift, parts in by_shift.items()} for by_shift in logits]
+
+
+def outcomes_of(logits: Tensor, targets: Tensor) -> dict[str, float]:
+    """The values of REPORTED. logits: (N, C), targets: (N,) int64, on the CPU."""
+    outcome = outcome_of(logits, targets, calibration=True)
+    images = np.bincount(outcome.targets, minlength=outcome.num_classes)
+    loss = float(balanced_loss(outcome.targets, outcome.losses[None], images)[0])
+    values = {**outcome_metrics(outcome), "balanced_loss": loss}
+    return {name: values[name] for name in REPORTED}
+
+
+# Outputs
+
+
+def page(plan: Plan, rows: Sequence[Row]) -> str:
+    """The content of FILE.md."""
+    runs = {(row.arm, row.seed) for row in rows}
+    parts = [
+        f"# {plan.name}: changed test images",
+        f"{count(len(runs), 'run')}. The changes are listed in experiments/shifts.py.",
+        f"## Mean over seeds: {paired.title('balanced_loss')}",
+        paired.levels_table(plan, rows, PARTS, "balanced_loss"),
+        f"## Mean over seeds: {paired.title('balanced_accuracy')}",
+        paired.levels_table(plan, rows, PARTS, "balanced_accuracy"),
+        "## Paired differences to the control",
+        paired.SIGNS,
+        paired.differences_table(plan, rows, PARTS, REPORTED),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def picture(plan: Plan, rows: Sequence[Row]) -> "Figure | None":
+    """The primary contrasts in the balanced cross-entropy, one panel each, one row per change; None without values."""
+    from matplotlib.figure import Figure
+
+    from utils.results.figures import COLOURS, FAINT, INK, as_text
+
+    conditions = paired.conditions(rows)
+    by_contrast = {
+        contrast: [
+            paired.differences(rows, condition, contrast.arm, contrast.control, "balanced_loss")
+            for condition in conditions
+        ]
+        for contrast in plan.primary
+    }
+    drawn = {contrast: values for contrast, values in by_contrast.items() if any(map(len, values))}
+    if not drawn:
+        return None
+    figure = Figure(figsize=(2.2 + 3.4 * len(drawn), 1.3 + 0.27 * len(conditions)), layout="constrained")
+    panels = figure.subplots(1, len(drawn), sharey=True, squeeze=False)[0]
+    for axes, (contrast, values) in zip(panels, drawn.items(), strict=True):
+        for place, differences in enumerate(values):
+            if len(differences) and np.isfinite(differences).all():
+                if interval := t_interval(differences):
+                    axes.plot(interval, [place] * 2, color=COLOURS[0], linewidth=2.2, solid_capstyle="butt")
+                axes.plot(differences.mean(), place, "o", color=COLOURS[0], markersize=5, markeredgecolor="white")
+        axes.axvline(0, color=INK, linewidth=1)
+        seeds = max(map(len, values))
+        axes.set_title(
+            f"{as_text(contrast.arm)}\nagainst {as_text(contrast.control)}, {count(seeds, 'seed')}", fontsize=10
+        )
+        axes.set_xlabel("difference, nats (right: better)")
+        axes.grid(color=FAINT, axis="x")
+        axes.set_axisbelow(True)
+        axes.spines[["top", "right"]].set_visible(False)
+    tasks = {task for task, _ in conditions}
+    labels = [shift if len(tasks) == 1 else f"{task}: {shift}" for task, shift in conditions]
+    panels[0].set_yticks(range(len(conditions)), list(map(as_text, labels)))
+    panels[0].invert_yaxis()
+    figure.suptitle(
+        "Balanced cross-entropy on changed test images:\nmean difference over seeds, 95 % t-interval", fontsize=11
+    )
+    return figure
+
+
+def build_parser() -> Parser:
+    parser = Parser(__doc__, prog="python experiments/shifts.py")
+    add = parser.add_argument
+    add("plan", type=expanded_path, metavar="PLAN", help="such as experiments/plans/small.py")
+    add("results", type=expanded_path, metavar="RESULTS", nargs="?", help="the output folder of its runs")
+    add("-o", "--output", type=expanded_path, metavar="FILE.csv", required=True, help="earlier results in it are kept")
+    add("--data-path", type=expanded_path, metavar="DATA", help="that of the runs")
+    add("--exclude", type=expanded_path, metavar="FILE", help="that of the runs, if the links in RESULTS are lost")
+    add("--arms", metavar="PATTERNS", help="only these arms: shell patterns, separated by commas; default: those of "
+        "the plan's primary contrasts, or all if it has none")  # fmt: skip
+    add("--device", help="cuda or cpu; default: cuda if available")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    options = build_parser().parse_args(argv)
+    plan = read_plan(options.plan)
+    table, text, figure = paired.output_paths(options.output, ".md", ".png")
+    rows = paired.read_rows(table, plan, PARTS, REPORTED)
+    if options.results is not None:
+        rows = add_rows(plan, options, rows)
+    if not rows:
+        raise UserError(f"-o {table}: no such file. Give RESULTS, the output folder of experiments/run.py.")
+    content = page(plan, rows)
+    write_atomically(text, content.encode(errors="backslashreplace"))
+    drawn = picture(plan, rows)
+    if drawn is None:
+        figure.unlink(missing_ok=True)
+    else:
+        from utils.results.figures import write_figure
+
+        write_figure(figure, drawn)
+    print("\n".join(map(printable, content.split("\n"))))
+
+
+def add_rows(plan: Plan, options: argparse.Namespace, rows: list[Row]) -> list[Row]:
+    """The rows with those of the stages that have none yet; written to the file after each seed."""
+    if options.data_path is None:
+        raise UserError("--data-path: is missing. Give that of the runs.")
+    try:
+        device = resolve_device(options.device)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    of_contrasts = {name for contrast in plan.primary for name in (contrast.arm, contrast.control)}
+    patterns = options.arms or ",".join(arm.name for arm in plan.arms if arm.name in of_contrasts) or "*"
+    done = {(row.arm, row.seed, row.condition[0]) for row in rows}
+    missing = [
+        stage
+        for stage in find_tested(plan, options.results, patterns)
+        if (stage.arm, stage.seed, stage.task) not in done
+    ]
+    groups: dict[tuple[int, Subset | None], list[Tested]] = {}  # tested on the same images
+    for stage in missing:
+        groups.setdefault((stage.seed, stage.subset), []).append(stage)
+    for (seed, subset), stages in groups.items():
+        start, folder = time.monotonic(), options.data_path
+        if subset is not None:
+            folder = options.results / SUBSETS / subset.name
+            if not folder.is_dir():
+                link_subset(options.data_path, subset, folder, options.exclude)
+        new = test_all(stages, folder / "test", device)
+        rows = [*rows, *new]
+        paired.write_rows(options.output, plan, PARTS, rows)
+        print_line(f"seed {seed}: {count(len(stages), 'model')}, {time.monotonic() - start:.0f} s")
+    return rows
+
+
+if __name__ == "__main__":
+    run_script(main)
