@@ -15,7 +15,7 @@ OUT=${OUT:-experiments/results}
 MINUTES=${MINUTES:-9}
 JOBS=${JOBS:-6}
 FLAGS=${FLAGS:-"--device cuda --amp --workers 1 --print-freq 1000"}
-[ $# -gt 0 ] || set -- classification small
+[ $# -gt 0 ] || set -- small_resnet18 classification
 if [ -z "$CACHE" ]; then
     CACHE=$(mktemp -d)
     trap 'rm -rf "$CACHE"' EXIT

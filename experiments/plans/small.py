@@ -11,6 +11,7 @@ images that were neither drawn nor in `val` are tested on, with the weights of t
 """
 
 import math
+from typing import Any
 
 from experiments.plan import Arm, Contrast, Plan, Stage, Subset
 
@@ -19,11 +20,10 @@ SHOTS = 40
 FIRST_SEED = 3  # those before are for the tuning
 MASKED_EPOCHS, CLEAN_EPOCHS = 60, 40
 TASK = "hard classes"
-IMAGES = (
-    "--batch-size 32 --train-crop-size 48 --val-resize-size 54 --val-crop-size 48 --gray --backend tensor "
-    "--cache-dataset host --channels-last --lr-scheduler cosineannealinglr"
-)
-MASK = "--policy-model test_resnet --kernel 3 --sigma 1.7 --mask-range 0 2"
+SIZE = 48  # pixels
+TRAINING = "--gray --backend tensor --cache-dataset host --channels-last --lr-scheduler cosineannealinglr"
+BLUR = "--kernel 3 --sigma 1.7"
+MASK = f"--policy-model test_resnet {BLUR} --mask-range 0 2"
 UNIFORM = "--mask-policy uniform --objective published-unscaled"
 LEARNED = "--grid 8 --head-weight 1"
 PUBLISHED_SCALE = math.log(48 * 48)  # factor of `published` on the classifier's gradient, but not on its weight decay
@@ -69,36 +69,42 @@ def rate_flags(arm: str, rate: float) -> str:
     return f"--lr {rate / PUBLISHED_SCALE:.4g} --wd {1e-4 * PUBLISHED_SCALE:.4g} --policy-lr {rate / 10:g}"
 
 
-def common(epochs: int, model: str = "test_resnet") -> str:
+def common(epochs: int, model: str = "test_resnet", size: int = SIZE) -> str:
     """The flags of every training of so many epochs."""
-    return f"--model {model} {IMAGES} --epochs {epochs} --val-every {epochs}"
+    images = f"--batch-size 32 --train-crop-size {size} --val-resize-size {size * 9 // 8} --val-crop-size {size}"
+    return f"--model {model} {images} {TRAINING} --epochs {epochs} --val-every {epochs}"
 
 
 def stages(
-    arm: str, rate: float, *, shots: int = SHOTS, model: str = "test_resnet", test: bool = True
+    arm: str,
+    rate: float,
+    *,
+    shots: int = SHOTS,
+    model: str = "test_resnet",
+    size: int = SIZE,
+    blur: str = BLUR,
+    test: bool = True,
 ) -> tuple[Stage, ...]:
     """The trainings of an arm with a learning rate; without `test` for a choice on `val`."""
     script, flags, _ = ARMS[arm]
+    flags = flags.replace(BLUR, blur)
     subset = Subset(CLASSES, shots=shots, draw="seed", test="rest")
     task, keep = TASK if test else None, ("model_best.pth",) if test else ()
     if arm == "conventional":
-        flags = f"{common(MASKED_EPOCHS + CLEAN_EPOCHS, model)} {rate_flags(arm, rate)}"
+        flags = f"{common(MASKED_EPOCHS + CLEAN_EPOCHS, model, size)} {rate_flags(arm, rate)}"
         return (Stage("training", "_normal", flags, test=task, subset=subset, keep=keep),)
-    first = f"{common(MASKED_EPOCHS, model)} {rate_flags(arm, rate)} {flags}"
-    second = f"{common(CLEAN_EPOCHS, model)} --lr {rate / 5:g}"
+    first = f"{common(MASKED_EPOCHS, model, size)} {rate_flags(arm, rate)} {flags}"
+    second = f"{common(CLEAN_EPOCHS, model, size)} --lr {rate / 5:g}"
     return (
         Stage("pretraining", script, first, average=3, subset=subset),
         Stage("fine-tuning", "_normal", second, "pretraining/average.pth", test=task, subset=subset, keep=keep),
     )
 
 
-def arms(
-    names: tuple[str, ...], seeds: dict[str, int], shots: int = SHOTS, model: str = "test_resnet"
-) -> tuple[Arm, ...]:
-    """The arms with their chosen learning rates. seeds: by arm, their number."""
+def arms(names: tuple[str, ...], seeds: dict[str, int], **settings: Any) -> tuple[Arm, ...]:
+    """The arms with their chosen learning rates. seeds: by arm, their number; settings: of `stages`."""
     return tuple(
-        Arm(name, stages(name, CHOSEN[name], shots=shots, model=model), seeds[name], FIRST_SEED, ARMS[name][2])
-        for name in names
+        Arm(name, stages(name, CHOSEN[name], **settings), seeds[name], FIRST_SEED, ARMS[name][2]) for name in names
     )
 
 
