@@ -94,7 +94,7 @@ def warn_of_bounds(epoch: int, share: float) -> None:
         say(
             f"warning: in epoch {epoch}, {100 * share:.3g} % of the log-concentrations were at their bounds of "
             f"-{LOG_CONCENTRATION_LIMIT:g} and {LOG_CONCENTRATION_LIMIT:g}, where they have no gradient; a lower "
-            "--policy-lr or an --entropy-weight keeps them inside."
+            "--policy-lr, or with reinforce an --entropy-weight, keeps them inside."
         )
 
 

@@ -122,7 +122,8 @@ def prepare(run: Run, classifier: nn.Module, policy: Policy | None) -> tuple[Tra
         objective.print_fact(args.grid)
     print_plan(run, training)
     use_cache_and_compile(run, networks)
-    if objective.pathwise_sign and args.grad_accum_steps > 1:  # one backward pass goes through all parts to the masks
+    if objective.pathwise_sign and "policy" in optimizers and args.grad_accum_steps > 1:
+        # One backward pass goes through all parts to the masks.
         network = InParts(classifier, args.grad_accum_steps)
         training = training._replace(network=network, settings=training.settings._replace(parts=1))
     training = training._replace(network=distributed.wrap(training.network, run.device))

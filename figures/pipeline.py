@@ -80,8 +80,8 @@ def _as_bytes(pixels: np.ndarray) -> np.ndarray:
 
 
 def _in_colours(values: torch.Tensor) -> np.ndarray:
-    """Values (height, width) in [0, 1] as colours between DARK and BRIGHT."""
-    shares = values.numpy()[..., None]
+    """Values (height, width) as colours from DARK at 0 to BRIGHT at 1 and above, which --keep-mean can give."""
+    shares = values.numpy()[..., None].clip(0, 1)
     return np.rint(DARK + (BRIGHT - DARK) * shares).astype(np.uint8)
 
 

@@ -70,6 +70,10 @@ def test_the_picture_holds_a_phantom_a_mask_for_it_and_their_product(run, tmp_pa
     assert description.text.splitlines() == printed.splitlines()
 
 
+def test_values_above_the_range_have_its_last_colour():
+    assert np.array_equal(pipeline._in_colours(torch.tensor([[0.0, 1.4]]))[0], [pipeline.DARK, pipeline.BRIGHT])
+
+
 def test_the_same_run_gives_the_same_file_and_replaces_none_unasked(run, tmp_path):
     output = tmp_path / "pipeline.svg"
     pipeline.main([str(run), "-o", str(output)])

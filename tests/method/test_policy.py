@@ -214,7 +214,9 @@ def test_concentrations_at_their_bounds_are_counted_and_warned_of(capsys):
     health = policy_health(policy, masked, torch.zeros(1))
     assert health["concentrations_at_bounds"].item() == 3 / 8
     warn_of_bounds(4, 3 / 8)
-    assert "in epoch 4, 37.5 % of the log-concentrations were at their bounds of -6 and 6" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "in epoch 4, 37.5 % of the log-concentrations were at their bounds of -6 and 6" in printed
+    assert "or with reinforce an --entropy-weight" in printed  # other objectives refuse it
     warn_of_bounds(5, 0.0)
     assert capsys.readouterr().out == ""
 

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import nn
 
 from _policy_gradient import policy
+from _policy_gradient import train as policy_gradient
 from _policy_gradient.masking import build_masking, build_objective, build_policy
 from tests.conftest import SMALL, SMALL_POLICY
 from tests.helpers.parsing import parse
@@ -234,6 +235,14 @@ def test_a_part_of_the_batch_passes_through_the_policy_at_once():
     assert sizes == [4, 4, 4]
     heads[0].sum().backward()
     assert sizes == [4] * 6  # computed again
+
+
+def test_masks_that_are_not_learned_need_no_gradient_through_all_parts(image_folder, tmp_path, monkeypatch):
+    """With `pathwise` the classifier would otherwise be computed twice for nothing."""
+    monkeypatch.setattr(policy_gradient, "InParts", None)
+    flags = ["--mask-policy", "uniform", "--objective", "pathwise", "--grad-accum-steps", "2", "--epochs", "1"]
+    policy_gradient.main([*SMALL_POLICY, *flags, "--data-path", str(image_folder), "--output-dir", str(tmp_path)])
+    assert status_of(tmp_path)["status"] == "finished"
 
 
 def test_the_reward_is_not_weighted_in_any_part():
