@@ -1,8 +1,8 @@
 """Choose the learning rate of each arm of Plan S from its tuning: `python experiments/choose_rates.py RESULTS`.
 
 The rate of an arm is the lowest whose cross-entropy on `val` at the end of training, mean over the replicates, is
-within one standard error of the best. The highest rates, at which single trainings begin to fail, must be clearly
-better.
+within one standard error of the best. A higher rate must be clearly better, because single trainings begin to fail at
+the highest ones.
 """
 
 import math

@@ -1,7 +1,7 @@
-"""The learning rates of Plan S: three rates for each arm, on three replicates that are not used again.
+"""The learning rates of Plan S: three rates or more for each arm, on three replicates that are not used again.
 
-The rate of an arm is the one with the lowest cross-entropy on `val` at the last epoch (`val_loss`), mean over the
-replicates: `python experiments/choose_rates.py RESULTS`. Nothing is tested.
+`python experiments/choose_rates.py RESULTS` chooses the rate of each arm by its cross-entropy on `val` at the last
+epoch (`val_loss`). Nothing is tested.
 """
 
 from experiments.plan import Arm, Plan
