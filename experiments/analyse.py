@@ -15,6 +15,7 @@ from experiments import tables
 from experiments.collected import read_results
 from experiments.differences import Comparison, compare
 from experiments.finished import Results, Run, RunKey
+from experiments.outcomes import IMPROVEMENT
 from experiments.plan import Plan, read_plan
 from experiments.tasks import Task, read_tasks
 from utils.arguments import check_limits
@@ -28,11 +29,11 @@ from utils.runtime.text import print_line
 TABLES = "tables.md"
 MARK = "<!-- written by experiments/analyse.py -->"  # marks files that may be replaced
 LEGEND = (
-    "d_z: mean / standard deviation of the differences. P(better): probability that a new replicate of the arm beats "
-    "its control's, estimated by the share of seeds in which it does (equal ones count half). Bouthillier et al. 2021 "
-    "recommend .75 as the least that is worth claiming. Seeds for .01: with which a paired t-test (two-sided, 5 %) "
-    "finds a difference of one point, or .01 nats, with a power of 80 %. All comparisons without a p are exploratory: "
-    "with so many of them, some intervals exclude 0 by chance."
+    f"{IMPROVEMENT} d_z: mean / standard deviation of these differences. P(better): probability that a new replicate "
+    "of the arm beats its control's, estimated by the share of seeds in which it does (equal ones count half). "
+    "Bouthillier et al. 2021 recommend .75 as the least that is worth claiming. Seeds for .01: with which a paired "
+    "t-test (two-sided, 5 %) finds a difference of one point, or .01 nats, with a power of 80 %. All comparisons "
+    "without a p are exploratory: with so many of them, some intervals exclude 0 by chance."
 )
 BOOTSTRAP = (
     "The bootstrap ({resamples} resamples of seeds and test images, percentiles) is too narrow with few seeds: over "
@@ -92,7 +93,7 @@ def task_parts(plan: Plan, task: Task, comparisons: list[Comparison]) -> list[st
     if not any(comparison.task == task.name for comparison in comparisons):
         return [*parts, "No differences: no arm has a seed in common with its control."]
     if differences := tables.differences_table(task, comparisons):
-        parts += [f"Task {task.name}, paired differences, exploratory:", differences]
+        parts += [f"Task {task.name}, improvement over the control, exploratory:", differences]
     return [*parts, CLAIMS, tables.claims_table(plan, task)]
 
 

@@ -1,6 +1,7 @@
 """Statistics of paired differences between arms: intervals, effect sizes, tests. Arrays in, numbers out.
 
-A difference belongs to one seed: the arm's metric minus its control's for the same seed and the same test images.
+A difference belongs to one seed: of the arm's metric to its control's for the same seed and the same test images.
+Positive differences are better.
 """
 
 import math
@@ -123,14 +124,14 @@ def sign_flip_p(differences: np.ndarray) -> float:
     return min(float(test.pvalue), 1.0)
 
 
-def probability_of_better(differences: np.ndarray, sign: int) -> tuple[float, float, float]:
+def probability_of_better(differences: np.ndarray) -> tuple[float, float, float]:
     """Probability that a new replicate of the arm beats its control's, and the bounds of its 95 % interval.
 
-    differences: (n,); sign: 1 if a positive difference is better, otherwise -1. The share of seeds in which the arm is
+    differences: (n,). The share of seeds in which the arm is
     better, where equal ones count half (Bouthillier et al. 2021, Accounting for Variance in Machine Learning
     Benchmarks). The interval is Wilson's: a bootstrap, as in that paper, has no width if all seeds agree.
     """
-    better = np.sum(sign * differences > 0) + np.sum(differences == 0) / 2
+    better = np.sum(differences > 0) + np.sum(differences == 0) / 2
     lower, upper = wilson_intervals(better, np.array(len(differences)))
     return float(better / len(differences)), max(float(lower), 0.0), min(float(upper), 1.0)  # beyond by rounding only
 

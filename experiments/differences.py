@@ -20,7 +20,6 @@ from experiments.finished import RunKey
 from experiments.outcomes import OUTCOMES
 from experiments.plan import Contrast, Plan
 from experiments.tasks import Task, task_names
-from utils.runtime.errors import UserError
 
 COMPARED = ("balanced_loss", "hard_f1", "f1", "balanced_accuracy", "top1", "ece")
 SEEDS_FOR_P = 8
@@ -28,13 +27,14 @@ SMALL = 0.01  # one point, or .01 nats: the difference for which `needed` is
 
 
 class Comparison(NamedTuple):
-    """One arm minus its control in one task and outcome, over the seeds that both have. Fractions, not points.
+    """One arm and its control in one task and outcome, over the seeds that both have. Fractions, not points.
 
-    question: name of the primary contrast, "" for an exploratory comparison; differences: (n,), one per seed; interval:
-    bootstrap over seeds and test images, None where each seed has its own images, and for ECE; t: t-interval over
-    seeds; effect: d_z; needed: seeds to detect a difference of SMALL; t, effect and needed are None if too few seeds
-    show their spread; better: probability that a new replicate of the arm beats its control's, lower and upper bound;
-    p: of the primary tests, adjusted for their number (Holm), otherwise None, also with fewer than SEEDS_FOR_P seeds.
+    question: name of the primary contrast, "" for an exploratory comparison; differences: (n,), one per seed, positive
+    where the arm is better, also in outcomes where lower is better; interval: bootstrap over seeds and test images,
+    None where each seed has its own images, and for ECE; t: t-interval over seeds; effect: d_z; needed: seeds to detect
+    a difference of SMALL; t, effect and needed are None if too few seeds show their spread; better: probability that a
+    new replicate of the arm beats its control's, lower and upper bound; p: of the primary tests, adjusted for their
+    number (Holm), otherwise None, also with fewer than SEEDS_FOR_P seeds.
     """
 
     task: str
@@ -82,7 +82,7 @@ def pairs(plan: Plan, task: Task, contrast: Contrast) -> list[tuple[RunKey, RunK
 def compare(plan: Plan, tasks: list[Task], resamples: int) -> list[Comparison]:
     """Comparisons by task, outcome and arm, without arms that have no seed in common with their control.
 
-    Raises UserError if no arm has one.
+    p is adjusted for all primary contrasts, also for those that have too few seeds yet.
     """
     comparisons = []
     for task in tasks:
@@ -91,13 +91,10 @@ def compare(plan: Plan, tasks: list[Task], resamples: int) -> list[Comparison]:
         for outcome in outcomes_compared(plan, task):
             for contrast, both in matched:
                 comparisons.append(_comparison(plan, task, outcome, contrast, both, resampled))
-    if not comparisons:
-        raise UserError(
-            f"no arm of the plan {plan.name!r} has a finished seed in common with its control (the baseline is "
-            f"{plan.baseline!r}). Run more of the plan first."
-        )
     primary = [index for index, row in enumerate(comparisons) if row.p is not None]
-    for index, p in zip(primary, holm([comparisons[index].p for index in primary]), strict=True):
+    known = [comparisons[index].p for index in primary]
+    untested = [1.0] * (len(plan.primary) - len(known))
+    for index, p in zip(primary, holm([*known, *untested]), strict=False):
         comparisons[index] = comparisons[index]._replace(p=p)
     return comparisons
 
@@ -111,11 +108,12 @@ def _comparison(
     resampled: dict[RunKey, np.ndarray],
 ) -> Comparison:
     """p is not adjusted yet."""
-    differences = np.array([task.runs[run].metrics[outcome] - task.runs[base].metrics[outcome] for run, base in both])
+    sign, runs = OUTCOMES[outcome].sign, task.runs
+    differences = sign * np.array([runs[run].metrics[outcome] - runs[base].metrics[outcome] for run, base in both])
     interval = None
     if resampled and outcome in SCORES:
         column = SCORES.index(outcome)
-        columns = [resampled[run][:, column] - resampled[base][:, column] for run, base in both]
+        columns = [sign * (resampled[run][:, column] - resampled[base][:, column]) for run, base in both]
         interval = hierarchical_interval(np.stack(columns, axis=1))
     question = contrast.name if task.name == task_names(plan)[0] and outcome == main_outcome(plan, task) else ""
     return Comparison(
@@ -129,7 +127,7 @@ def _comparison(
         t_interval(differences),
         effect_size(differences),
         seeds_needed(differences, SMALL),
-        probability_of_better(differences, OUTCOMES[outcome].sign),
+        probability_of_better(differences),
         sign_flip_p(differences) if question and len(both) >= SEEDS_FOR_P else None,
     )
 

@@ -2,6 +2,11 @@
 
 from typing import NamedTuple
 
+IMPROVEMENT = (
+    "Improvement: the arm minus its control, for cross-entropy and calibration error the control minus the arm, so "
+    "that positive is better. Mean over the seeds that both have."
+)
+
 
 class Outcome(NamedTuple):
     """scale: factor from the stored value to what is printed, in `unit`; sign: -1 if lower is better."""

@@ -13,18 +13,14 @@ import numpy as np
 from experiments.comparisons import t_interval
 from experiments.differences import contrasts
 from experiments.markdown import NONE, markdown
-from experiments.outcomes import OUTCOMES
+from experiments.outcomes import IMPROVEMENT, OUTCOMES
 from experiments.plan import Plan
 from utils.results.run_folder import read_table
 from utils.runtime.errors import UserError
 from utils.runtime.files import make_parent, write_atomically
 from utils.runtime.text import csv_table
 
-SIGNS = (
-    "Positive differences: the arm is better than its control (for errors such as cross-entropy the sign is reversed). "
-    "Mean over the seeds that both have, with a 95 % t-interval in brackets; exploratory, not adjusted for the number "
-    "of rows."
-)
+LEGEND = f"{IMPROVEMENT} In brackets: 95 % t-interval, exploratory, not adjusted for the number of rows."
 
 
 class Row(NamedTuple):

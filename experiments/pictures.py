@@ -53,10 +53,9 @@ def differences(plan: Plan, tasks: list[Task], comparisons: list[Comparison]) ->
         axes.xaxis.set_major_locator(MaxNLocator(5))
         outcome = OUTCOMES[name]
         title = outcome.title if len(tasks) == 1 else f"{as_text(task.name)}: {outcome.title}"
-        better = "better \N{RIGHTWARDS ARROW}" if outcome.sign > 0 else "\N{LEFTWARDS ARROW} better"
-        _finish(axes, title, f"difference, {outcome.unit} ({better})")
+        _finish(axes, title, f"improvement, {outcome.unit}")
         axes.grid(visible=False, axis="y")
-    figure.suptitle("Difference to the control (0): each seed, mean, 95 % t-interval", color=INK, fontsize=11)
+    figure.suptitle("Improvement over the control: each seed, mean, 95 % t-interval", color=INK, fontsize=11)
     return figure
 
 

@@ -69,8 +69,8 @@ def page(plan: Plan, rows: Sequence[Row]) -> str:
         f"{plan.question} {count(len(runs), 'run')}; the value of a run is the mean over its draws of training images.",
         f"## Mean over seeds: {paired.title('f1')}",
         paired.levels_table(plan, rows, PARTS, "f1"),
-        "## Paired differences to the control",
-        paired.SIGNS,
+        "## Improvement over the control",
+        paired.LEGEND,
         paired.differences_table(plan, rows, PARTS, REPORTED),
     ]
     return "\n\n".join(parts) + "\n"

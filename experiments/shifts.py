@@ -225,8 +225,8 @@ def page(plan: Plan, rows: Sequence[Row]) -> str:
         paired.levels_table(plan, rows, PARTS, "balanced_loss"),
         f"## Mean over seeds: {paired.title('balanced_accuracy')}",
         paired.levels_table(plan, rows, PARTS, "balanced_accuracy"),
-        "## Paired differences to the control",
-        paired.SIGNS,
+        "## Improvement over the control",
+        paired.LEGEND,
         paired.differences_table(plan, rows, PARTS, REPORTED),
     ]
     return "\n\n".join(parts) + "\n"
@@ -262,7 +262,7 @@ def picture(plan: Plan, rows: Sequence[Row]) -> "Figure | None":
         axes.set_title(
             f"{as_text(contrast.arm)}\nagainst {as_text(contrast.control)}, {count(seeds, 'seed')}", fontsize=10
         )
-        axes.set_xlabel("difference, nats (right: better)")
+        axes.set_xlabel("improvement, nats")
         axes.grid(color=FAINT, axis="x")
         axes.set_axisbelow(True)
         axes.spines[["top", "right"]].set_visible(False)
@@ -271,7 +271,7 @@ def picture(plan: Plan, rows: Sequence[Row]) -> "Figure | None":
     panels[0].set_yticks(range(len(conditions)), list(map(as_text, labels)))
     panels[0].invert_yaxis()
     figure.suptitle(
-        "Balanced cross-entropy on changed test images:\nmean difference over seeds, 95 % t-interval", fontsize=11
+        "Balanced cross-entropy on changed test images:\nmean improvement over seeds, 95 % t-interval", fontsize=11
     )
     return figure
 

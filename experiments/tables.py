@@ -68,7 +68,7 @@ def differences_table(task: Task, comparisons: list[Comparison]) -> str:
 
 
 DIFFERENCE_HEADER = (
-    *("outcome", "arm", "control", "seeds", "difference", f"{PERCENT} over seeds (t)"),
+    *("outcome", "arm", "control", "seeds", "improvement", f"{PERCENT} over seeds (t)"),
     *("d_z", "P(better)", f"{PERCENT} (Wilson)", "seeds for .01"),
 )
 AFTER_T = DIFFERENCE_HEADER.index("d_z")

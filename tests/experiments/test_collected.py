@@ -111,7 +111,7 @@ def test_the_differences_are_within_each_seed(results, tmp_path):
             logits[torch.arange(len(targets)), targets] += gain
             weights = 1 / targets.bincount().double()
             losses.append(torch.nn.functional.cross_entropy(logits.double(), targets, weights).item())
-        expected.append(losses[0] - losses[1])
+        expected.append(losses[1] - losses[0])
     assert row.differences == pytest.approx(expected, abs=2e-6)  # six decimals in predictions.csv
 
 

@@ -109,13 +109,13 @@ def test_random_sign_flips_agree_with_the_exact_count():
 
 def test_probability_of_better_equals_counts_and_scipy():
     differences = np.array([-0.3, -0.2, 0.0, 0.1, -0.1])
-    assert probability_of_better(differences, -1)[0] == 3.5 / 5
-    assert probability_of_better(differences, 1)[0] == 1.5 / 5
+    assert probability_of_better(differences)[0] == 1.5 / 5
+    assert probability_of_better(-differences)[0] == 3.5 / 5
     wins = np.where(np.arange(40) < 31, 0.1, -0.1)
     interval = stats.binomtest(31, 40).proportion_ci(method="wilson")
-    assert probability_of_better(wins, 1) == pytest.approx((31 / 40, interval.low, interval.high))
-    assert probability_of_better(np.ones(2), -1)[:2] == (0, 0)
-    assert probability_of_better(np.ones(8), 1)[1:] == pytest.approx((8 / (8 + 1.959964**2), 1))
+    assert probability_of_better(wins) == pytest.approx((31 / 40, interval.low, interval.high))
+    assert probability_of_better(-np.ones(2))[:2] == (0, 0)
+    assert probability_of_better(np.ones(8))[1:] == pytest.approx((8 / (8 + 1.959964**2), 1))
 
 
 def test_holm_adjusts_for_the_number_of_tests():
