@@ -1,9 +1,11 @@
 """Subsets of a data set as folders of links: some classes, a few training images of each."""
 
+import fcntl
 import os
 import random
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from experiments.plan import Subset, matches
@@ -29,17 +31,31 @@ def link_subset(data: Path, subset: Subset, folder: Path, exclude: Path | None =
     links = {
         link: os.path.relpath(data / image, os.path.realpath((folder / link).parent)) for link, image in images.items()
     }
-    if _read_links(folder) == links:
-        return
-    unfinished = folder.with_name(f"{folder.name}.tmp")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    for image, target in links.items():
-        link = unfinished / image
-        link.parent.mkdir(parents=True, exist_ok=True)
-        link.symlink_to(target)
-    if folder.is_dir():
-        shutil.rmtree(folder)
-    unfinished.rename(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with _locked(folder.parent):
+        if _read_links(folder) == links:
+            return
+        unfinished = folder.with_name(f"{folder.name}.tmp")
+        shutil.rmtree(unfinished, ignore_errors=True)
+        for image, target in links.items():
+            link = unfinished / image
+            link.parent.mkdir(parents=True, exist_ok=True)
+            link.symlink_to(target)
+        if folder.is_dir():
+            shutil.rmtree(folder)
+        unfinished.rename(folder)
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Wait until no other process is inside this block for the folder, such as a second run.py with the same output."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):  # a file system without locks
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def _choose_images(data: Path, subset: Subset, exclude: Path | None) -> dict[str, str]:

@@ -1,10 +1,12 @@
 """Plans of experiments: commands of a stage, equal budgets, and subsets of the data as links."""
 
+import fcntl
 import json
 import math
 import os
 import shlex
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -215,6 +217,21 @@ def test_a_subset_with_other_links_is_replaced(image_folder, tmp_path):
     before = copy.stat().st_ino
     link_subset(data, subset, copy, exclude)
     assert copy.stat().st_ino == before
+
+
+def test_two_processes_make_the_links_of_a_folder_one_after_the_other(image_folder, tmp_path):
+    """A lock belongs to an open file, so a thread stands for the second process."""
+    first = os.open(tmp_path, os.O_RDONLY)
+    fcntl.flock(first, fcntl.LOCK_EX)
+    (tmp_path / "subset.tmp" / "train").mkdir(parents=True)
+    with ThreadPoolExecutor(1) as pool:
+        second = pool.submit(link_subset, image_folder, Subset("*r*", without="striped"), tmp_path / "subset")
+        with pytest.raises(TimeoutError):
+            second.result(timeout=0.3)
+        assert not any((tmp_path / "subset.tmp" / "train").iterdir())
+        os.close(first)
+        second.result()
+    assert os.listdir(tmp_path) == ["subset"]
 
 
 def test_a_subset_without_classes_is_refused_and_leaves_nothing(image_folder, tmp_path):
