@@ -73,6 +73,7 @@ def collected(results: Path, tmp_path_factory: pytest.TempPathFactory) -> bytes:
     return pack(plan, read_folders(plan, results))
 
 
+@pytest.mark.slow
 def test_the_file_gives_the_tables_of_the_folders(results, collected, tmp_path, capsys):
     plan, file = str(write_plan(tmp_path)), tmp_path / "new" / "runs.npz"
     collect.main([plan, str(results), "-o", str(file)])

@@ -144,6 +144,7 @@ def call(folder, image_folder, *words, results=True):
     return table_of(folder / "s" / "shifts.csv")
 
 
+@pytest.mark.slow
 def test_clean_rows_equal_the_runs_own_tests_and_only_missing_runs_are_added(runs, image_folder, capsys):
     rows = call(runs, image_folder)
     output = capsys.readouterr().out
@@ -163,6 +164,7 @@ def test_clean_rows_equal_the_runs_own_tests_and_only_missing_runs_are_added(run
     assert len({row["balanced_loss"] for row in rows}) > 60  # the changes change something
 
 
+@pytest.mark.slow
 def test_the_page_and_the_picture_show_differences_that_are_positive_where_the_arm_is_better(runs, image_folder):
     rows = call(runs, image_folder)
     text = (runs / "s" / "shifts.md").read_text()
@@ -182,6 +184,7 @@ def test_the_page_and_the_picture_show_differences_that_are_positive_where_the_a
     assert labels[0] == "clean" and axes.yaxis_inverted()
 
 
+@pytest.mark.slow
 def test_without_results_the_page_is_made_from_the_file_alone(runs, image_folder, tmp_path):
     call(runs, image_folder)
     shutil.copytree(runs / "s", tmp_path / "s", ignore=shutil.ignore_patterns("*.md"))
@@ -200,6 +203,7 @@ def test_lost_links_are_made_again_and_other_images_are_refused(copied, image_fo
     assert len(call(copied, image_folder, "--arms", "plain")) == 2 * 15
 
 
+@pytest.mark.slow
 def test_bad_input_gets_a_sentence_and_nothing_is_written(copied, image_folder):
     plan, out = str(copied / "plan.py"), str(copied / "out")
     target = ["-o", str(copied / "new.csv")]
