@@ -84,10 +84,14 @@ def task_parts(plan: Plan, task: Task, comparisons: list[Comparison]) -> list[st
     if task.has_easy:
         images += f", {task.hard.sum()} of them hard ({plan.hard})"
     draws = {len(tested.predictions) for tested in task.runs.values()} - {1}
-    averaged = f" Each run is the mean of {', '.join(map(str, sorted(draws)))} draws." if draws else ""
+    notes = f" Each run is the mean of {', '.join(map(str, sorted(draws)))} draws." if draws else ""
+    if not task.shared:
+        notes += (
+            " The test images of two seeds overlap, so intervals over seeds hold for this collection of images only."
+        )
     parts = [
         f"## Task {task.name}",
-        f"{images}.{averaged} Mean ± standard deviation over seeds; percent, cross-entropy in nats, AUROC a fraction.",
+        f"{images}.{notes} Mean ± standard deviation over seeds; percent, cross-entropy in nats, AUROC a fraction.",
         tables.results_table(plan, task),
     ]
     if not any(comparison.task == task.name for comparison in comparisons):

@@ -85,7 +85,10 @@ def test_the_file_gives_the_tables_of_the_folders(results, collected, tmp_path, 
     assert re.sub(number, "", first) == re.sub(number, "", second)
     values = ([float(value) for value in re.findall(number, text)] for text in (first, second))
     np.testing.assert_allclose(*values, rtol=1e-3, atol=0.011)  # float16, and rounding of what is printed
-    assert "33 to 35 test images, other ones for each seed, of 3 classes." in first and "bootstrap" not in first
+    assert (
+        "33 to 35 test images, other ones for each seed, of 3 classes. The test images of two seeds overlap" in first
+        and "bootstrap" not in first
+    )
     # Losses are float16, classes exact; a second file has the same bytes.
     assert collected == file.read_bytes()
     drawn = read_plan(tmp_path / "plan.py")
