@@ -112,7 +112,8 @@ def test_the_pages_name_each_command():
         *("utils.export", "utils.predict", "utils.weight_averaging", "utils.radimagenet", "utils.phantoms"),
         *("utils.prepare", "utils.medmnist", "utils.probe"),
         *("experiments.run", "experiments.analyse", "experiments.learning_signal", "experiments.build_mini_rin"),
-        "experiments.paper",
+        *("experiments.paper", "experiments.collect", "experiments.choose_rates", "experiments.false_claims"),
+        *("experiments.shifts", "experiments.probe_tables"),
         *("benchmarks.run", "benchmarks.curves", "benchmarks.soak"),
     }
 
