@@ -20,7 +20,7 @@ from tests.conftest import ROOT, SMALL_POLICY
 REPORT = """
 import multiprocessing, os, signal, sys
 print(__name__, sys.argv, os.getcwd(), os.environ["MARK"], sys.stdin.read(), multiprocessing.get_start_method())
-print([signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)])
+print([signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)])
 print(signal.pthread_sigmask(signal.SIG_BLOCK, ()), file=sys.stderr)
 """
 STARTER = """

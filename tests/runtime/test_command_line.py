@@ -22,7 +22,7 @@ COMMANDS = [
 # Flags that take any text but name no file or folder of the user's.
 OTHER_TEXTS = {"model", "policy_model", "weights", "device", "data_name", "license", "flags", "rows", "settings"}
 OTHER_TEXTS |= {"image", "label", "group", "group_column", "split", "suffix", "window", "name"}  # of tables
-OTHER_TEXTS |= {"scripts", "opt", "backend", "lr_scheduler", "lr_warmup_method", "auto_augment"}
+OTHER_TEXTS |= {"arms", "scripts", "opt", "backend", "lr_scheduler", "lr_warmup_method", "auto_augment"}
 
 
 class Caught(Exception):
