@@ -14,6 +14,7 @@ from multiprocessing import forkserver
 import pytest
 import torch
 
+from _policy_gradient import train as policy_gradient
 from experiments import warm
 from tests.conftest import ROOT, SMALL_POLICY
 
@@ -25,6 +26,7 @@ print(signal.pthread_sigmask(signal.SIG_BLOCK, ()), file=sys.stderr)
 """
 STARTER = """
 import sys, time
+from _policy_gradient import train as policy_gradient
 from experiments import warm
 warm.PRELOAD.clear()
 with open(sys.argv[1], "ab") as output:
@@ -158,14 +160,14 @@ def test_a_warm_process_that_ends_early_is_reported(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_warm_training_gives_the_weights_of_a_typed_one_bit_for_bit(image_folder, tmp_path):
+def test_a_warm_training_gives_the_weights_of_one_in_this_process_bit_for_bit(image_folder, tmp_path):
     flags = [*SMALL_POLICY, "--data-path", image_folder, "--epochs", 1, "--objective", "reinforce", "--workers", 1]
-    words = [ROOT / "_policy_gradient" / "train.py", *flags, "--output-dir"]
-    typed = subprocess.run([sys.executable, *map(str, words), str(tmp_path / "typed")], capture_output=True)
-    assert typed.returncode == run_warm([*words, tmp_path / "warm"], tmp_path / "output.txt") == 0
-    states = [torch.load(tmp_path / name / "checkpoint.pth") for name in ("typed", "warm")]
+    policy_gradient.main([*map(str, flags), "--output-dir", str(tmp_path / "here")])
+    script = ROOT / "_policy_gradient" / "train.py"
+    assert run_warm([script, *flags, "--output-dir", tmp_path / "warm"], tmp_path / "output.txt") == 0
+    states = [torch.load(tmp_path / name / "checkpoint.pth") for name in ("here", "warm")]
     for part in ("model", "policy_net"):
         assert states[0][part].keys() == states[1][part].keys()
         assert all(torch.equal(value, states[1][part][key]) for key, value in states[0][part].items())
-    starts = [json.loads((tmp_path / name / "run.json").read_text())["starts"] for name in ("typed", "warm")]
-    assert starts[1][0]["command"] == starts[0][0]["command"].replace("/typed", "/warm")
+    command = json.loads((tmp_path / "warm" / "run.json").read_text())["starts"][0]["command"]
+    assert command.split()[1:] == list(map(str, [*flags, "--output-dir", tmp_path / "warm"]))
