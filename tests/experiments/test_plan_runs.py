@@ -17,6 +17,8 @@ from experiments.plan import Stage
 from tests.conftest import ROOT
 from utils.runtime.errors import UserError
 
+pytestmark = pytest.mark.slow  # each worker starts a warm process, which imports for five seconds
+
 PLAN = """
 from experiments.plan import Arm, Plan, Stage
 PLAN = Plan("p", "?", ({arms}), "{baseline}")
@@ -151,7 +153,6 @@ def test_torchrun_starts_trainings_and_tests_but_not_averaging(tmp_path):
     assert launchers == [torchrun, f"-m utils.weight_averaging {tmp_path}/first/model_0.pth", torchrun]
 
 
-@pytest.mark.slow
 def test_a_signal_reaches_all_processes_of_a_training(folder, capsys):
     terminate_after_starts(folder, 2)
     run_plan(folder, "--processes", "2", waits="--wait --epochs 1")

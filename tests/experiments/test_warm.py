@@ -18,6 +18,8 @@ from _policy_gradient import train as policy_gradient
 from experiments import warm
 from tests.conftest import ROOT, SMALL_POLICY
 
+pytestmark = pytest.mark.slow  # each worker starts a warm process, which imports for five seconds
+
 REPORT = """
 import multiprocessing, os, signal, sys
 print(__name__, sys.argv, os.getcwd(), os.environ["MARK"], sys.stdin.read(), multiprocessing.get_start_method())
@@ -159,7 +161,6 @@ def test_a_warm_process_that_ends_early_is_reported(tmp_path):
     assert "ChildProcessError: the process that starts commands has ended" in result.stderr
 
 
-@pytest.mark.slow
 def test_a_warm_training_gives_the_weights_of_one_in_this_process_bit_for_bit(image_folder, tmp_path):
     flags = [*SMALL_POLICY, "--data-path", image_folder, "--epochs", 1, "--objective", "reinforce", "--workers", 1]
     policy_gradient.main([*map(str, flags), "--output-dir", str(tmp_path / "here")])

@@ -140,6 +140,7 @@ def test_ranks_of_slurm_meet_on_the_first_node():
     assert slurm_rendezvous(two_nodes) == {"MASTER_ADDR": "10.0.0.7", "MASTER_PORT": "20001"}
 
 
+@pytest.mark.slow
 def test_a_slurm_step_without_torchrun_finds_its_processes(tmp_path, image_folder):
     """Two processes with Slurm's variables only, as srun would start them."""
     step = {"SLURM_STEP_NUM_TASKS": 2, "SLURM_STEP_NUM_NODES": 1, "SLURM_JOB_ID": os.getpid()}
