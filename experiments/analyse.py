@@ -33,7 +33,7 @@ LEGEND = (
     "of the arm beats its control's, estimated by the share of seeds in which it does (equal ones count half). "
     "Bouthillier et al. 2021 recommend .75 as the least that is worth claiming. Seeds for .01: with which a paired "
     "t-test (two-sided, 5 %) finds a difference of one point, or .01 nats, with a power of 80 %. All comparisons "
-    "without a p are exploratory: with so many of them, some intervals exclude 0 by chance."
+    "without a p are exploratory: among many, some intervals exclude 0 by chance."
 )
 BOOTSTRAP = (
     "The bootstrap ({resamples} resamples of seeds and test images, percentiles) is too narrow with few seeds: over "

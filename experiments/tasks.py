@@ -89,7 +89,7 @@ def _read_task(plan: Plan, runs: Runs, name: str) -> Task | None:
 
 
 def _drawn_by_seed(plan: Plan, task: str) -> bool:
-    """Whether the plan draws the test images of a task anew for each seed."""
+    """Whether each seed draws its own test images of a task."""
     subsets = [stage.subset for arm in plan.arms for stage in arm.stages if stage.test == task]
     return any(subset is not None and subset.test == "rest" and subset.draw == "seed" for subset in subsets)
 

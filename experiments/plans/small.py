@@ -5,7 +5,7 @@ long enough to overfit. All arms but `conventional` train for 60 epochs with mas
 average the last three, and train for 40 more epochs without masks. All train in batches of 32 and take the same number
 of updates.
 
-A replicate (a seed) draws the training images, the initial weights and the order anew, the same for all arms. All
+A replicate (a seed) draws the training images, the initial weights and the order, the same for all arms. All
 images that were neither drawn nor in `val` are tested on, with the weights of the last epoch: nothing is chosen on
 `val` but the learning rate, once for each arm (small_tuning.py), on seeds that are not used again.
 """
@@ -70,7 +70,7 @@ def rate_flags(arm: str, rate: float) -> str:
 
 
 def common(epochs: int, model: str = "test_resnet", size: int = SIZE) -> str:
-    """The flags of every training of so many epochs."""
+    """The flags that all trainings of this number of epochs have."""
     images = f"--batch-size 32 --train-crop-size {size} --val-resize-size {size * 9 // 8} --val-crop-size {size}"
     return f"--model {model} {images} {TRAINING} --epochs {epochs} --val-every {epochs}"
 

@@ -126,7 +126,7 @@ def test_the_reason_of_a_failure_is_its_error_or_its_last_line(printed, reason):
 
 
 def terminate_after_starts(folder, count):
-    """Send SIGTERM to this process once the stand-in was started so many times."""
+    """Send SIGTERM to this process once the stand-in was started this often."""
 
     def wait():
         while len(starts(folder)) < count:
