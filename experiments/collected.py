@@ -8,9 +8,9 @@ targets: class numbers of all image sets, one after the other; predictions: clas
     the runs; losses: cross-entropy in nats, float16; confidences: softmax probability of wrong predictions, float16.
     Where the prediction is right, the probability is exp(-loss).
 
-float16 has 11 significant bits: each loss, and so each mean of losses, changes by less than 1 / 2,000 of itself. Class
-numbers, and the metrics of them, are exact. Names of images are not stored: the digest of an image set shows that two
-tests used the same images.
+float16 has 11 significant bits, so losses and their means change by less than 1 part in 2,000. Class numbers, and the
+metrics of them, are exact. Names of images are not stored: the digest of an image set shows that two tests used the
+same images.
 """
 
 import io

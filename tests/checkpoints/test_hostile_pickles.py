@@ -260,6 +260,7 @@ def test_every_plain_state_that_torch_saves_is_read(tmp_path, kind, old_format):
     assert_same(read(tmp_path / "file.pth"), SAVED[kind])
 
 
+@pytest.mark.slow
 def test_large_states_stay_far_below_the_limits(tmp_path):
     many = {f"blocks.{number}.mlp.fc1.weight": torch.zeros(1) for number in range(3000)}
     state = {"model": many, "classes": [f"class {number}" for number in range(20_000)]}

@@ -29,6 +29,7 @@ def components(linked: np.ndarray) -> set[frozenset[int]]:
     return {frozenset(group) for group in sets if len(group) > 1}
 
 
+@pytest.mark.slow
 @settings(max_examples=50, deadline=None, derandomize=True)
 @given(st.integers(0, 2**32 - 1), st.sampled_from([0.9, 0.95, 0.98]), st.integers(0, 60), st.sampled_from([8, 1 << 14]))
 def test_the_search_finds_what_comparing_all_pairs_finds(seed, correlation, count, block):

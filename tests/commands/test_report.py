@@ -26,6 +26,7 @@ def page_of(*folders: Path) -> str:
     return " ".join(report.page([report.read_run_folder(folder) for folder in folders]).decode().split())
 
 
+@pytest.mark.slow
 def test_a_page_of_a_finished_run(tmp_path):
     page = page_of(write_run(tmp_path / "run"))
     for text in ("Report of run", "Finished; 3 epochs in the log", "0.667", "_policy_gradient/train.py --lr 0.1",

@@ -75,6 +75,7 @@ def test_what_a_resumed_run_takes_from_its_file_is_listed():
     assert listed["unless given again:"] == {arguments.flag(name) for name in expected}
 
 
+@pytest.mark.slow
 def test_every_logged_name_is_explained(image_folder, tmp_path):
     policy_gradient.main([*SMALL_POLICY, "--epochs", "1", "--amp", "--amp-dtype", "fp16", "--mask-fade-epochs", "1",
                           "--data-path", str(image_folder), "--output-dir", str(tmp_path)])  # fmt: skip

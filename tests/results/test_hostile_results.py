@@ -106,6 +106,7 @@ def entries(value: object, place: tuple = ()):
         yield from entries(held, (*place, key))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["log.jsonl", "run.json", "status.json", "metrics.json"])
 def test_an_entry_of_any_value_never_breaks_the_page(tmp_path, name):
     folder = write_run(tmp_path / "run")

@@ -171,6 +171,7 @@ def test_reports_and_plots_of_a_split_without_a_class(lacking, trained, tmp_path
         assert (tmp_path / "run" / "plots" / f"{picture}_test.png").stat().st_size > 1000
 
 
+@pytest.mark.slow
 def test_the_policy_script_and_its_gallery_cope_with_a_missing_class(lacking, tmp_path):
     run = tmp_path / "run"
     flags = ["--data-path", str(lacking), "--output-dir", str(run)]

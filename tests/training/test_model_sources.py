@@ -206,6 +206,7 @@ def test_a_folder_without_a_valid_model_is_one_sentence(content, match, tmp_path
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.slow
 def test_a_run_with_a_folder_works_in_all_commands_from_any_folder(image_folder, tmp_path, monkeypatch, capsys):
     source = write_source(tmp_path / "net")
     monkeypatch.chdir(tmp_path)

@@ -168,6 +168,7 @@ def test_it_follows_the_weights_of_a_small_set(train):
     assert log[-1]["val_ema_loss"] != log[-1]["val_loss"]
 
 
+@pytest.mark.slow
 def test_a_memory_longer_than_the_run_is_reported_with_figures(train, capsys):
     train(normal, "--epochs", 2, "--model-ema", "--model-ema-steps", 1)
     # adjusted: 1 - 0.00002 * 8 * 1 / 2, so 12,500 steps; at the last of the 8 updates 8^(2/3) = 4
@@ -189,6 +190,7 @@ def test_the_memory_counts_one_update_in_an_epoch_shorter_than_the_interval(epoc
     assert (set_memory, last_memory, steps) == pytest.approx((2 / (2e-5 * 32 * 32 / epochs), 2 / last, 2 * epochs))
 
 
+@pytest.mark.slow
 def test_files_hold_both_and_use_ema_chooses(train, image_folder):
     flags = ("--epochs", 2, "--model-ema", "--model-ema-steps", 1, "--model-ema-decay", 0.9)
     folder = train(normal, *flags)

@@ -60,7 +60,6 @@ REINFORCE = ["--objective", "reinforce", "--lr", "0.01", "--model-ema", "--model
     [
         ("_normal", RICH),
         ("_normal", ["--amp", "--amp-dtype", "fp16", "--lr", "0.01"]),
-        ("_policy_gradient", []),
         ("_policy_gradient", [*RICH, "--mask-policy", "uniform"]),
         ("_policy_gradient", REINFORCE),
         ("_policy_gradient", ["--objective", "pathwise", "--policy-sign", "adversarial", "--keep-mean", "--lr", "0.1"]),
@@ -167,6 +166,7 @@ def test_another_world_size_continues_from_the_same_image(image_folder, tmp_path
     assert [line["epoch"] for line in read_log(tmp_path)] == [0, 1]
 
 
+@pytest.mark.slow
 def test_auto_takes_the_newest_valid_checkpoint(image_folder, tmp_path, capsys):
     command = [*SMALL, "--data-path", str(image_folder), "--resume", "auto", "--output-dir", str(tmp_path), "--epochs"]
     normal.main([*command, "1"])
@@ -205,6 +205,7 @@ def test_auto_takes_the_newest_valid_checkpoint(image_folder, tmp_path, capsys):
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
+@pytest.mark.slow
 def test_auto_starts_afresh_where_there_is_no_checkpoint(image_folder, tmp_path, capsys):
     """After a kill within the first epoch, too: before its checkpoint the weights of that epoch may be there."""
     data = ["--data-path", str(image_folder), "--device", "cpu", "--workers", "0"]

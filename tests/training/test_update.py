@@ -323,6 +323,7 @@ def test_a_loader_worker_survives_every_signal_sent_twice(worker):
     assert process.exitcode == 0
 
 
+@pytest.mark.slow
 def test_a_loader_worker_that_nobody_ends_ends_by_itself(monkeypatch, request):
     monkeypatch.setattr(signals, "WORKER_SECONDS", 1)
     process, pipe = request.getfixturevalue("worker")
