@@ -59,8 +59,7 @@ def train_one_epoch(
     model: nn.Module, update: GuardedUpdate, data: TrainingBatches, saver: Saver, settings: LoopSettings
 ) -> dict[str, float]:
     """One pass over the training split, from the run's position on; returns the epoch's means for the log."""
-    position, meters = saver.position, saver.meters
-    epoch = position.epoch
+    position, epoch, meters = saver.position, saver.position.epoch, saver.meters
     data.set_position(position)
     progress = Progress.over_epoch(data.sampler, settings.label, settings.print_freq, position, settings.epochs)
     guard = StepGuard(data.device, data.path, saver.stop)
@@ -69,7 +68,8 @@ def train_one_epoch(
         update.begin_step()
         logits, _, losses = classify(model, batch.images, batch.targets, update, settings)  # (B, C), (B,)
         loss = losses.mean()
-        update(loss, guard.check(loss, step, batch.indices), epoch, step)
+        hold_back, _ = guard.exchange(loss, step, batch.indices)
+        update(loss, hold_back, epoch, step)
         meters.update(train_loss=loss, train_top1=batch_accuracy(logits, batch.targets))
         if progress.is_due(step):
             guard.raise_if_non_finite(epoch)

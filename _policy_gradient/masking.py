@@ -9,12 +9,13 @@ import torch
 from torch import Tensor
 
 from _policy_gradient.mask import SmoothMask, fading_weight
-from _policy_gradient.objective import Objective
+from _policy_gradient.objective import Losses, Objective
 from _policy_gradient.policy import (
     LOG_CONCENTRATION_LIMIT,
     Action,
     Policy,
     create_policy,
+    mean_heads,
     sample_action,
 )
 from utils.checkpoints.checkpoint import Weights
@@ -146,9 +147,20 @@ class Masking:
         """See `policy_health`."""
         return policy_health(self._unwrapped, masked, advantage)
 
-    def update(self, heads: tuple[Tensor, Tensor], skipped: Tensor) -> None:
+    def batch_means(self, heads: tuple[Tensor, Tensor], cross_entropy: Tensor) -> list[Tensor]:
+        """Means over this rank's batch; `loss` and `update` need those over all ranks.
+
+        heads: (B, G*G) each; cross_entropy: (B*K,).
+        """
+        return [mean_heads(*heads), *self.objective.batch_means(cross_entropy)]
+
+    def loss(self, action: Action, losses: Tensor, cross_entropy: Tensor, means: list[Tensor]) -> Losses:
+        """See `Objective.forward`. means: `batch_means` over all ranks."""
+        return self.objective(losses, action.log_prob, action.entropy, cross_entropy, means[1:])
+
+    def update(self, means: list[Tensor], skipped: Tensor) -> None:
         """Move the running prior and the moving baseline, unless the step was skipped: a bool tensor ()."""
-        self._unwrapped.update_prior(*heads, skipped)
+        self._unwrapped.update_prior(means[0], skipped)
         self.objective.update_baseline(skipped)
 
     def fade(self, epoch: int) -> dict[str, float]:

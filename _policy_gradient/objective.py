@@ -6,7 +6,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from utils.runtime import distributed
 from utils.runtime.errors import UserError
 from utils.runtime.progress import say
 
@@ -56,12 +55,11 @@ def leave_one_out_baseline(cross_entropy: Tensor) -> Tensor:
     return (cross_entropy.sum(dim=1, keepdim=True) - cross_entropy) / (masks - 1)
 
 
-def normalize_advantage(advantage: Tensor) -> Tensor:
+def normalize_advantage(advantage: Tensor, mean_square: Tensor) -> Tensor:
     """Advantage (B,) divided by its root mean square over the global batch; nothing is subtracted.
 
-    Subtracting the mean would make `--baseline none` and `ema` equal.
+    mean_square: (). Subtracting the mean would make `--baseline none` and `ema` equal.
     """
-    mean_square = distributed.all_reduce_mean(advantage.square().mean())
     return advantage / (mean_square.sqrt() + ADVANTAGE_EPSILON)
 
 
@@ -127,11 +125,29 @@ class Objective(nn.Module):
         """The factor () of the classifier's loss in the total, for log-densities (B*K, G*G); None for 1."""
         return mean_log_sum_density(log_prob.detach()) if self.name == "published" else None
 
-    def forward(self, losses: Tensor, log_prob: Tensor, entropy: Tensor, reward: Tensor | None = None) -> Losses:
+    def batch_means(self, reward: Tensor) -> list[Tensor]:
+        """Means of this rank's batch that `forward` needs over the global one, tensors () without gradient.
+
+        reward: (B*K,), the cross-entropies. Empty for objectives without an advantage to normalise.
+        """
+        if self.name != "reinforce":
+            return []
+        mean = reward.mean()
+        return [self._advantage(reward, mean).square().mean(), mean.double(), mean.double().square()]
+
+    def forward(
+        self,
+        losses: Tensor,
+        log_prob: Tensor,
+        entropy: Tensor,
+        reward: Tensor | None = None,
+        means: list[Tensor] | None = None,
+    ) -> Losses:
         """losses (B*K,) with the classifier's gradient; log_prob, entropy (B*K, G*G) with the policy's.
 
         reward: (B*K,), the cross-entropies by which the policy is judged; None: the losses. `published` and `pathwise`
-        have one loss for both networks, so that there the losses are the reward too.
+        have one loss for both networks, so that there the losses are the reward too. means: `batch_means` over all
+        ranks; None if this batch is the global one.
         """
         if reward is None or self.name in ("published", "pathwise"):
             reward = losses.detach()
@@ -142,22 +158,34 @@ class Objective(nn.Module):
         if self.name == "published-unscaled":
             total = published_unscaled_loss(losses, log_prob, self.sign, reward)
             return Losses(total, reward.mean().expand_as(reward))
-        advantage = self._subtract_baseline(reward)
-        policy_loss = self.sign * reinforce_loss(normalize_advantage(advantage), log_prob)
+        mean_square, mean, square_of_mean = self.batch_means(reward) if means is None else means
+        advantage = self._advantage(reward, mean.float())
+        normalized = normalize_advantage(advantage, self._global_mean_square(mean_square, mean, square_of_mean))
+        policy_loss = self.sign * reinforce_loss(normalized, log_prob)
         total = losses.mean() + policy_loss - self.entropy_weight * entropy.mean()
         return Losses(total, advantage)
 
-    def _subtract_baseline(self, reward: Tensor) -> Tensor:
-        """Reward (B*K,) minus its baseline; `update_baseline` then adds this batch to the moving average."""
+    def _advantage(self, reward: Tensor, batch_mean: Tensor) -> Tensor:
+        """Reward (B*K,) minus its baseline. batch_mean: (), the baseline before the moving average has a value."""
         if self.baseline == "none":
             return reward
         if self.baseline == "loo":
             by_image = reward.view(-1, self.masks_per_image)  # (B, K)
             return (by_image - leave_one_out_baseline(by_image)).flatten()  # (B*K,)
-        batch_mean = distributed.all_reduce_mean(reward.mean())
-        baseline = torch.where(self.moving_baseline.isnan(), batch_mean, self.moving_baseline)
+        return reward - torch.where(self.moving_baseline.isnan(), batch_mean, self.moving_baseline)
+
+    def _global_mean_square(self, mean_square: Tensor, mean: Tensor, square_of_mean: Tensor) -> Tensor:
+        """The mean square () of the advantages over all ranks, from `batch_means`; proposes the next moving average.
+
+        At the first step the baseline is the mean over all ranks, but each rank could only measure around its own mean:
+        the variance of these means is added.
+        """
+        if self.baseline != "ema":
+            return mean_square
+        is_first, batch_mean = self.moving_baseline.isnan(), mean.float()
+        baseline = torch.where(is_first, batch_mean, self.moving_baseline)
         self._proposed_baseline = BASELINE_DECAY * baseline + (1 - BASELINE_DECAY) * batch_mean
-        return reward - baseline
+        return torch.where(is_first, mean_square + (square_of_mean - mean.square()).float(), mean_square)
 
     def update_baseline(self, skipped: Tensor) -> None:
         """Add the last batch to the moving average, unless its step was skipped: bool tensor () on the device."""

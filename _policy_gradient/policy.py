@@ -6,7 +6,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from utils.runtime import distributed
 from utils.training.models import create_classifier, output_width
 
 MASK_POLICIES = ("learned", "prior", "uniform", "none")
@@ -59,6 +58,11 @@ class SharedConcentrations(nn.Module):
         return self.log_alpha.expand(len(images), -1), self.log_beta.expand(len(images), -1)
 
 
+def mean_heads(head_alpha: Tensor, head_beta: Tensor) -> Tensor:
+    """The means of the heads' output (B, G*G) over the batch, (2, 1, G*G), without gradient."""
+    return torch.stack([head_alpha.detach(), head_beta.detach()]).mean(1, keepdim=True)
+
+
 class UniformConcentrations(nn.Module):
     """The control `uniform`: log-concentrations of 0, i.e. Beta(1, 1); nothing is learned."""
 
@@ -102,13 +106,13 @@ class Policy(nn.Module):
         return self.prior.lerp(heads, self.head_weight).clamp(-LOG_CONCENTRATION_LIMIT, LOG_CONCENTRATION_LIMIT)
 
     @torch.no_grad()
-    def update_prior(self, head_alpha: Tensor, head_beta: Tensor, hold_back: Tensor) -> None:
+    def update_prior(self, batch_mean: Tensor, hold_back: Tensor) -> None:
         """r <- 0.99 r + 0.01 mean of h over the *global* batch.
 
-        hold_back: whether the step was skipped, which leaves the prior unchanged; bool tensor (), equal on all ranks.
+        batch_mean: (2, 1, G*G), from `mean_heads`; hold_back: whether the step was skipped, which leaves the prior
+        unchanged, a bool tensor (). Both equal on all ranks.
         """
-        batch_mean = torch.stack([head_alpha, head_beta]).mean(1, keepdim=True)  # (2, 1, G*G)
-        moved = self.prior.lerp(distributed.all_reduce_mean(batch_mean), 1 - PRIOR_DECAY)
+        moved = self.prior.lerp(batch_mean, 1 - PRIOR_DECAY)
         self.prior.copy_(torch.where(hold_back, self.prior, moved))
 
     def mean_cells(self, images: Tensor) -> Tensor:

@@ -57,8 +57,7 @@ def train_one_epoch(
 
     masking: policy, masks and objective; None with --mask-policy none.
     """
-    position, meters = saver.position, saver.meters
-    epoch = position.epoch
+    position, epoch, meters = saver.position, saver.position.epoch, saver.meters
     data.set_position(position)
     progress = Progress.over_epoch(data.sampler, settings.label, settings.print_freq, position, settings.epochs)
     guard = StepGuard(data.device, data.path, saver.stop)
@@ -76,13 +75,17 @@ def train_one_epoch(
             log_prob = masked.action.log_prob  # (B*K, G*G)
             scale = masking.objective.classifier_scale(log_prob) if settings.parts > 1 else None
         logits, cross_entropy, losses = classify(classifier, images, targets, update, settings, scale)  # (B*K, ...)
-        loss, health = losses.mean(), {}
+        loss = checked = losses.mean()
+        means, health = [], {}
         if masking is not None:
-            loss, advantage = masking.objective(losses, log_prob, masked.action.entropy, cross_entropy)
+            checked, means = checked + log_prob.mean(), masking.batch_means(heads, cross_entropy)
+        hold_back, means = guard.exchange(checked, step, batch.indices, means)  # with all ranks
+        if masking is not None:
+            loss, advantage = masking.loss(masked.action, losses, cross_entropy, means)
             health = masking.health(masked, advantage)
-        skipped = update(loss, guard.check(loss, step, batch.indices), epoch, step)
+        skipped = update(loss, hold_back, epoch, step)
         if masking is not None:
-            masking.update(heads, skipped)  # the running prior and the baseline
+            masking.update(means, skipped)  # the running prior and the baseline
         top1 = batch_accuracy(logits, targets)
         meters.update(train_loss=loss, train_cross_entropy=cross_entropy.mean(), train_top1=top1, **health)
         if progress.is_due(step):

@@ -3,16 +3,21 @@
 import os
 import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch.distributions import Beta
 
+from _policy_gradient import train as policy_gradient
 from _policy_gradient.objective import Objective
-from _policy_gradient.policy import create_policy
+from _policy_gradient.policy import create_policy, mean_heads
+from tests.conftest import SMALL_POLICY
 from utils.data.dataset import ImageFolder, build_loader
 from utils.data.samplers import EvaluationSampler
 from utils.data.transforms import Normalize, evaluation_transform
@@ -24,6 +29,7 @@ from utils.training import models
 from utils.training.evaluation import measure, predict
 from utils.training.meters import RunningMean
 from utils.training.optim import build_optimizer
+from utils.training.saver import Saver
 from utils.training.update import GuardedUpdate, NonFiniteLoss, StepGuard
 
 CPU = torch.device("cpu")
@@ -64,12 +70,15 @@ def gradients(objective_name: str, mask_policy: str) -> dict[str, torch.Tensor]:
         moved = cells[own] * (1 + objective.pathwise_sign * (log_alpha - log_alpha.detach()))  # with a known slope
         masks = F.interpolate(moved.view(-1, 1, 4, 4), size=32)
         cross_entropy = F.cross_entropy(parallel(images[own] * masks), targets[own], reduction="none")
-        loss, _ = objective(cross_entropy, distribution.log_prob(cells[own]), distribution.entropy())
+        own_means = [mean_heads(*heads), *objective.batch_means(cross_entropy.detach())]
+        batch_mean, *means = distributed.combine(own_means)
+        losses = cross_entropy, distribution.log_prob(cells[own]), distribution.entropy()
+        loss, _ = objective(*losses, means=means)
     loss.backward()
     results = {f"classifier.{name}": value.grad for name, value in classifier.named_parameters()}
     if policy is not None:
         results |= {f"policy.{name}": value.grad for name, value in policy.named_parameters()}
-        policy.update_prior(*heads, hold_back=torch.tensor(False))
+        policy.update_prior(batch_mean, hold_back=torch.tensor(False))
         results["prior"] = policy.prior
     priors = distributed.all_gather_object(results.get("prior"))
     assert all(prior is None or torch.equal(prior, priors[0]) for prior in priors)  # equal bits on every rank
@@ -108,7 +117,8 @@ def guard(output: Path) -> None:
         loss = parallel(torch.ones(1, 2)).sum() * (float("nan") if last and step == 1 else 1.0)
         if last and step == 2:
             os.kill(os.getpid(), signal.SIGUSR1)
-        update(loss, finite.check(loss, step, torch.tensor([step])))
+        hold_back, _ = finite.exchange(loss, step, torch.tensor([step]))
+        update(loss, hold_back)
         stops.append(finite.stop_agreed())
         weights.append(model.weight.detach().clone())
         meters.update(rank=torch.tensor(float(distributed.rank())))
@@ -121,6 +131,36 @@ def guard(output: Path) -> None:
     means, state = meters.read(), meters.state()
     if distributed.is_main_process():
         torch.save({"weights": weights, "gathered": gathered, "means": means, "state": state}, output)
+
+
+def collectives(output: Path, data: str) -> None:
+    """The collectives within each step of a run, without DDP's own; then `combine` of several tensors."""
+    calls, begin_step, after_step = [], GuardedUpdate.begin_step, Saver.after_step
+
+    def watched(name: str, call: Callable) -> Callable:
+        def counted(*args: Any, **kwargs: Any) -> Any:
+            calls.append(name)
+            return call(*args, **kwargs)
+
+        return counted
+
+    for name in ("all_reduce", "all_gather", "all_gather_object", "broadcast", "broadcast_object_list", "barrier"):
+        setattr(dist, name, watched(name, getattr(dist, name)))
+    GuardedUpdate.begin_step = lambda update: (calls.append("begin"), begin_step(update))
+    Saver.after_step = lambda *args: (after_step(*args), calls.append("end"))
+    flags = ["--objective", "reinforce", "--epochs", "1", "--batch-size", "2", "--clip-grad-norm", "1"]
+    folders = ["--data-path", data, "--output-dir", f"{output}_run"]
+    policy_gradient.main([*SMALL_POLICY, *flags, *folders, "--print-freq", "100"])
+    starts = [number for number, name in enumerate(calls) if name == "begin"]
+    steps = [calls[start + 1 : calls.index("end", start)] for start in starts]
+
+    rank = distributed.rank()
+    values = [torch.tensor(rank + 1.0), torch.tensor([[1.0, 6.0 * (rank == 1)]]), torch.tensor(rank == 2), torch.tensor(False)]
+    values.append(torch.tensor(1e-9 * (rank == 0) + 4e-9 * (rank == 2), dtype=torch.float64))
+    combined = distributed.combine(values)
+    if distributed.is_main_process():
+        dtypes = [str(value.dtype) for value in combined]
+        torch.save({"steps": steps, "combined": [value.tolist() for value in combined], "dtypes": dtypes}, output)
 
 
 def failure(output: Path, kind: str) -> None:
@@ -137,9 +177,17 @@ def failure(output: Path, kind: str) -> None:
 
 
 def main() -> None:
-    join_processes("cpu")
     job, output, *rest = sys.argv[1:]
-    {"gradients": all_gradients, "evaluation": evaluation, "guard": guard, "failure": failure}[job](Path(output), *rest)
+    if job != "collectives":  # the script joins
+        join_processes("cpu")
+    jobs = {
+        "gradients": all_gradients,
+        "evaluation": evaluation,
+        "guard": guard,
+        "collectives": collectives,
+        "failure": failure,
+    }
+    jobs[job](Path(output), *rest)
 
 
 if __name__ == "__main__":

@@ -83,10 +83,10 @@ def test_leave_one_out_by_hand():
 
 def test_normalised_advantage_keeps_signs_and_has_unit_mean_square():
     advantage = torch.tensor([3.0, -1.0, 0.5, -7.0])
-    normalised = normalize_advantage(advantage)
+    normalised = normalize_advantage(advantage, advantage.square().mean())
     assert normalised.square().mean().item() == pytest.approx(1, abs=1e-4)
     assert torch.equal(normalised.sign(), advantage.sign())
-    assert torch.equal(normalize_advantage(torch.zeros(3)), torch.zeros(3))
+    assert torch.equal(normalize_advantage(torch.zeros(3), torch.tensor(0.0)), torch.zeros(3))
 
 
 @pytest.mark.slow

@@ -61,7 +61,7 @@ def test_the_listing_computes_what_the_package_computes(name, listing):
     cross_entropy = F.cross_entropy(classifier(masked.images), targets, reduction="none")
     loss, _ = masking.objective(cross_entropy, masked.action.log_prob, masked.action.entropy)
     loss.backward()
-    masking.update(heads, torch.tensor(False))
+    masking.update(masking.batch_means(heads, cross_entropy.detach()), torch.tensor(False))
 
     torch.manual_seed(1)
     listed = listing["training_step"](

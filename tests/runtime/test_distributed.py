@@ -44,7 +44,7 @@ def test_published_gradients_are_the_average_over_ranks(two_ranks, monkeypatch):
     by_rank = []
     monkeypatch.setattr(distributed, "world_size", lambda: 2)
     monkeypatch.setattr(distributed, "all_gather_object", lambda value: [value])
-    monkeypatch.setattr(distributed, "all_reduce_mean", lambda tensor: tensor.detach())
+    monkeypatch.setattr(distributed, "combine", lambda tensors: [tensor.detach() for tensor in tensors])
     for rank in (0, 1):
         monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
         by_rank.append(worker.gradients("published", "learned"))
@@ -87,6 +87,16 @@ def test_a_loss_that_is_not_finite_or_a_signal_on_one_rank_affects_all(tmp_path)
         assert "not finite at epoch 4, step 1" in message
         assert reported == batch
         assert stops == [False, False, True]  # the signal came to rank 1 alone, and both stop after the same step
+
+
+@pytest.mark.slow
+def test_a_step_of_three_ranks_has_one_collective_besides_the_gradients(image_folder, tmp_path):
+    result = work("collectives", tmp_path / "result", image_folder, processes=3)
+    assert result["combined"] == [2.0, [[1.0, 2.0]], True, False, pytest.approx(5e-9 / 3, rel=1e-9)]
+    assert result["dtypes"] == ["torch.float32", "torch.float32", "torch.bool", "torch.bool", "torch.float64"]
+    rehearsal, *steps, last = result["steps"]
+    assert steps == [["all_reduce"]] * 5
+    assert rehearsal == last == ["all_reduce"] * 2  # the second is of a progress line
 
 
 TORCHRUN = pytest.param("agreed", run_script, marks=pytest.mark.slow)

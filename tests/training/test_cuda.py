@@ -34,7 +34,7 @@ def test_a_stop_is_read_two_steps_after_it_was_asked_for_and_nothing_waits():
             for step in range(LAG + 3):
                 if step == 1:
                     signal.raise_signal(signal.SIGTERM)
-                guard.check(torch.ones((), device=device), step, torch.tensor([0]))
+                guard.exchange(torch.ones((), device=device), step, torch.tensor([0]))
         finally:
             torch.cuda.set_sync_debug_mode("default")
         read = [guard.stop_agreed() for _ in range(3)]
@@ -47,15 +47,15 @@ def test_resumed_equals_uninterrupted_bit_for_bit(name, flags, image_folder, tmp
     script, small = SCRIPTS[name]
     command = [*small, *EXACT, *flags, "--data-path", str(image_folder), "--output-dir"]
     script.main([*command, str(tmp_path / "whole")])
-    check = StepGuard.check
+    exchange = StepGuard.exchange
 
-    def stop_at_step_1(guard, loss, step, indices):
+    def stop_at_step_1(guard, loss, step, *rest):
         if step == 1 and guard.stop.previous_handlers:
             signal.raise_signal(signal.SIGTERM)
-        return check(guard, loss, step, indices)
+        return exchange(guard, loss, step, *rest)
 
     with monkeypatch.context() as patch:
-        patch.setattr(StepGuard, "check", stop_at_step_1)
+        patch.setattr(StepGuard, "exchange", stop_at_step_1)
         with pytest.raises(Interrupted, match="stopped after 4 steps of epoch 0"):
             script.main([*command, str(tmp_path / "part"), "--resume", "auto"])
     script.main([*command, str(tmp_path / "part"), "--resume", "auto", "--workers", "1"])

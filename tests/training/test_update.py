@@ -41,10 +41,12 @@ def dot(parameter, *values):
 def test_the_guard_names_the_epoch_and_the_images_of_the_first_bad_step():
     guard = make_guard()
     for step, value in enumerate((1.0, -3e38, 0.0)):
-        assert not guard.check(torch.tensor(value), step, torch.tensor([step, 9]))
+        hold_back, _ = guard.exchange(torch.tensor(value), step, torch.tensor([step, 9]))
+        assert not hold_back
     guard.raise_if_non_finite(7)
     for step, value in ((3, math.inf), (4, 1.0), (5, math.nan)):
-        assert guard.check(torch.tensor(value), step, torch.tensor([step, 8])).item() is not math.isfinite(value)
+        hold_back, _ = guard.exchange(torch.tensor(value), step, torch.tensor([step, 8]))
+        assert hold_back.item() is not math.isfinite(value)
     with pytest.raises(NonFiniteLoss, match=r"not finite at epoch 7, step 3;") as caught:
         guard.raise_if_non_finite(7)
     assert caught.value.agreed
@@ -53,7 +55,7 @@ def test_the_guard_names_the_epoch_and_the_images_of_the_first_bad_step():
 
 def test_the_guard_sees_a_bad_step_0():
     guard = make_guard()
-    guard.check(torch.tensor(math.nan), 0, INDICES)
+    guard.exchange(torch.tensor(math.nan), 0, INDICES)
     with pytest.raises(NonFiniteLoss, match=r"epoch 2, step 0;"):
         guard.raise_if_non_finite(2)
 
@@ -61,7 +63,7 @@ def test_the_guard_sees_a_bad_step_0():
 def test_the_guard_forgets_batches_once_they_are_known_to_be_good():
     guard = make_guard()
     for step in range(10):
-        guard.check(torch.tensor(1.0), step, INDICES)
+        guard.exchange(torch.tensor(1.0), step, INDICES)
     assert len(guard.recent) == 10
     guard.raise_if_non_finite(0)
     assert not guard.recent
@@ -79,12 +81,12 @@ def test_a_loss_that_is_not_finite_changes_nothing(name, bad_step, bad_value, cl
     for step in range(6):
         loss = batch_loss(network, step)
         if step != bad_step:
-            update(loss, guard.check(loss, step, INDICES))
+            update(loss, guard.exchange(loss, step, INDICES)[0])
             undisturbed_update(batch_loss(undisturbed, step), STEP_FREELY)
             continue
         loss = loss * bad_value
         before = optimizer_tensors(update)
-        hold_back = guard.check(loss, step, INDICES)
+        hold_back, _ = guard.exchange(loss, step, INDICES)
         assert hold_back.item() is True
         update(loss, hold_back)
         for key, value in optimizer_tensors(update).items():  # buffers that did not exist yet are as good as new
@@ -258,10 +260,10 @@ def test_a_signal_is_noted_and_agreed_on_at_the_end_of_its_step(number, hangup_i
     before = signal.getsignal(number)
     with StopRequest() as stop:
         guard = make_guard(stop)
-        guard.check(torch.tensor(1.0), 0, INDICES)
+        guard.exchange(torch.tensor(1.0), 0, INDICES)
         assert not guard.stop_agreed()
         os.kill(os.getpid(), number)
-        guard.check(torch.tensor(1.0), 1, INDICES)
+        guard.exchange(torch.tensor(1.0), 1, INDICES)
         assert guard.stop_agreed()
         assert stop.asked == signal.Signals(number).name
     assert signal.getsignal(number) is before
@@ -286,7 +288,7 @@ def test_on_a_device_that_runs_behind_the_stop_is_read_two_steps_later():
         for step in range(6):
             if step == 1:
                 os.kill(os.getpid(), signal.SIGTERM)
-            guard.check(torch.tensor(1.0), step, INDICES)
+            guard.exchange(torch.tensor(1.0), step, INDICES)
             stops.append(guard.stop_agreed())
     assert stops == [False, False, False, True, True, True]
 

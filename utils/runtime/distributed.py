@@ -9,6 +9,7 @@ import inspect
 import os
 import time
 import uuid
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
 from typing import Any, NamedTuple
@@ -191,6 +192,22 @@ def all_reduce_sum(tensor: Tensor) -> Tensor:
     reduced = tensor.detach().clone()
     dist.all_reduce(reduced)
     return reduced
+
+
+def combine(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Several tensors over all ranks, in one collective: means elementwise; for bools, whether any rank has True.
+
+    Without gradient, computed in float64, in each tensor's own dtype, and with the same bits on every rank. A single
+    process gets its own tensors back.
+    """
+    own = [tensor.detach() for tensor in tensors]
+    if world_size() == 1:
+        return own
+    values = torch.cat([tensor.flatten() for tensor in own]).double()
+    dist.all_reduce(values)
+    parts = (values / world_size()).split([tensor.numel() for tensor in own])
+    # A positive mean is True as a bool.
+    return [part.view_as(tensor).to(tensor.dtype) for part, tensor in zip(parts, own, strict=True)]
 
 
 def all_gather_object(value: Any) -> list[Any]:

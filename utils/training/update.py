@@ -2,7 +2,7 @@
 
 import math
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import torch
@@ -27,9 +27,9 @@ class NonFiniteLoss(UserError):
 
 
 class StepGuard:
-    """One small collective per step: is a loss non-finite on any rank, and was any rank asked to stop?
+    """The only collective of a step besides the gradients': is a loss non-finite, was a rank asked to stop, and means.
 
-    `check` never waits for the device. `raise_if_non_finite` does; it is called at print steps and before saves.
+    `exchange` never waits for the device. `raise_if_non_finite` does; it is called at print steps and before saves.
     """
 
     def __init__(self, device: torch.device, path: Callable[[int], Path], stop: StopRequest) -> None:
@@ -43,18 +43,21 @@ class StepGuard:
         self.stops: deque[tuple[Tensor, torch.cuda.Event | None]] = deque()
         self.flags = {flag: torch.tensor(flag, device=device) for flag in (False, True)}
 
-    def check(self, loss: Tensor, step: int, indices: Tensor) -> Tensor:
-        """Whether the loss () of this step is non-finite on any rank: bool tensor (), equal on all ranks.
+    def exchange(
+        self, loss: Tensor, step: int, indices: Tensor, means: Sequence[Tensor] = ()
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Whether the loss () is non-finite on any rank, a bool tensor (); and `means`, averaged over the ranks.
 
-        indices: (B,), this rank's images, on the CPU.
+        Both are equal on all ranks. loss: or any number that is finite only with it; indices: (B,), this rank's images,
+        on the CPU; means: of this rank's batch, any shapes.
         """
         loss = loss.detach()
         non_finite = (loss - loss) != 0  # inf - inf is NaN, and NaN != 0; two kernels instead of the five of isfinite
-        flags = torch.stack([non_finite, self.flags[self.stop.asked is not None]])
-        any_non_finite, stop = (distributed.all_reduce_sum(flags.float()) > 0).unbind()
+        own = [non_finite, self.flags[self.stop.asked is not None], *means]
+        any_non_finite, stop, *means = distributed.combine(own)
         self.recent[step] = any_non_finite, non_finite, indices
         self.stops.append(_copy_behind(stop) if stop.is_cuda else (stop, None))
-        return any_non_finite
+        return any_non_finite, means
 
     def stop_agreed(self) -> bool:
         """Whether a signal asked any rank to stop; equal on all ranks. To be called once per step."""
