@@ -2,6 +2,7 @@
 
 import argparse
 import errno
+import io
 import os
 import pickle
 from pathlib import Path
@@ -18,6 +19,8 @@ from utils.checkpoints.checkpoint import (
     read_checkpoint,
     save,
     save_checkpoint,
+    stage,
+    weights_of,
     weights_state,
 )
 from utils.runtime.errors import UserError
@@ -40,6 +43,40 @@ def test_saved_values_are_read_back(tmp_path):
     assert_same(read(tmp_path / "state.pth"), state)
     assert_same(torch.load(tmp_path / "state.pth", weights_only=True), state)
     assert os.listdir(tmp_path) == ["state.pth"]
+
+
+def test_a_staged_state_is_an_equal_copy_of_its_own():
+    live = torch.randn(2, 3, 4, 5).to(memory_format=torch.channels_last)
+    network_state = network().state_dict()
+    state = {
+        "live": live,
+        "tied": [live.view_as(live), (live[0], 7)],
+        "model": network_state,
+        "args": {"mean": [0.3], "name": None},
+        "empty": torch.zeros(0, 3),
+    }
+    expected = torch.load(io.BytesIO(as_bytes(state)), weights_only=True)
+    staged = stage(state)
+    live.zero_()
+    state["args"]["mean"].append(0.4)
+    for value in network_state.values():
+        value.zero_()
+    assert_same(staged, expected)
+    assert staged["live"].stride() == live.stride()
+    assert staged["tied"][0].data_ptr() == staged["live"].data_ptr()
+    assert staged["model"]._metadata == network_state._metadata
+    assert staged["model"]._metadata
+
+
+def test_weights_of_a_full_state_are_contiguous_and_have_its_average():
+    state = training_state()
+    average = {"0.weight": torch.randn(2, 3, 4, 5).to(memory_format=torch.channels_last)}
+    weights = weights_of({**state, "model_ema": average})
+    assert list(weights) == ["format_version", "model", "model_ema", "classes", "args"]
+    assert_same(dict(weights["model"]), dict(state["model"]))
+    assert_same(weights["model_ema"], average)
+    assert weights["model_ema"]["0.weight"].is_contiguous()
+    assert list(weights_of(state)) == ["format_version", "model", "classes", "args"]
 
 
 def contents(folder: Path) -> dict[str, bytes]:

@@ -42,7 +42,7 @@ def stopped(request, image_folder, tmp_path_factory):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(TrainingState, "take", keep)
-        patch.setattr(checkpoint, "save_checkpoint", lambda _, state: kept.setdefault("state", checkpoint.copy(state)))
+        patch.setattr(checkpoint, "save_checkpoint", lambda _, state: kept.setdefault("state", state))
         data = ["--data-path", str(image_folder), "--output-dir", str(folder)]
         module.main([*flags, "--epochs", "1", "--checkpoint-steps", "1", *data])
     assert (kept["state"]["epoch"], kept["state"]["step"]) == (0, 1)

@@ -1,5 +1,6 @@
 """Jobs of several processes, for test_distributed.py: `torchrun tests/helpers/worker.py JOB OUTPUT ...`."""
 
+import itertools
 import os
 import signal
 import sys
@@ -14,10 +15,12 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch.distributions import Beta
 
+from _normal import train as normal
 from _policy_gradient import train as policy_gradient
 from _policy_gradient.objective import Objective
 from _policy_gradient.policy import create_policy, mean_heads
-from tests.conftest import SMALL_POLICY
+from tests.conftest import SMALL, SMALL_POLICY
+from utils.checkpoints import checkpoint
 from utils.data.dataset import ImageFolder, build_loader
 from utils.data.samplers import EvaluationSampler
 from utils.data.transforms import Normalize, evaluation_transform
@@ -155,12 +158,30 @@ def collectives(output: Path, data: str) -> None:
     steps = [calls[start + 1 : calls.index("end", start)] for start in starts]
 
     rank = distributed.rank()
-    values = [torch.tensor(rank + 1.0), torch.tensor([[1.0, 6.0 * (rank == 1)]]), torch.tensor(rank == 2), torch.tensor(False)]
+    values = [
+        torch.tensor(rank + 1.0),
+        torch.tensor([[1.0, 6.0 * (rank == 1)]]),
+        torch.tensor(rank == 2),
+        torch.tensor(False),
+    ]
     values.append(torch.tensor(1e-9 * (rank == 0) + 4e-9 * (rank == 2), dtype=torch.float64))
     combined = distributed.combine(values)
     if distributed.is_main_process():
         dtypes = [str(value.dtype) for value in combined]
         torch.save({"steps": steps, "combined": [value.tolist() for value in combined], "dtypes": dtypes}, output)
+
+
+def full_disk(output: Path, data: str) -> None:
+    """A run whose second checkpoint cannot be written."""
+    saves, save = itertools.count(1), checkpoint.save_checkpoint
+
+    def save_once(output_dir: Path, state: dict) -> None:
+        if next(saves) == 2:
+            raise UserError("the disk is full")
+        save(output_dir, state)
+
+    checkpoint.save_checkpoint = save_once
+    normal.main([*SMALL, "--data-path", data, "--output-dir", str(output), "--epochs", "9", "--checkpoint-steps", "1"])
 
 
 def failure(output: Path, kind: str) -> None:
@@ -178,13 +199,14 @@ def failure(output: Path, kind: str) -> None:
 
 def main() -> None:
     job, output, *rest = sys.argv[1:]
-    if job != "collectives":  # the script joins
+    if job not in ("collectives", "full_disk"):  # where the script joins
         join_processes("cpu")
     jobs = {
         "gradients": all_gradients,
         "evaluation": evaluation,
         "guard": guard,
         "collectives": collectives,
+        "full_disk": full_disk,
         "failure": failure,
     }
     jobs[job](Path(output), *rest)

@@ -44,7 +44,11 @@ def pictures(folder, first_epoch=0, epochs=1, trackers=("tensorboard",)):
 def show_one_epoch(folder):
     line = {"epoch": 0, "train_loss": 1.0, "val_f1": 0.5}
     write_log(folder, [line])
-    pictures(folder).show(Predictions(torch.eye(2), torch.tensor([0, 1]), torch.arange(2)), line)
+    pictures(folder).show(Predictions(torch.eye(2), torch.tensor([0, 1]), torch.arange(2)), line, no_wait)
+
+
+def no_wait():
+    pass
 
 
 def kill(*_):
@@ -130,14 +134,14 @@ def test_pictures_of_a_run_with_masks_say_that_the_model_is_heated(tmp_path, mon
     monitor.draw_gallery = lambda epochs_done: 1 / 0
     line = {"epoch": 0, "train_loss": 1.0, "val_f1": 0.5}
     write_log(tmp_path, [line])
-    monitor.show(Predictions(torch.eye(2), torch.tensor([0, 1]), torch.arange(2)), line)
+    monitor.show(Predictions(torch.eye(2), torch.tensor([0, 1]), torch.arange(2)), line, no_wait)
     assert notes == ["Heated model: pretrained on masked images, not yet fine-tuned; it is no final classifier."]
 
 
 def test_without_a_validation_only_the_log_is_drawn(tmp_path, capsys):
     line = {"epoch": 0, "train_loss": 1.0}
     write_log(tmp_path, [line])
-    pictures(tmp_path, trackers=()).show(None, line)
+    pictures(tmp_path, trackers=()).show(None, line, no_wait)
     assert names_in(tmp_path / "plots") == {"curves.png"}
     assert capsys.readouterr().out == ""
 

@@ -225,11 +225,11 @@ def test_a_stopped_and_killed_run_is_one_run_in_each_tracker(name, image_folder,
     flags = ["--epochs", "2", "--tracker", name, "--resume", "auto"]
     show = Monitor.show
 
-    def stop_afterwards(self, predictions, line):
-        show(self, predictions, line)
+    def stop_afterwards(self, *arguments):
+        show(self, *arguments)
         os.kill(os.getpid(), signal.SIGTERM)
 
-    def kill(self, predictions, line):
+    def kill(self, *arguments):
         raise Killed
 
     for replacement, error in ((stop_afterwards, Interrupted), (kill, Killed)):

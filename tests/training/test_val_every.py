@@ -3,6 +3,7 @@
 import pytest
 
 from tests.helpers.runs import RICH, SCRIPTS, assert_same, assert_same_run, log_of, run_script, state_of, status_of
+from utils.checkpoints import checkpoint
 from utils.results.log import read_log
 from utils.runtime.progress import Position
 from utils.runtime.signals import Interrupted
@@ -48,19 +49,19 @@ def test_skipped_validations_change_no_weight_and_resume_exactly(name, image_fol
             state.pop("best_f1", None)
         assert_same(*states, file)
 
-    def save_unless_killed(saver, *arguments):
-        if saver.position == killed_at:
+    def save_unless_killed(output_dir, state):
+        if Position.of(state)[:2] == killed_at:
             raise Killed
-        save(saver, *arguments)
+        save(output_dir, state)
 
-    save = Saver._save_checkpoint
-    monkeypatch.setattr(Saver, "_save_checkpoint", save_unless_killed)
-    for killed_at in (Position(1), Position(3)):  # after the files of an unvalidated epoch, and of the last one
+    save = checkpoint.save_checkpoint
+    monkeypatch.setattr(checkpoint, "save_checkpoint", save_unless_killed)
+    for killed_at in ((1, 0), (3, 0)):  # after the files of an unvalidated epoch, and of the last one
         with pytest.raises(Killed):
             run_script(name, image_folder, part, *flags, *("--val-every", "2", "--resume", "auto"),
                        *("--checkpoint-steps", "3"))  # fmt: skip
         status = status_of(part)
-        assert (status["epoch"], status["step"]) == (killed_at.epoch - 1, 3)
+        assert (status["epoch"], status["step"]) == (killed_at[0] - 1, 3)
     killed_at = None
     run_script(name, image_folder, part, *flags, "--val-every", "2", "--resume", "auto")
     assert_same_run(whole, part)

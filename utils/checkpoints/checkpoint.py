@@ -5,6 +5,7 @@ plain values is argparse.Namespace, which the authors' files hold.
 """
 
 import argparse
+import copy
 import io
 import json
 import os
@@ -52,9 +53,33 @@ def serialize(state: dict[str, Any]) -> memoryview:
     return buffer.getbuffer()
 
 
-def copy(state: dict[str, Any]) -> dict[str, Any]:
-    """A CPU copy of the state, independent of the live tensors, as if read from a file."""
-    return torch.load(io.BytesIO(serialize(state)), map_location="cpu", weights_only=True)
+def stage(state: dict[str, Any]) -> dict[str, Any]:
+    """A copy of the state in host memory, independent of the live tensors; waits for the device.
+
+    Tensors that are the same memory stay so. Copies of a GPU's tensors are pinned, which makes copying several times as
+    fast; torch keeps the pinned memory for the next copies.
+    """
+    copies: dict[tuple, Tensor] = {}
+
+    def copied(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            key = value.data_ptr(), value.dtype, value.shape, value.stride()
+            if key not in copies:
+                host = torch.empty_like(value, device="cpu", pin_memory=value.is_cuda)
+                copies[key] = host.copy_(value, non_blocking=True)
+            return copies[key]
+        if isinstance(value, dict):
+            result = copy.copy(value)  # with the version that a state dict carries
+            result.update({key: copied(item) for key, item in value.items()})
+            return result
+        if isinstance(value, (list, tuple)):
+            return type(value)(map(copied, value))
+        return value
+
+    staged = copied(state)
+    if torch.cuda.is_initialized():
+        torch.cuda.current_stream().synchronize()
+    return staged
 
 
 def save(path: Path, state: dict[str, Any]) -> None:
@@ -240,16 +265,22 @@ def clean_keys(state_dict: StateDict) -> StateDict:
     return {key[match.end() if (match := WRAPPERS.match(key)) else 0 :]: value for key, value in state_dict.items()}
 
 
-def weights_state(
-    model: nn.Module, classes: list[str], args: dict[str, Any], average: nn.Module | None = None
-) -> dict[str, Any]:
-    """The content of `model_<epoch>.pth` and `model_best.pth`: the trained weights, and their average if any."""
+def weights_state(model: nn.Module, classes: list[str], args: dict[str, Any]) -> dict[str, Any]:
+    """The content of a file of weights without an average."""
+    return weights_of({"model": model.state_dict(), "classes": classes, "args": args})
+
+
+def weights_of(state: dict[str, Any]) -> dict[str, Any]:
+    """The content of `model_<epoch>.pth` and `model_best.pth`: the trained weights, and their average if any.
+
+    state: the full one.
+    """
     weights = {
-        name: {key: tensor.contiguous() for key, tensor in network.state_dict().items()}  # also with --channels-last
-        for name, network in (("model", model), ("model_ema", average))
-        if network is not None
+        name: {key: tensor.contiguous() for key, tensor in state[name].items()}  # also with --channels-last
+        for name in ("model", "model_ema")
+        if name in state
     }
-    return {"format_version": FORMAT_VERSION, **weights, "classes": classes, "args": args}
+    return {"format_version": FORMAT_VERSION, **weights, "classes": state["classes"], "args": state["args"]}
 
 
 def safetensors_bytes(model: nn.Module, classes: list[str], args: dict[str, Any]) -> bytes:

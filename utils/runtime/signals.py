@@ -53,12 +53,13 @@ def wait_for(get: Callable[[], Result], seconds: float) -> Result:
 class StopRequest:
     """Context manager in which stop signals are recorded instead of ending the process.
 
-    asked: the name of the last signal, None before any. A signal also shortens a wait for a batch. An ignored SIGHUP
-    stays ignored.
+    asked: the name of the last signal, None before any; failed: whether the run has to stop because a write has failed.
+    A signal also shortens a wait for a batch. An ignored SIGHUP stays ignored.
     """
 
     def __init__(self) -> None:
         self.asked: str | None = None
+        self.failed = False
         self.previous_handlers: dict = {}  # by signal; empty unless entered
         self._patience: float | None = None  # seconds that a wait may last after a signal; None while nothing waits
 
@@ -69,6 +70,11 @@ class StopRequest:
     def __exit__(self, *_: object) -> None:
         for number, handler in self.previous_handlers.items():
             signal.signal(number, handler)
+
+    @property
+    def is_pending(self) -> bool:
+        """Whether the run has to stop, for either reason."""
+        return self.failed or self.asked is not None
 
     def wait_for(self, get: Callable[[], Result], seconds: float, patience: float) -> Result:
         """As the function `wait_for`, but for at most `patience` seconds after a signal."""

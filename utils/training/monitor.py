@@ -59,15 +59,19 @@ class Monitor:
             self._draw("masks_before.png", self.draw_gallery, epochs_done=0)
             gc.collect()  # see `show`
 
-    def show(self, predictions: Predictions | None, line: dict[str, Any]) -> None:
+    def show(self, predictions: Predictions | None, line: dict[str, Any], wait: Callable[[], None]) -> None:
         """Draw the epoch's plots and send it to the trackers, once its checkpoint is saved.
 
         predictions: those of val after this epoch; None without a validation, and then the plots made from predictions
-        stay those of an earlier epoch. After a kill, the resumed run sends the missing epoch; missing plots come with
-        the next plotted epoch.
+        stay those of an earlier epoch. wait: returns once the checkpoint is saved; called only if there is something to
+        draw or send. After a kill, the resumed run sends the missing epoch; missing plots come with the next plotted
+        epoch.
         """
         done = line["epoch"] + 1
-        if self.plot_every is not None and (done % self.plot_every == 0 or done == self.epochs):
+        draws = self.plot_every is not None and (done % self.plot_every == 0 or done == self.epochs)
+        if draws or self.trackers:
+            wait()
+        if draws:
             self._draw_all(predictions, done)
             # matplotlib's parser leaves exceptions in reference cycles that hold the frame of `main`. The loaders would
             # outlive it, and the interpreter would wait 20 s for their workers at exit.

@@ -34,7 +34,7 @@ def rehearse(
     train, evaluate: the script's own passes over one batch. Raises UserError if the device's memory or the disk's
     space is too small, and if torch.compile fails, which it does at the first batch.
     """
-    before = checkpoint.copy(training.take())
+    before = checkpoint.stage(training.take())
     rank = distributed.rank()
     try:
         train()

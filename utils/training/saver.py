@@ -21,6 +21,7 @@ from utils.runtime.progress import Position
 from utils.runtime.reading import read_json
 from utils.runtime.signals import ALONE_SECONDS, TOGETHER_SECONDS, Interrupted, StopRequest, WaitEnded
 from utils.training import run_lock
+from utils.training.background import BackgroundWrite
 from utils.training.state import TrainingState
 from utils.training.update import ADVICE, NonFiniteLoss, StepGuard
 
@@ -31,7 +32,8 @@ class Saver:
     """Saves the run every `checkpoint_steps` steps, after each epoch, and when a signal asks it to stop.
 
     A context manager around training: it keeps status.json at running, interrupted, finished or failed. All ranks call
-    all methods and rank 0 writes. If it cannot write, all ranks raise its UserError and the run stops.
+    all methods and rank 0 writes, in a thread and one save at a time, from a copy of the state in host memory. If it
+    cannot write, all ranks raise its UserError after the next step, and the run stops.
     """
 
     def __init__(
@@ -58,6 +60,7 @@ class Saver:
         self.keep_best = keep_best
         self.saved = start  # the position in status.json; up to date on rank 0 only
         self.stop = StopRequest()
+        self.writing = BackgroundWrite(failed=self._ask_to_stop)
         self.last_call: Callable[[bool], None] | None = None  # when the block ends; argument: whether it failed
 
     def idle(self) -> "Saver":
@@ -82,6 +85,12 @@ class Saver:
                 self.last_call(error is not None)
 
     def _record_end(self, error: BaseException | None) -> None:
+        try:
+            with agreed() if error is None else suppress(Exception):  # the first error matters more
+                self.writing.wait()
+        except Exception as late:
+            self._record_end(late)
+            raise
         self.stop.__exit__()
         if error is None:
             with agreed():
@@ -98,7 +107,10 @@ class Saver:
                     self._write_status("failed", lost_contact(error))
 
     def after_step(self, position: Position, guard: StepGuard) -> None:
-        """Save if it is due; raises Interrupted, on all ranks after the same step, if any rank received a signal."""
+        """Save if it is due; raises Interrupted, on all ranks after the same step, if any rank received a signal.
+
+        Likewise the UserError of an earlier save that could not be written.
+        """
         self.position = position
         stop = guard.stop_agreed()
         if stop or (self.checkpoint_steps is not None and position.step % self.checkpoint_steps == 0):
@@ -128,22 +140,23 @@ class Saver:
         raise AssertionError  # not reached
 
     def stop_if_asked(self) -> None:
-        """Save and raise Interrupted if any rank received a signal. A collective."""
-        if any(distributed.all_gather_object(self.stop.asked is not None)):
+        """Save and raise Interrupted if any rank received a signal; see `after_step`. A collective."""
+        if any(distributed.all_gather_object(self.stop.is_pending)):
             self._save(stop=True)
 
     def finish_epoch(
         self,
         results: dict[str, Metrics],
         line: dict[str, Any],
-        show: Callable[[dict[str, Any]], None] | None = None,
+        show: Callable[[dict[str, Any], Callable[[], None]], None] | None = None,
     ) -> None:
         """Print the epoch's metrics; write model_<epoch>.pth, the best model, the log line and the checkpoint.
 
         results: the metrics of `val`, and with --model-ema also `val_ema`, those of the average, which then decide the
         best epoch; empty after an epoch without validation. After a kill in between, the resumed run writes the same
-        files again. show: called last, on rank 0 with the log line; the epoch is complete even if it kills the process.
-        Raises UserError, before anything is written, for a non-finite val loss or weight.
+        files again. show: called last, on rank 0 with the log line and a function that waits for these files; the epoch
+        is complete even if it then kills the process. Raises UserError, before anything is written, for a non-finite
+        val loss or weight.
         """
         epoch = self.position.epoch
         if any(metrics["loss"] is None for metrics in results.values()):
@@ -166,22 +179,21 @@ class Saver:
         self.position = Position(epoch + 1)
         self.meters.reset()
         state = self._state()
-        average = self.training.ema.model if self.training.ema else None
-        weights = checkpoint.weights_state(
-            self.training.modules["model"], self.origin["classes"], self.origin["args"], average
-        )
+        for name, metrics in results.items():
+            line = line | {f"{name}_{key}": value for key, value in metrics.items()}
+
+        def write_epoch(state: dict[str, Any]) -> None:
+            weights = checkpoint.weights_of(state)
+            checkpoint.save(self.output_dir / f"model_{epoch}.pth", weights)
+            if is_best:
+                checkpoint.save(self.output_dir / checkpoint.BEST, weights)
+            append_log(self.output_dir, line)
+
         with agreed():
             if distributed.is_main_process():
-                self._check_finite()
-                checkpoint.save(self.output_dir / f"model_{epoch}.pth", weights)
-                if is_best:
-                    checkpoint.save(self.output_dir / checkpoint.BEST, weights)
-                for name, metrics in results.items():
-                    line = line | {f"{name}_{key}": value for key, value in metrics.items()}
-                append_log(self.output_dir, line)
-                self._save_checkpoint(state, "running", "")
+                self._start_writing(state, before=write_epoch)
                 if show is not None:
-                    show(line)
+                    show(line, self.writing.wait)
 
     def _state(self) -> dict[str, Any]:
         return {
@@ -199,14 +211,40 @@ class Saver:
         message = f"{names[0]}: stopped" if names else ""
         with agreed():
             if distributed.is_main_process():
-                self._check_finite()
-                self._save_checkpoint(state, "interrupted" if stop else "running", message)
+                self._start_writing(state, "interrupted" if stop else "running", message)
+                if stop:
+                    self.writing.wait()
         if stop:
             raise Interrupted(
                 f"{names[0]}: stopped after {self.position.step} steps of epoch {self.position.epoch}; "
                 f"{self.output_dir / checkpoint.CHECKPOINT} is saved; the same command with --resume auto continues "
                 "from there."
             )
+
+    def _start_writing(
+        self,
+        state: dict[str, Any],
+        status: str = "running",
+        message: str = "",
+        before: Callable[[dict[str, Any]], None] | None = None,
+    ) -> None:
+        """Write the checkpoint and the status in a thread, from a copy of the state; waits for an earlier write.
+
+        before: writes other files first, from the same copy. Raises UserError for non-finite weights, and if the
+        earlier write failed.
+        """
+        self.writing.wait()
+        self._check_finite()
+        staged = checkpoint.stage(state)
+
+        def write() -> None:
+            if before is not None:
+                before(staged)
+            checkpoint.save_checkpoint(self.output_dir, staged)
+            self.saved = Position.of(staged)
+            self._write_status(status, message)
+
+        self.writing.start(write)
 
     def _check_finite(self) -> None:
         """Raise UserError for non-finite weights: a gradient can overflow although every loss is finite."""
@@ -217,10 +255,8 @@ class Saver:
                 f"saved. An earlier checkpoint is intact. {ADVICE}"
             )
 
-    def _save_checkpoint(self, state: dict[str, Any], status: str, message: str) -> None:
-        checkpoint.save_checkpoint(self.output_dir, state)
-        self.saved = self.position
-        self._write_status(status, message)
+    def _ask_to_stop(self) -> None:
+        self.stop.failed = True
 
     def _is_running(self) -> bool:
         """Whether status.json says "running" for this start; another start may own the folder by now."""

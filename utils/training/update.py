@@ -27,7 +27,7 @@ class NonFiniteLoss(UserError):
 
 
 class StepGuard:
-    """The only collective of a step besides the gradients': is a loss non-finite, was a rank asked to stop, and means.
+    """The only collective of a step besides the gradients': is a loss non-finite, must a rank stop, and means.
 
     `exchange` never waits for the device. `raise_if_non_finite` does; it is called at print steps and before saves.
     """
@@ -39,7 +39,7 @@ class StepGuard:
         # By step, since the last `raise_if_non_finite`: whether a loss was non-finite on any rank, and on this rank,
         # both bool () on the device; and the indices (B,) of this rank's images.
         self.recent: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
-        # Whether any rank was asked to stop, bool () on the host once the event has happened; for the last `lag` steps.
+        # Whether any rank has to stop, bool () on the host once the event has happened; for the last `lag` steps.
         self.stops: deque[tuple[Tensor, torch.cuda.Event | None]] = deque()
         self.flags = {flag: torch.tensor(flag, device=device) for flag in (False, True)}
 
@@ -53,14 +53,14 @@ class StepGuard:
         """
         loss = loss.detach()
         non_finite = (loss - loss) != 0  # inf - inf is NaN, and NaN != 0; two kernels instead of the five of isfinite
-        own = [non_finite, self.flags[self.stop.asked is not None], *means]
+        own = [non_finite, self.flags[self.stop.is_pending], *means]
         any_non_finite, stop, *means = distributed.combine(own)
         self.recent[step] = any_non_finite, non_finite, indices
         self.stops.append(_copy_behind(stop) if stop.is_cuda else (stop, None))
         return any_non_finite, means
 
     def stop_agreed(self) -> bool:
-        """Whether a signal asked any rank to stop; equal on all ranks. To be called once per step."""
+        """Whether any rank has to stop (see `StopRequest`); equal on all ranks. To be called once per step."""
         if len(self.stops) <= self.lag:
             return False
         stop, event = self.stops.popleft()
