@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import evaluating, loading, steps
+from benchmarks import evaluating, loading, saving, steps
 from benchmarks.report import Measurement, describe, environment, not_measured, show_progress, text_table, write
 from benchmarks.setting import Setting
 from utils.runtime.command_line import Parser, expanded_path
@@ -27,6 +27,7 @@ ROWS: dict[int, Callable[[Setting], Iterable[Measurement]]] = {
     # Row 8, host memory, has no script any more; see README.md.
     9: evaluating.evaluation,
     10: steps.pathwise_price,
+    11: saving.checkpoint_pause,
 }
 
 

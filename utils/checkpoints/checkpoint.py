@@ -24,7 +24,7 @@ from utils.checkpoints import foreign, verify
 from utils.checkpoints.pickle_scan import ForeignObject, Refused
 from utils.checkpoints.torch_files import checked_copy
 from utils.runtime.errors import UserError, first_line
-from utils.runtime.files import temporary_path, write_atomically
+from utils.runtime.files import stream_atomically, temporary_path, write_atomically
 from utils.runtime.reading import open_regular, parse_json, read_bytes
 
 StateDict = dict[str, Tensor]
@@ -83,8 +83,8 @@ def stage(state: dict[str, Any]) -> dict[str, Any]:
 
 
 def save(path: Path, state: dict[str, Any]) -> None:
-    """Write plain values and tensors atomically. Raises UserError as `write_atomically` does."""
-    write_atomically(path, serialize(state))
+    """Write plain values and tensors atomically, without a copy in memory; raises as `stream_atomically` does."""
+    stream_atomically(path, lambda file: torch.save(state, file))
 
 
 def save_checkpoint(output_dir: Path, state: dict[str, Any]) -> None:

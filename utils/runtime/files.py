@@ -1,30 +1,37 @@
 """Writers of files that appear whole or not at all."""
 
+import io
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, BinaryIO, TextIO
 
 from utils.runtime.errors import UserError
 from utils.runtime.reading import without_waiting
 
 TEMPORARY = ".tmp"
+BUFFER_BYTES = 2**20
 OURS = re.compile(
     r"\.(checkpoint\w*\.pth|model_\w+\.pth|\w+\.jsonl?|(per_class|predictions)\w*\.csv|\w+\.png|probe)\.\d+\.tmp"
 )
 
 
 def write_atomically(path: Path, data: bytes | memoryview) -> None:
-    """Write a whole file or nothing: a temporary file in the same folder, fsync, rename, fsync of the folder.
+    """Write a whole file or nothing, as `stream_atomically` does."""
+    stream_atomically(path, lambda file: file.write(data))
+
+
+def stream_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
+    """A whole file or nothing: `write` fills a temporary file in the same folder; fsync, rename, fsync of the folder.
 
     Raises UserError if the file system refuses; a previous file at `path` is then unchanged.
     """
     try:
         with _temporary(path) as temporary:
-            _write_and_sync(temporary, memoryview(data))
+            _write_and_sync(temporary, write)
             os.replace(temporary, path)
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error.strerror}); what was there is unharmed.") from None
@@ -115,7 +122,7 @@ def prove_writable(folder: Path, data: memoryview) -> None:
     """Write the bytes to a temporary file in the folder and remove it. Raises UserError if that fails."""
     try:
         with _temporary(folder / "probe") as probe:
-            _write_and_sync(probe, data)
+            _write_and_sync(probe, lambda file: file.write(data))
     except OSError as error:
         raise UserError(
             f"{folder}: a checkpoint of {len(data) / 1e6:.0f} MB cannot be written there ({error.strerror}); "
@@ -123,10 +130,15 @@ def prove_writable(folder: Path, data: memoryview) -> None:
         ) from None
 
 
-def _write_and_sync(path: Path, data: memoryview) -> None:
-    with open(open_new(path), "wb", buffering=0) as file:
-        while data:
-            data = data[os.write(file.fileno(), data) :]
+class _File(io.FileIO):
+    def write(self, data: memoryview) -> int:  # the buffer above it continues after a partial write
+        return os.write(self.fileno(), data)
+
+
+def _write_and_sync(path: Path, write: Callable[[BinaryIO], object]) -> None:
+    with io.BufferedWriter(_File(open_new(path), "wb"), BUFFER_BYTES) as file:
+        write(file)
+        file.flush()
         os.fsync(file.fileno())
 
 
