@@ -1,31 +1,15 @@
 """The flags of the joint training, in addition to the shared ones."""
 
-import argparse
-from typing import Any
-
-from _policy_gradient.mask import check_mask_range, check_mask_size
-from _policy_gradient.objective import BASELINES, OBJECTIVES, POLICY_SIGNS
-from _policy_gradient.policy import HEAD_WEIGHT, MASK_POLICIES
-from utils import arguments
-from utils.checkpoints.checkpoint import Weights
+from utils.arguments import model_name
+from utils.choices import BASELINES, MASK_POLICIES, OBJECTIVES, POLICY_SIGNS
 from utils.flags import natural, non_negative_float, positive_float, positive_fraction, positive_int, shared_parser
-from utils.runtime.errors import UserError
-from utils.runtime.progress import say
-from utils.training.model_sources import model_name
+from utils.runtime.command_line import Parser
 
 SCRIPT = "_policy_gradient"
-
-LEARNING_FLAGS = ("policy_model", "policy_lr", "head_weight", "policy_sign", "baseline", "entropy_weight")
-MASK_FLAGS = ("objective", "masks_per_image", "grid", "kernel", "sigma", "mask_range", "keep_mean", "mask_fade_epochs")
-IGNORED_FLAGS = {  # by --mask-policy
-    "learned": (),
-    "prior": ("policy_model",),
-    "uniform": LEARNING_FLAGS,
-    "none": LEARNING_FLAGS + MASK_FLAGS,
-}
+HEAD_WEIGHT = 0.1  # weight of the heads in the log-concentrations; the running prior has the rest
 
 
-def build_parser() -> arguments.Parser:
+def build_parser() -> Parser:
     parser = shared_parser("Joint training of a policy network, which masks each image, and a classifier.")
     add = parser.add_argument_group("policy and mask").add_argument
     add("--mask-policy", default="learned", choices=MASK_POLICIES, help="the method, or one of its controls")
@@ -49,24 +33,3 @@ def build_parser() -> arguments.Parser:
     add("--masks-per-image", type=positive_int, default=1, help="masks sampled per image of a batch")
     add("--entropy-weight", type=non_negative_float, default=0.0, help="weight of the entropy bonus of reinforce")
     return parser
-
-
-def check_flags(args: argparse.Namespace, given: dict[str, Any], weights: Weights | None) -> None:
-    """Print which flags the chosen --mask-policy ignores; raise UserError for masks that do not fit the images.
-
-    given: the values that were typed; weights: the file that --test-only evaluates. Without a policy in the file, no
-    masks are drawn.
-    """
-    draws_masks = args.mask_policy != "none" and (weights is None or weights.policy_net is not None)
-    ignored = [arguments.flag(name) for name in IGNORED_FLAGS[args.mask_policy] if name in given]
-    if ignored:
-        say(f"--mask-policy {args.mask_policy}: {' '.join(ignored)} without effect.")
-    if draws_masks:
-        for size in (args.val_crop_size,) if args.test_only else (args.train_crop_size, args.val_crop_size):
-            check_mask_size(size, args.grid, args.kernel, args.sigma)
-        check_mask_range(*args.mask_range)
-        if args.mask_fade_epochs > args.epochs:
-            raise UserError(
-                f"--mask-fade-epochs {args.mask_fade_epochs}: more than --epochs {args.epochs}; give at most "
-                f"{args.epochs}."
-            )

@@ -23,8 +23,8 @@ from _policy_gradient.masking import build_mask, build_policy, draw_masks
 from _policy_gradient.policy import Policy
 from utils import arguments
 from utils.checkpoints import checkpoint
+from utils.choices import SPLITS
 from utils.data.dataset import ImageFolder
-from utils.data.folders import SPLITS
 from utils.data.samplers import SampleKey, derive_seed
 from utils.data.splits import open_splits
 from utils.data.transforms import Normalize

@@ -18,7 +18,9 @@ import numpy as np
 import torch
 
 from utils import arguments
-from utils.data.folders import LAYOUT, SPLITS, ImageFiles, read_excluded
+from utils.arguments import model_name
+from utils.choices import SPLITS
+from utils.data.folders import LAYOUT, ImageFiles, read_excluded
 from utils.data.splits import print_excluded, print_split
 from utils.flags import Switch, add_input_flags, natural, positive_int
 from utils.flags import seed as seed_number
@@ -37,7 +39,6 @@ from utils.runtime.progress import say
 from utils.runtime.reading import open_regular
 from utils.runtime.text import count, csv_table, list_names, print_line, printable
 from utils.training import build
-from utils.training.model_sources import model_name
 
 JSON, CSV, PICTURE = "probe.json", "probe.csv", "probe.png"
 READING = ("batch_size", "workers", "bad_images", "max_bad_images")  # flags of the loaders

@@ -19,7 +19,8 @@ from utils.audit.groups import group_findings, group_section, read_groups
 from utils.audit.images import measure_all
 from utils.audit.report import as_text, sections
 from utils.audit.rule import take_census
-from utils.data.folders import LAYOUT, SPLITS, ImageFiles, find_classes
+from utils.choices import SPLITS
+from utils.data.folders import LAYOUT, ImageFiles, find_classes
 from utils.flags import fraction, natural, non_negative_float
 from utils.runtime.command_line import Parser, expanded, expanded_path
 from utils.runtime.errors import UserError

@@ -11,7 +11,9 @@ from torch import nn
 from tqdm import tqdm
 
 from utils import arguments
+from utils.arguments import model_name
 from utils.checkpoints.checkpoint import Weights, read_weights
+from utils.choices import MASK_POLICIES
 from utils.data.folders import find_classes
 from utils.flags import Switch, add_input_flags, positive_float, positive_int, shared_parser
 from utils.runtime.command_line import expanded
@@ -19,7 +21,6 @@ from utils.runtime.errors import UserError
 from utils.runtime.reading import read_bytes
 from utils.runtime.text import as_line, decode_text, explain_forms
 from utils.training import build, fitting, models
-from utils.training.model_sources import model_name
 
 
 class Classifier(NamedTuple):
@@ -53,7 +54,7 @@ def add_weights_flags(parser: arguments.Parser) -> argparse._ArgumentGroup:
 def add_mask_flags(group: argparse._ActionsContainer) -> None:
     """Add the flags of the masks that a heated classifier was trained with."""
     add = group.add_argument
-    add("--mask-policy", choices=("learned", "prior", "uniform", "none"), help="None: learned if there is a grid")
+    add("--mask-policy", choices=MASK_POLICIES, help="None: learned if there is a grid")
     add("--grid", type=positive_int, help="cells per side of a heated model's masks")
     add("--kernel", type=positive_int, help="size of their blur, pixels")
     add("--sigma", type=positive_float, help="standard deviation of their blur, pixels")
