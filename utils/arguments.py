@@ -49,12 +49,12 @@ def model_name(text: str) -> str:
     return f"{LOCAL_DIR}{absolute(text.removeprefix(LOCAL_DIR))}" if text.startswith(LOCAL_DIR) else text
 
 
-def check_command_line(parser: Parser) -> None:
-    """Answer --help and report errors in this process's flags; otherwise return.
+def check_command_line(parser: Parser, *, prints_result: bool = False) -> None:
+    """Answer --help, or report an error in the flags of this process and end it; otherwise return.
 
-    To be called before the heavy imports, which need seconds.
+    To be called before the heavy imports, which need seconds. prints_result: as for `run_script`.
     """
-    run_script(lambda: parse_given(parser))
+    run_script(lambda: parse_given(parser), prints_result=prints_result)
 
 
 def parse_given(parser: Parser, argv: Sequence[str] | None = None) -> dict[str, Any]:

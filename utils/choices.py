@@ -14,3 +14,4 @@ OBJECTIVES = ("published", "published-unscaled", "reinforce", "pathwise")
 BASELINES = ("none", "ema", "loo")
 POLICY_SIGNS = ("cooperative", "adversarial")
 TRACKER_NAMES = ("tensorboard", "wandb", "trackio")
+FORMATS = ("table", "csv", "json")  # of predictions
