@@ -1,4 +1,4 @@
-"""The flags of the conventional training, in addition to the shared ones."""
+"""The flags of the conventional training, in addition to the shared ones. Imports no torch."""
 
 from utils.flags import shared_parser
 from utils.runtime.command_line import Parser, expanded

@@ -1,9 +1,9 @@
-"""The flags of the joint training, in addition to the shared ones."""
+"""The flags of the joint training, in addition to the shared ones, and of its mask gallery. Imports no torch."""
 
 from utils.arguments import model_name
-from utils.choices import BASELINES, MASK_POLICIES, OBJECTIVES, POLICY_SIGNS
+from utils.choices import BASELINES, MASK_POLICIES, OBJECTIVES, POLICY_SIGNS, SPLITS
 from utils.flags import natural, non_negative_float, positive_float, positive_fraction, positive_int, shared_parser
-from utils.runtime.command_line import Parser
+from utils.runtime.command_line import Parser, expanded, expanded_path
 
 SCRIPT = "_policy_gradient"
 HEAD_WEIGHT = 0.1  # weight of the heads in the log-concentrations; the running prior has the rest
@@ -33,3 +33,28 @@ def build_parser() -> Parser:
     add("--masks-per-image", type=positive_int, default=1, help="masks sampled per image of a batch")
     add("--entropy-weight", type=non_negative_float, default=0.0, help="weight of the entropy bonus of reinforce")
     return parser
+
+
+def gallery_parser(description: str) -> Parser:
+    parser = Parser(description, prog="python -m _policy_gradient.gallery")
+    add_run_arguments(parser)
+    parser.add_argument("--classes", help="names with commas between; default: all, or 16 evenly chosen ones")
+    parser.add_argument("--images-per-class", type=positive_int, default=1, help="the first ones; default: 1")
+    parser.add_argument(
+        "-o",
+        "--output",
+        type=expanded,
+        help="a .png or .svg file; default: plots/masks_SPLIT.png next to the checkpoint",
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing file")
+    return parser
+
+
+def add_run_arguments(parser: Parser) -> None:
+    """RUN, --data-path and --split: the checkpoint, and the images to look at."""
+    parser.add_argument(
+        "run", type=expanded_path, metavar="RUN", help="the --output-dir of a run, or one of its checkpoints"
+    )
+    parser.add_argument("--data-path", type=expanded, metavar="FOLDER", help="with {train,val,test}/<class>/"
+        "<image>; default: the run's own")  # fmt: skip
+    parser.add_argument("--split", default="val", choices=SPLITS, help="default: val")

@@ -1,4 +1,4 @@
-"""Number types for argparse, and the flags that both scripts share."""
+"""Number types for argparse, and the flags that both scripts share. Imports no torch."""
 
 import argparse
 import reprlib

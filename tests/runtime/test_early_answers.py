@@ -10,15 +10,22 @@ import pytest
 
 from _normal.flags import build_parser as normal_parser
 from _policy_gradient.flags import build_parser as policy_gradient_parser
+from _policy_gradient.flags import gallery_parser
 from tests.conftest import ROOT
 from utils import arguments
+from utils.audit.flags import audit_parser
 from utils.inference.flags import averaging_parser, export_parser, predict_parser, probe_parser
+from utils.results.flags import plots_parser, report_parser
 from utils.runtime.errors import UserError
 
 HEAVY = {"torch", "torchvision", "timm", "numpy", "PIL", "scipy", "tqdm", "matplotlib", "huggingface_hub"}
 PARSERS = {
     "_normal/train.py": normal_parser(),
     "_policy_gradient/train.py": policy_gradient_parser(),
+    "_policy_gradient.gallery": gallery_parser(""),
+    "utils.audit": audit_parser(""),
+    "utils.plots": plots_parser(""),
+    "utils.report": report_parser(""),
     "utils.predict": predict_parser(),
     "utils.export": export_parser(),
     "utils.probe": probe_parser(""),
@@ -61,9 +68,10 @@ def error_of(parser: arguments.Parser, *words: str) -> str:
 
 @pytest.mark.parametrize("name", PARSERS)
 def test_a_misspelt_flag_is_answered_without_heavy_imports(name, run):
-    done = run(name, "--outptu", "x")
+    words = [*(["curves"] if name == "utils.plots" else []), "--outptu", "x"]
+    done = run(name, *words)
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == error_of(PARSERS[name], "--outptu", "x")
+    assert done.stderr == error_of(PARSERS[name], *words)
     assert re.search("; --outptu: did you mean .*--output", done.stderr)
 
 
