@@ -6,19 +6,20 @@ from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from _normal.flags import SCRIPT, build_parser
+from utils.arguments import check_command_line
 from utils.runtime.lifetimes import end_with_launcher
+from utils.runtime.processes import run_script
 
 end_with_launcher()
+if __name__ == "__main__":
+    check_command_line(build_parser())  # --help and misspelt flags need none of the imports below
 
 from torch import nn
 
-from utils import arguments
 from utils.data.batches import TrainingBatches
-from utils.flags import shared_parser
 from utils.runtime import distributed
-from utils.runtime.command_line import expanded
-from utils.runtime.errors import agreed
-from utils.runtime.processes import run_script
+from utils.runtime.distributed import agreed
 from utils.runtime.progress import Progress
 from utils.training import build, models, run_lock
 from utils.training.accumulation import classify
@@ -42,17 +43,6 @@ from utils.training.run import (
 )
 from utils.training.saver import Saver
 from utils.training.update import GuardedUpdate, StepGuard
-
-SCRIPT = "_normal"
-
-
-def build_parser() -> arguments.Parser:
-    parser = shared_parser(__doc__)
-    group = parser.add_argument_group("fine-tuning")
-    group.add_argument("--finetune", type=expanded, metavar="FILE", help="start from these weights; other classes get "
-        "a new head")  # fmt: skip
-    group.add_argument("--freeze-backbone", action="store_true", help="train the head only")
-    return parser
 
 
 def train_one_epoch(

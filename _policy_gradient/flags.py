@@ -1,31 +1,15 @@
-"""The flags of the joint training, in addition to the shared ones."""
+"""The flags of the joint training, in addition to the shared ones, and of its mask gallery. Imports no torch."""
 
-import argparse
-from typing import Any
-
-from _policy_gradient.mask import check_mask_range, check_mask_size
-from _policy_gradient.objective import BASELINES, OBJECTIVES, POLICY_SIGNS
-from _policy_gradient.policy import HEAD_WEIGHT, MASK_POLICIES
-from utils import arguments
-from utils.checkpoints.checkpoint import Weights
+from utils.arguments import model_name
+from utils.choices import BASELINES, MASK_POLICIES, OBJECTIVES, POLICY_SIGNS, SPLITS
 from utils.flags import natural, non_negative_float, positive_float, positive_fraction, positive_int, shared_parser
-from utils.runtime.errors import UserError
-from utils.runtime.progress import say
-from utils.training.model_sources import model_name
+from utils.runtime.command_line import Parser, expanded, expanded_path
 
 SCRIPT = "_policy_gradient"
-
-LEARNING_FLAGS = ("policy_model", "policy_lr", "head_weight", "policy_sign", "baseline", "entropy_weight")
-MASK_FLAGS = ("objective", "masks_per_image", "grid", "kernel", "sigma", "mask_range", "keep_mean", "mask_fade_epochs")
-IGNORED_FLAGS = {  # by --mask-policy
-    "learned": (),
-    "prior": ("policy_model",),
-    "uniform": LEARNING_FLAGS,
-    "none": LEARNING_FLAGS + MASK_FLAGS,
-}
+HEAD_WEIGHT = 0.1  # weight of the heads in the log-concentrations; the running prior has the rest
 
 
-def build_parser() -> arguments.Parser:
+def build_parser() -> Parser:
     parser = shared_parser("Joint training of a policy network, which masks each image, and a classifier.")
     add = parser.add_argument_group("policy and mask").add_argument
     add("--mask-policy", default="learned", choices=MASK_POLICIES, help="the method, or one of its controls")
@@ -51,22 +35,26 @@ def build_parser() -> arguments.Parser:
     return parser
 
 
-def check_flags(args: argparse.Namespace, given: dict[str, Any], weights: Weights | None) -> None:
-    """Print which flags the chosen --mask-policy ignores; raise UserError for masks that do not fit the images.
+def gallery_parser(description: str) -> Parser:
+    parser = Parser(description, prog="python -m _policy_gradient.gallery")
+    add_run_arguments(parser)
+    parser.add_argument("--classes", help="names with commas between; default: all, or 16 evenly chosen ones")
+    parser.add_argument("--images-per-class", type=positive_int, default=1, help="the first ones; default: 1")
+    parser.add_argument(
+        "-o",
+        "--output",
+        type=expanded,
+        help="a .png or .svg file; default: plots/masks_SPLIT.png next to the checkpoint",
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing file")
+    return parser
 
-    given: the values that were typed; weights: the file that --test-only evaluates. Without a policy in the file, no
-    masks are drawn.
-    """
-    draws_masks = args.mask_policy != "none" and (weights is None or weights.policy_net is not None)
-    ignored = [arguments.flag(name) for name in IGNORED_FLAGS[args.mask_policy] if name in given]
-    if ignored:
-        say(f"--mask-policy {args.mask_policy}: {' '.join(ignored)} without effect.")
-    if draws_masks:
-        for size in (args.val_crop_size,) if args.test_only else (args.train_crop_size, args.val_crop_size):
-            check_mask_size(size, args.grid, args.kernel, args.sigma)
-        check_mask_range(*args.mask_range)
-        if args.mask_fade_epochs > args.epochs:
-            raise UserError(
-                f"--mask-fade-epochs {args.mask_fade_epochs}: more than --epochs {args.epochs}; give at most "
-                f"{args.epochs}."
-            )
+
+def add_run_arguments(parser: Parser) -> None:
+    """RUN, --data-path and --split: the checkpoint, and the images to look at."""
+    parser.add_argument(
+        "run", type=expanded_path, metavar="RUN", help="the --output-dir of a run, or one of its checkpoints"
+    )
+    parser.add_argument("--data-path", type=expanded, metavar="FOLDER", help="with {train,val,test}/<class>/"
+        "<image>; default: the run's own")  # fmt: skip
+    parser.add_argument("--split", default="val", choices=SPLITS, help="default: val")

@@ -13,25 +13,27 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from _policy_gradient.flags import SCRIPT, build_parser, gallery_parser
+from utils.arguments import check_command_line
+from utils.runtime.processes import run_script
+
+if __name__ == "__main__":
+    check_command_line(gallery_parser(__doc__))  # --help and misspelt flags need none of the imports below
+
 import numpy as np
 import torch
 from torch import Tensor
 
-from _policy_gradient.flags import SCRIPT, build_parser
 from _policy_gradient.mask import SmoothMask
 from _policy_gradient.masking import build_mask, build_policy, draw_masks
 from _policy_gradient.policy import Policy
 from utils import arguments
 from utils.checkpoints import checkpoint
 from utils.data.dataset import ImageFolder
-from utils.data.folders import SPLITS
 from utils.data.samplers import SampleKey, derive_seed
 from utils.data.splits import open_splits
 from utils.data.transforms import Normalize
-from utils.flags import positive_int
-from utils.runtime.command_line import Parser, expanded, expanded_path
 from utils.runtime.errors import UserError
-from utils.runtime.processes import run_script
 from utils.runtime.text import explain_forms, print_line
 from utils.training import build
 from utils.training.run import Run
@@ -243,33 +245,12 @@ def read_run(path: Path, data_path: str | None, split: str) -> tuple[argparse.Na
     return argparse.Namespace(**values), state
 
 
-def add_run_arguments(parser: Parser) -> None:
-    """RUN, --data-path and --split: the checkpoint, and the images to look at."""
-    parser.add_argument(
-        "run", type=expanded_path, metavar="RUN", help="the --output-dir of a run, or one of its checkpoints"
-    )
-    parser.add_argument("--data-path", type=expanded, metavar="FOLDER", help="with {train,val,test}/<class>/"
-        "<image>; default: the run's own")  # fmt: skip
-    parser.add_argument("--split", default="val", choices=SPLITS, help="default: val")
-
-
 def checkpoint_of(run: Path) -> Path:
     return run / checkpoint.CHECKPOINT if run.is_dir() else run
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = Parser(__doc__, prog="python -m _policy_gradient.gallery")
-    add_run_arguments(parser)
-    parser.add_argument("--classes", help="names with commas between; default: all, or 16 evenly chosen ones")
-    parser.add_argument("--images-per-class", type=positive_int, default=1, help="the first ones; default: 1")
-    parser.add_argument(
-        "-o",
-        "--output",
-        type=expanded,
-        help="a .png or .svg file; default: plots/masks_SPLIT.png next to the checkpoint",
-    )
-    parser.add_argument("--overwrite", action="store_true", help="replace an existing file")
-    options = parser.parse_args(argv)
+    options = gallery_parser(__doc__).parse_args(argv)
     from utils.results.figures import output_path, write_figure  # matplotlib: only the command needs it at once
 
     arguments.check_limits(vars(options))

@@ -9,9 +9,6 @@ from torch import Tensor, nn
 from utils.runtime.errors import UserError
 from utils.runtime.progress import say
 
-OBJECTIVES = ("published", "published-unscaled", "reinforce", "pathwise")
-BASELINES = ("none", "ema", "loo")
-POLICY_SIGNS = ("cooperative", "adversarial")
 BASELINE_DECAY = 0.99  # decay of the moving-average baseline per training step
 ADVANTAGE_EPSILON = 1e-5  # above the rounding error of a cross-entropy, so that rounding is never amplified
 

@@ -6,10 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from _policy_gradient.flags import HEAD_WEIGHT
 from utils.training.models import create_classifier, output_width
 
-MASK_POLICIES = ("learned", "prior", "uniform", "none")
-HEAD_WEIGHT = 0.1  # weight of the heads in the log-concentrations; the running prior has the rest
 PRIOR_DECAY = 0.99  # decay of the running prior per training step
 LOG_CONCENTRATION_LIMIT = 6.0  # log-concentrations are clamped to [-6, 6]
 SAMPLE_MARGIN = 1e-6  # cells are clamped to (1e-6, 1 - 1e-6), as in the published code

@@ -6,20 +6,24 @@ from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from _policy_gradient.flags import SCRIPT, build_parser
+from utils.arguments import check_command_line
 from utils.runtime.lifetimes import end_with_launcher
+from utils.runtime.processes import run_script
 
 end_with_launcher()
+if __name__ == "__main__":
+    check_command_line(build_parser())  # --help and misspelt flags need none of the imports below
 
 from torch import nn
 
-from _policy_gradient.flags import SCRIPT, build_parser, check_flags
+from _policy_gradient.checks import check_flags
 from _policy_gradient.gallery import gallery_of
 from _policy_gradient.masking import Masking, build_masking, build_objective, build_policy, mean_masks, warn_of_bounds
 from _policy_gradient.policy import Policy
 from utils.data.batches import TrainingBatches
 from utils.runtime import distributed
-from utils.runtime.errors import agreed
-from utils.runtime.processes import run_script
+from utils.runtime.distributed import agreed
 from utils.runtime.progress import Progress
 from utils.training import build, models, optim, run_lock
 from utils.training.accumulation import InParts, classify

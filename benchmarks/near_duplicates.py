@@ -15,8 +15,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageEnhance
 
-from utils.audit.__main__ import BLANK_BELOW, open_files
-from utils.audit.duplicates import CORRELATION, correlations, near_groups, near_pairs
+from utils.audit.__main__ import open_files
+from utils.audit.duplicates import correlations, near_groups, near_pairs
+from utils.audit.flags import BLANK_BELOW, CORRELATION
 from utils.audit.images import FREQUENCIES, descriptor, measure_all
 from utils.audit.rule import Census, take_census
 from utils.data.images import read_image

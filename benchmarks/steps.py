@@ -18,7 +18,7 @@ from benchmarks.report import Measurement, Target, measured
 from benchmarks.setting import Setting
 from benchmarks.timing import Work, compare, milliseconds, rates, synchronizer
 from utils.runtime import distributed
-from utils.runtime.processes import keep_freed_memory
+from utils.runtime.joining import keep_freed_memory
 from utils.training.models import create_classifier
 
 

@@ -16,7 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from _policy_gradient.gallery import CPU, add_run_arguments, checkpoint_of, choose_examples, read_run
+from _policy_gradient.flags import add_run_arguments
+from _policy_gradient.gallery import CPU, checkpoint_of, choose_examples, read_run
 from _policy_gradient.mask import SmoothMask
 from _policy_gradient.masking import build_mask, build_policy, draw_masks
 from _policy_gradient.objective import leave_one_out_baseline

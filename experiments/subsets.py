@@ -9,7 +9,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from experiments.plan import Subset, matches
-from utils.data.folders import SPLITS, ImageFiles, find_classes, read_excluded
+from utils.choices import SPLITS
+from utils.data.folders import ImageFiles, find_classes, read_excluded
 from utils.runtime.errors import UserError
 
 

@@ -7,11 +7,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from utils.runtime.command_line import Parser
+from utils.runtime.command_line import Parser, absolute
 from utils.runtime.errors import UserError
+from utils.runtime.processes import run_script
 
 NO_TRACKER = "none"  # the value of --tracker that ends those of an earlier start
 AUTO = "auto"  # the value of --resume for the newest checkpoint of --output-dir
+LOCAL_DIR = "local-dir:"  # begins the value of --model for a model in a folder, as in timm
 # What a resumed run may change, because training does not depend on it. `epochs` rebuilds the schedule; for `exclude`
 # and `data_path` the remaining images are compared.
 FREE_ON_RESUME = {
@@ -40,6 +42,19 @@ LARGEST = {
     "val_crop_size": 8_192, "grid": 1_024, "kernel": 8_191, "images_per_class": 100_000, "jobs": 1_024,
     "resamples": 1_000_000, "draws": 10_000,
 }  # fmt: skip
+
+
+def model_name(text: str) -> str:
+    """The `type` of --model. A folder becomes absolute, so that the run can be resumed from any folder."""
+    return f"{LOCAL_DIR}{absolute(text.removeprefix(LOCAL_DIR))}" if text.startswith(LOCAL_DIR) else text
+
+
+def check_command_line(parser: Parser, *, prints_result: bool = False) -> None:
+    """Answer --help, or report an error in the flags of this process and end it; otherwise return.
+
+    To be called before the heavy imports, which need seconds. prints_result: as for `run_script`.
+    """
+    run_script(lambda: parse_given(parser), prints_result=prints_result)
 
 
 def parse_given(parser: Parser, argv: Sequence[str] | None = None) -> dict[str, Any]:

@@ -17,6 +17,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from utils.arguments import check_command_line
+from utils.inference.flags import export_parser
+from utils.runtime.processes import run_script
+
+if __name__ == "__main__":
+    check_command_line(export_parser())  # --help and misspelt flags need none of the imports below
+
 import torch
 from torch import nn
 
@@ -24,12 +31,10 @@ from utils import arguments
 from utils.checkpoints.checkpoint import Weights, safetensors_bytes
 from utils.data.transforms import three_values
 from utils.inference import onnx as onnx_file
-from utils.inference.classifier import Classifier, add_mask_flags, add_weights_flags, open_classifier
+from utils.inference.classifier import Classifier, open_classifier
 from utils.inference.model_card import model_card
-from utils.runtime.command_line import expanded
 from utils.runtime.errors import UserError
 from utils.runtime.files import check_absent, make_parent, write_atomically, write_json
-from utils.runtime.processes import run_script
 from utils.runtime.text import print_line
 from utils.training.model_sources import plain_name
 
@@ -37,23 +42,6 @@ CPU = torch.device("cpu")
 NAME = r"[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?"
 GENERIC = {"data", "dataset", "datasets", "images"}  # folder names that say nothing about the data
 METHODS = {"learned": "gradientp", "prior": "prior", "uniform": "uniform"}
-
-
-def build_parser() -> arguments.Parser:
-    parser = arguments.Parser(
-        "Export weights to a folder that timm and the hub can read.",
-        prog="python -m utils.export",
-        show_defaults=True,
-    )
-    add_mask_flags(add_weights_flags(parser))
-    add = parser.add_argument
-    add("-o", "--output", type=expanded, default=".", metavar="FOLDER", help="where to create the new folder; made "
-        "if missing")  # fmt: skip
-    add("--data-name", help="name of the training data; None: the last part of the training's --data-path")
-    add("--license", default="unknown", help="licence of the weights, as the hub names it, such as cc-by-4.0")
-    add("--onnx", action="store_true", help="write <name>.onnx too; needs the packages onnx and onnxscript")
-    add("--overwrite", action="store_true", help="replace an export of the same name")
-    return parser
 
 
 def export_name(classifier: Classifier, data_name: str) -> str:
@@ -207,7 +195,7 @@ def _replace_folder(draft: Path, target: Path, old: Path) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = build_parser()
+    parser = export_parser()
     given = arguments.parse_given(parser, argv)
     options = arguments.defaults(parser) | given
     check_name("--license", options["license"])

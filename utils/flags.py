@@ -1,18 +1,13 @@
-"""Number types for argparse, and the flags that both scripts share."""
+"""Number types for argparse, and the flags that both scripts share. Imports no torch."""
 
 import argparse
 import reprlib
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
-from utils.arguments import NO_TRACKER
-from utils.data import transforms
-from utils.data.folders import SPLITS
+from utils import choices
+from utils.arguments import NO_TRACKER, model_name
 from utils.runtime.command_line import Parser, absolute, expanded
-from utils.training import optim
-from utils.training.loss import CLASS_WEIGHTS
-from utils.training.model_sources import model_name
-from utils.training.trackers import TRACKERS
 
 Number = TypeVar("Number", int, float)
 _SHORT = reprlib.Repr()
@@ -123,7 +118,7 @@ def _add_data_flags(group: argparse._ArgumentGroup) -> None:
     add("--cache-dir", type=expanded, help="folder of the --cache-dataset files, on a local disk; later runs reuse it")
     add("--bad-images", default="error", choices=("error", "skip"), help="stop at an unreadable image, or skip it")
     add("--max-bad-images", type=natural, default=100, help="with --bad-images skip: more of them end the run")
-    add("--split", default="val", choices=SPLITS, help="the split that --test-only evaluates")
+    add("--split", default="val", choices=choices.SPLITS, help="the split that --test-only evaluates")
     add("-b", "--batch-size", "--batch_size", type=positive_int, default=32, help="images per process that pass "
         "through the networks at once")  # fmt: skip
     add("-j", "--workers", type=natural, default=16, help="data loading processes per process; 0: none")
@@ -138,11 +133,11 @@ def add_input_flags(group: argparse._ActionsContainer) -> None:
     add("--train-crop-size", type=positive_int, default=224, help="size of the random resized crop, pixels")
     add("--val-resize-size", type=positive_int, default=256, help="shorter side in evaluation, pixels")
     add("--val-crop-size", type=positive_int, default=224, help="size of the central crop in evaluation, pixels")
-    add("--interpolation", default="bilinear", choices=transforms.INTERPOLATIONS, help="interpolation of every resize")
+    add("--interpolation", default="bilinear", choices=choices.INTERPOLATIONS, help="interpolation of every resize")
     add("--gray", action=Switch, default=False, help="read images as one channel, expanded to three on the device")
     add("--upper-8-bits", action=Switch, default=False, help="keep the upper 8 bits of PNG and TIFF images with 12 "
         "or 16 bits per channel; without this flag they are refused")  # fmt: skip
-    add("--backend", type=str.lower, default="pil", choices=transforms.BACKENDS, help="image type of the transforms")
+    add("--backend", type=str.lower, default="pil", choices=choices.BACKENDS, help="image type of the transforms")
 
 
 def _add_model_flags(group: argparse._ArgumentGroup) -> None:
@@ -167,7 +162,7 @@ def _add_model_flags(group: argparse._ArgumentGroup) -> None:
 def _add_optimisation_flags(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
     add("--epochs", type=positive_int, default=90, help="total epochs, including those before a resumption")
-    add("--opt", type=str.lower, default="sgd", choices=optim.OPTIMIZERS, help="optimiser")
+    add("--opt", type=str.lower, default="sgd", choices=choices.OPTIMIZERS, help="optimiser")
     add("--lr", type=positive_float, default=0.1, help="initial learning rate")
     add("--momentum", type=momentum, default=0.9, help="momentum of sgd, sgd_nesterov and rmsprop")
     add("--wd", "--weight-decay", dest="weight_decay", type=non_negative_float, default=1e-4, help="weight decay")
@@ -176,11 +171,12 @@ def _add_optimisation_flags(group: argparse._ArgumentGroup) -> None:
     add(
         "--transformer-embedding-decay",
         type=non_negative_float,
-        help=f"weight decay of {', '.join(optim.EMBEDDINGS)}; None: --weight-decay",
+        help=f"weight decay of {', '.join(choices.EMBEDDINGS)}; None: --weight-decay",
     )
     add("--label-smoothing", type=smoothing, default=0.0, help="label smoothing of the training loss")
-    add("--class-weights", default="none", choices=CLASS_WEIGHTS, help="weigh the classes in the classifier's loss, in "
-        "inverse proportion to the number of their training images, or to its square root")  # fmt: skip
+    add("--class-weights", default="none", choices=choices.CLASS_WEIGHTS, help="weigh the classes in the "
+        "classifier's loss, in inverse proportion to the number of their training images, or to its square "
+        "root")  # fmt: skip
     add("--grad-accum-steps", type=positive_int, default=1, help="batches of --batch-size per update")
     add("--clip-grad-norm", type=positive_float, help="largest norm of each network's gradient; None: no limit")
     add("--amp", action="store_true", help="mixed precision")
@@ -191,18 +187,18 @@ def _add_optimisation_flags(group: argparse._ArgumentGroup) -> None:
 
 def _add_schedule_flags(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
-    add("--lr-scheduler", type=str.lower, default="steplr", choices=optim.SCHEDULERS, help="stepped once per epoch")
+    add("--lr-scheduler", type=str.lower, default="steplr", choices=choices.SCHEDULERS, help="stepped once per epoch")
     add("--lr-step-size", type=positive_int, default=30, help="epochs between steps of steplr")
     add("--lr-gamma", type=rate_factor, default=0.1, help="factor of steplr and exponentiallr")
     add("--lr-min", type=non_negative_float, default=0.0, help="final learning rate of cosineannealinglr")
     add("--lr-warmup-epochs", type=natural, default=0, help="epochs of warm-up before the schedule starts")
-    add("--lr-warmup-method", type=str.lower, default="constant", choices=optim.WARMUPS, help="shape of the warm-up")
+    add("--lr-warmup-method", type=str.lower, default="constant", choices=choices.WARMUPS, help="shape of the warm-up")
     add("--lr-warmup-decay", type=positive_fraction, default=0.01, help="factor at the start of the warm-up")
 
 
 def _add_augmentation_flags(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
-    add("--auto-augment", choices=transforms.AUTO_AUGMENTS, help="RandAugment, TrivialAugment, AugMix or a policy")
+    add("--auto-augment", choices=choices.AUTO_AUGMENTS, help="RandAugment, TrivialAugment, AugMix or a policy")
     add("--ra-magnitude", type=natural, default=9, help="magnitude of --auto-augment ra, 0 to 30")
     add("--augmix-severity", type=positive_int, default=3, help="severity of --auto-augment augmix, 1 to 10")
     add("--random-erase", type=fraction, default=0.0, help="probability of erasing a rectangle")
@@ -226,8 +222,8 @@ def _add_run_flags(group: argparse._ArgumentGroup) -> None:
     add("--checkpoint-steps", type=positive_int, help="steps between checkpoints; None: only after each epoch")
     add("--val-every", type=positive_int, default=1, help="epochs between validations; the last epoch always has one")
     add("--plot-every", type=positive_int, help="epochs between plots in --output-dir/plots; None: no plots")
-    add("--tracker", action=Several, choices=(*TRACKERS, NO_TRACKER), help="also send the log, the mask gallery and "
-        "run.json to these trackers; none: to none of those that a resumed run began with")  # fmt: skip
+    add("--tracker", action=Several, choices=(*choices.TRACKER_NAMES, NO_TRACKER), help="also send the log, the mask "
+        "gallery and run.json to these trackers; none: to none of those that a resumed run began with")  # fmt: skip
     add("--tensorboard", action=Switch, default=False, help="short for --tracker tensorboard")
     add("--timeout", type=seconds, default=600.0, help="seconds that a process waits for the others or for a batch")
     add("--test-only", action="store_true", help="evaluate the weights of --resume (or --finetune) on --split")

@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from utils.data.folders import SPLITS
+from utils.choices import SPLITS
 from utils.data.placing import Tree, in_threads, is_written, put_one, write
 from utils.data.prepared import (
     IMAGES,
@@ -27,7 +27,7 @@ from utils.data.prepared import (
     warn_of_lacking_classes,
     write_table,
 )
-from utils.results.provenance import commit_of
+from utils.results.git import commit_of
 from utils.runtime.command_line import Parser, expanded_path
 from utils.runtime.errors import UserError, first_line
 from utils.runtime.processes import run_script

@@ -10,6 +10,13 @@ such as Noto Sans CJK; without one they are drawn as escapes.
 from collections.abc import Sequence
 from pathlib import Path
 
+from utils.arguments import check_command_line
+from utils.results.flags import plots_parser
+from utils.runtime.processes import run_script
+
+if __name__ == "__main__":
+    check_command_line(plots_parser(__doc__))  # --help and misspelt flags need none of the imports below
+
 from utils.checkpoints.checkpoint import HEATED
 from utils.results.confusion import confusion_matrix, per_class_recall, recall_by_frequency
 from utils.results.curves import Runs, learning_curves, policy_health
@@ -18,19 +25,11 @@ from utils.results.log import LOG, read_log
 from utils.results.provenance import same_but_seed
 from utils.results.reliability import reliability_diagram
 from utils.results.run_folder import describe_tested, read_tested, training_images
-from utils.runtime.command_line import Parser, expanded
 from utils.runtime.errors import UserError
-from utils.runtime.processes import run_script
 from utils.runtime.text import print_line
 
 LOG_PICTURES = {"curves": learning_curves, "health": policy_health}
 CLASS_PICTURES = {"confusion": confusion_matrix, "recall": per_class_recall}
-TEST_PICTURES = {
-    "confusion": "confusion matrix",
-    "recall": "recall of each class",
-    "frequency": "recall of the classes over their training images",
-    "reliability": "accuracy over confidence",
-}
 
 
 def read_logs(folders: Sequence[str]) -> Runs:
@@ -42,26 +41,8 @@ def read_logs(folders: Sequence[str]) -> Runs:
     return runs
 
 
-def build_parser() -> Parser:
-    parser = Parser(__doc__, prog="python -m utils.plots")
-    commands = parser.add_subparsers(dest="picture", required=True, metavar="PICTURE")
-    for name, text in (("curves", "losses, accuracies, learning rates"), ("health", "quantities of the policy")):
-        command = commands.add_parser(name, help=f"{text}; several runs are compared")
-        command.add_argument("runs", nargs="+", type=expanded, metavar="RUN", help="the --output-dir of a run")
-    for name, text in TEST_PICTURES.items():
-        command = commands.add_parser(name, help=f"{text}, from the tables of --test-only")
-        text = "the folder of predictions.csv and per_class.csv"
-        command.add_argument("run", type=expanded, metavar="RUN", help=text)
-        command.add_argument("--masked", action="store_true", help="show the evaluation with masks")
-    for command in commands.choices.values():
-        text = "a .png or .svg file; default: RUN/plots/PICTURE.png, with the evaluated split in the name"
-        command.add_argument("-o", "--output", type=expanded, help=text)
-        command.add_argument("--overwrite", action="store_true", help="replace an existing --output")
-    return parser
-
-
 def main(argv: Sequence[str] | None = None) -> None:
-    options = build_parser().parse_args(argv)
+    options = plots_parser(__doc__).parse_args(argv)
     if options.picture in LOG_PICTURES:
         default = Path(options.runs[0]) / "plots" / f"{options.picture}.png"
         output = output_path(options.output, default, options.overwrite)

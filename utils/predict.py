@@ -14,6 +14,13 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TextIO
 
+from utils.arguments import check_command_line
+from utils.inference.flags import predict_parser
+from utils.runtime.processes import run_script
+
+if __name__ == "__main__":
+    check_command_line(predict_parser(), prints_result=True)  # --help and misspelt flags need none of the imports below
+
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -26,42 +33,17 @@ from utils.data.folders import ImageFiles
 from utils.data.listing import PassedOver, find_images
 from utils.data.samplers import EvaluationSampler
 from utils.data.splits import transform_for_evaluation
-from utils.flags import natural, positive_int
-from utils.inference.classifier import Classifier, add_weights_flags, open_classifier, print_to_stderr
-from utils.runtime.command_line import expanded
+from utils.inference.classifier import Classifier, open_classifier, print_to_stderr
 from utils.runtime.distributed import resolve_device
 from utils.runtime.errors import UserError
 from utils.runtime.files import check_absent, make_parent, opened_atomically
 from utils.runtime.node_limits import shared_memory_problem
-from utils.runtime.processes import run_script
 from utils.runtime.text import csv_table, printable
 from utils.training import build
 from utils.training.evaluation import logits_of_batches
 
 TABLE_TOP = 3
 Row = tuple[str, list[str], list[float]]  # path of an image, most likely classes first, their probabilities
-
-
-def build_parser() -> arguments.Parser:
-    parser = arguments.Parser(
-        "Predict the classes of images, with probabilities.", prog="python -m utils.predict", show_defaults=True
-    )
-    add_weights_flags(parser)
-    add = parser.add_argument
-    add("images", type=expanded, metavar="IMAGE_OR_FOLDER", nargs="+", help="of a folder all images below it, sorted "
-        "by path")  # fmt: skip
-    add("--format", default="table", choices=FORMATS, help="table: to read; csv: one column per class; json: one "
-        "object per line")  # fmt: skip
-    add("--top", type=positive_int, metavar="K", help="only the K most likely classes; None: 3 in a table, else all")
-    add("-o", "--output", type=expanded, metavar="FILE", help="written completely or not at all; None: stdout")
-    add("--overwrite", action="store_true", help="replace an existing file")
-    add("-b", "--batch-size", type=positive_int, default=32, help="images per batch")
-    add("-j", "--workers", type=natural, default=min(16, os.cpu_count() or 1), help="processes that read images")
-    add("--device", help="cuda or cpu; None: cuda if available")
-    add("--bad-images", default="report", choices=("report", "skip", "error"), help="report: name unreadable images "
-        "on stderr, predict the others, exit code 2; skip: the same with exit code 0; error: stop at the "
-        "first")  # fmt: skip
-    return parser
 
 
 def find_all(names: list[str]) -> list[str]:
@@ -206,7 +188,7 @@ def _needed_stdout() -> Iterator[None]:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = build_parser()
+    parser = predict_parser()
     given = arguments.parse_given(parser, argv)
     options: dict[str, Any] = arguments.defaults(parser) | given
     output = None if options["output"] is None else Path(options["output"])

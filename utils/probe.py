@@ -14,62 +14,35 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from utils.arguments import check_command_line
+from utils.inference.flags import CSV, JSON, PICTURE, probe_parser
+from utils.runtime.processes import run_script
+
+if __name__ == "__main__":
+    check_command_line(probe_parser(__doc__))  # --help and misspelt flags need none of the imports below
+
 import numpy as np
 import torch
 
 from utils import arguments
-from utils.data.folders import LAYOUT, SPLITS, ImageFiles, read_excluded
+from utils.choices import SPLITS
+from utils.data.folders import LAYOUT, ImageFiles, read_excluded
 from utils.data.splits import print_excluded, print_split
-from utils.flags import Switch, add_input_flags, natural, positive_int
-from utils.flags import seed as seed_number
 from utils.inference import probes
 from utils.inference.comparison import Difference, Intervals, Result, compare, probe_all, scores_over_draws
 from utils.inference.features import Features, Source, load_features, open_sources
 from utils.inference.probes import PROBE_TITLES, SCORES
 from utils.results import provenance
 from utils.results.metrics import LEVEL, METRIC_TITLES, RESAMPLES
-from utils.runtime.command_line import expanded
 from utils.runtime.distributed import resolve_device
 from utils.runtime.errors import UserError
 from utils.runtime.files import check_absent, write_atomically, write_json
-from utils.runtime.processes import run_script
 from utils.runtime.progress import say
 from utils.runtime.reading import open_regular
 from utils.runtime.text import count, csv_table, list_names, print_line, printable
 from utils.training import build
-from utils.training.model_sources import model_name
 
-JSON, CSV, PICTURE = "probe.json", "probe.csv", "probe.png"
 READING = ("batch_size", "workers", "bad_images", "max_bad_images")  # flags of the loaders
-
-
-def build_parser() -> arguments.Parser:
-    parser = arguments.Parser(__doc__, prog="python -m utils.probe", show_defaults=True)
-    add = parser.add_argument
-    add("weights", nargs="+", type=expanded, metavar="WEIGHTS", help="files that --finetune reads; the word random "
-        "stands for an untrained network of the same model, to compare with")  # fmt: skip
-    add("--data-path", type=expanded, required=True, metavar="FOLDER", help="with {train,val,test}/<class>/<image>")
-    add("-o", "--output-dir", type=expanded, default="probe", help=f"folder for {JSON}, {CSV}, {PICTURE} and the "
-        "features, which later runs reuse")  # fmt: skip
-    add("--overwrite", action="store_true", help="replace existing results")
-    add("--shots", type=positive_int, nargs="+", metavar="K", help="also fit the probes to K training images of each "
-        "class, chosen on K of val")  # fmt: skip
-    add("--draws", type=positive_int, default=10, help="random draws for each K of --shots")
-    add("--seed", type=seed_number, default=0, help="seed of the draws, of the bootstrap and of random")
-    add("--exclude", type=expanded, metavar="FILE", help="a text file of images to leave out, as of the training")
-    add("--bad-images", default="error", choices=("error", "skip"), help="stop at an unreadable image, or skip it")
-    add("--max-bad-images", type=natural, default=100, help="with --bad-images skip: more of them end the run")
-    add("-b", "--batch-size", type=positive_int, default=32, help="images per batch")
-    add("-j", "--workers", type=natural, default=min(16, os.cpu_count() or 1), help="processes that read images")
-    add("--device", help="cuda or cpu; None: cuda if available")
-    add("--use-ema", action=Switch, help="take the moving average of the weights, or the trained weights; None: the "
-        "average if a file has one")  # fmt: skip
-    group = parser.add_argument_group(
-        "for files that do not record it; flags other than --model --mean --std also replace what a file records"
-    )
-    group.add_argument("--model", type=model_name, help="any timm classifier")
-    add_input_flags(group)
-    return parser
 
 
 def open_splits(root: Path, exclude: str | None) -> dict[str, ImageFiles]:
@@ -256,7 +229,7 @@ def write_picture(path: Path, results: list[Result], shots: list[int], mean_imag
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = build_parser()
+    parser = probe_parser(__doc__)
     given = arguments.parse_given(parser, argv)
     options = arguments.defaults(parser) | given
     names, root, folder = options["weights"], Path(options["data_path"]), Path(options["output_dir"])

@@ -13,6 +13,13 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from utils.arguments import check_command_line
+from utils.results.flags import report_parser
+from utils.runtime.processes import run_script
+
+if __name__ == "__main__":
+    check_command_line(report_parser(__doc__))  # --help and misspelt flags need none of the imports below
+
 from matplotlib.figure import Figure
 
 from utils.checkpoints.checkpoint import BEST, HEATED
@@ -31,10 +38,8 @@ from utils.results.run_folder import (
     read_run_folder,
     training_images,
 )
-from utils.runtime.command_line import Parser, expanded_path
 from utils.runtime.errors import UserError
 from utils.runtime.files import make_parent, write_atomically
-from utils.runtime.processes import run_script
 from utils.runtime.reading import open_regular, read_bytes
 from utils.runtime.text import count, describe_seconds, print_line
 from utils.training import run_lock
@@ -352,11 +357,7 @@ def check_output(path: Path) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = Parser(__doc__, prog="python -m utils.report")
-    parser.add_argument("outputs", nargs="+", type=expanded_path, metavar="OUTPUT", help="the --output-dir of a run")
-    parser.add_argument("-o", "--output", type=expanded_path, help="an .html file, replaced each time; "
-        "default: report.html in the folder of a single run, or in the current folder for several")  # fmt: skip
-    options = parser.parse_args(argv)
+    options = report_parser(__doc__).parse_args(argv)
     folders = options.outputs
     output = options.output or (folders[0] if len(folders) == 1 else Path()) / "report.html"
     check_output(output)

@@ -5,16 +5,20 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from utils.arguments import check_command_line
+from utils.inference.flags import averaging_parser
+from utils.runtime.processes import run_script
+
+if __name__ == "__main__":
+    check_command_line(averaging_parser(__doc__))  # --help and misspelt flags need none of the imports below
+
 import torch
 
 from utils import arguments
 from utils.checkpoints.checkpoint import FORMAT_VERSION, StateDict, Weights, read_weights, save
 from utils.checkpoints.verify import check_state_dict
-from utils.flags import Switch
-from utils.runtime.command_line import Parser, expanded
 from utils.runtime.errors import UserError
 from utils.runtime.files import check_absent, make_parent
-from utils.runtime.processes import run_script
 from utils.runtime.text import print_line, printable
 
 LAST = 3  # epochs that the published recipe averages
@@ -105,14 +109,7 @@ def _equal(first: StateDict, second: StateDict) -> bool:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = Parser(__doc__, prog="python -m utils.weight_averaging")
-    add = parser.add_argument
-    add("files", nargs="+", type=expanded, metavar="FILE", help="weights of one model, usually of its last epochs")
-    add("-o", "--output", type=expanded, required=True, help="the file to write; --finetune and --test-only read it")
-    add("--overwrite", action="store_true", help="replace an existing file")
-    add("--use-ema", action=Switch, help="average the moving averages of files that have them (the default), or the "
-        "trained weights")  # fmt: skip
-    options = parser.parse_args(argv)
+    options = averaging_parser(__doc__).parse_args(argv)
     output = Path(options.output)
     check_absent(output, options.overwrite)
     make_parent(output)

@@ -8,7 +8,7 @@ from PIL import Image, ImageEnhance
 from scipy.fft import idctn
 
 from tests.helpers.audits import picture, put
-from utils.audit.duplicates import CORRELATION
+from utils.audit.flags import CORRELATION
 from utils.audit.images import descriptor, measure, measure_all
 from utils.audit.report import normalisation
 from utils.data.folders import ImageFiles

@@ -5,13 +5,15 @@ import argparse
 import pytest
 import torch
 from timm.layers import DropPath
+from torchvision.transforms.v2 import AutoAugmentPolicy
 
 from tests.conftest import SMALL
 from tests.helpers.data_flags import DATA_EFFECTS, changes_the_training_image, first_image
 from tests.helpers.parsing import declared, is_test, parse
+from utils import choices, predict
 from utils.runtime.distributed import resolve_device
 from utils.runtime.errors import UserError
-from utils.training import build
+from utils.training import build, trackers
 from utils.training.update import GuardedUpdate
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -251,6 +253,12 @@ EFFECTS = DATA_EFFECTS | {
     "seed": check_seed,
     "use_deterministic_algorithms": check_deterministic,
 }
+
+
+def test_the_choices_of_flags_are_the_names_of_what_is_implemented():
+    assert tuple(trackers.TRACKERS) == choices.TRACKER_NAMES
+    assert tuple(predict.FORMATS) == choices.FORMATS
+    assert {policy.value for policy in AutoAugmentPolicy} | {"ra", "ta_wide", "augmix"} == set(choices.AUTO_AUGMENTS)
 
 
 def test_every_declared_flag_is_shown_to_work():

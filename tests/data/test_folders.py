@@ -8,6 +8,7 @@ import unicodedata
 from pathlib import Path
 
 import pytest
+from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from experiments.plan import Subset
 from experiments.subsets import link_subset
@@ -15,7 +16,7 @@ from tests.conftest import write_image_folder
 from tests.helpers.caches import TEST_TRAIN, splits
 from utils import predict
 from utils.data.folders import LAYOUT, ImageFiles, check_same_classes, find_classes, read_excluded
-from utils.data.listing import is_hidden
+from utils.data.listing import IMAGE_ENDINGS, is_hidden
 from utils.inference.classifier import read_class_names
 from utils.runtime.errors import UserError
 from utils.runtime.text import decode_text, explain_forms, list_names
@@ -51,6 +52,10 @@ def open_error(data: Path, *flags: object) -> str:
 def test_names_that_systems_leave_are_hidden_and_no_others():
     assert all(map(is_hidden, [".DS_Store", "._a.png", "__MACOSX", "@eaDir", "#recycle", "$RECYCLE.BIN", "Thumbs.db"]))
     assert not any(map(is_hidden, ["a", "_a", "a.png", "macosx", "eaDir", "#2.png", "thumbs", "@home"]))
+
+
+def test_the_endings_of_images_are_those_of_torchvision():
+    assert IMAGE_ENDINGS == IMG_EXTENSIONS
 
 
 def test_hidden_entries_are_no_class_and_no_image_and_are_counted(tmp_path):

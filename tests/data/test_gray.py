@@ -7,8 +7,9 @@ from PIL import Image
 
 from tests.conftest import write_image
 from tests.helpers.caches import splits
+from utils.choices import AUTO_AUGMENTS, BACKENDS
 from utils.data.samplers import SampleKey
-from utils.data.transforms import AUTO_AUGMENTS, BACKENDS, Normalize, evaluation_transform, training_transform
+from utils.data.transforms import Normalize, evaluation_transform, training_transform
 
 CROP = 16
 MEANS = [(0.3162,), (0.2, 0.5, 0.75)]

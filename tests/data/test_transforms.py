@@ -6,10 +6,8 @@ import torch
 from PIL import Image
 from torchvision.transforms import v2
 
+from utils.choices import AUTO_AUGMENTS, BACKENDS, INTERPOLATIONS
 from utils.data.transforms import (
-    AUTO_AUGMENTS,
-    BACKENDS,
-    INTERPOLATIONS,
     BatchMixing,
     Normalize,
     ToTensor,

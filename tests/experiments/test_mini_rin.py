@@ -13,7 +13,8 @@ from PIL import Image
 from experiments import build_mini_rin
 from experiments.build_mini_rin import MANIFEST, build, image_id, read_manifest, source_path
 from tests.conftest import ROOT
-from utils.data.folders import SPLITS, read_excluded
+from utils.choices import SPLITS
+from utils.data.folders import read_excluded
 from utils.runtime.errors import UserError
 
 MINI_RIN = ROOT.parent / "shared" / "data" / "mini-rin"

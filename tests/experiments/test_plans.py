@@ -22,10 +22,12 @@ from experiments.subsets import choose, link_subset
 from tests.conftest import ROOT, SMALL, SMALL_POLICY
 from utils import probe, weight_averaging
 from utils.arguments import parse_given
+from utils.inference.flags import probe_parser
 from utils.runtime.errors import UserError
 
 PLANS = sorted(path for path in (ROOT / "experiments" / "plans").glob("*.py") if path.stem != "__init__")
 SCRIPTS = {"_normal": normal, "_policy_gradient": policy_gradient, PROBE: probe}
+PARSERS = {name: script.build_parser() for name, script in SCRIPTS.items() if name != PROBE} | {PROBE: probe_parser("")}
 
 
 def images_of(folder):
@@ -42,7 +44,7 @@ def test_every_flag_of_a_plan_is_known_to_its_script(path):
     for arm in plan.arms:
         for stage in arm.stages:
             words = [*shlex.split(stage.flags), *([stage.start, "--data-path", "x"] if stage.script == PROBE else [])]
-            given = parse_given(SCRIPTS[stage.script].build_parser(), words)
+            given = parse_given(PARSERS[stage.script], words)
             assert stage.script == PROBE or (given["epochs"] == stage.epochs and stage.average <= stage.epochs)
             before = {f"{earlier.name}/{'average' if earlier.average else 'model_best'}.pth" for earlier in arm.stages}
             assert stage.start is None or stage.start in before
@@ -51,7 +53,7 @@ def test_every_flag_of_a_plan_is_known_to_its_script(path):
 @pytest.mark.parametrize(("name", "epochs"), [("classification", 40), ("small", 100), ("small_10", 100)])
 def test_all_arms_take_equally_many_updates(name, epochs):
     for arm in read_plan(ROOT / "experiments" / "plans" / f"{name}.py").arms:
-        given = [parse_given(SCRIPTS[stage.script].build_parser(), shlex.split(stage.flags)) for stage in arm.stages]
+        given = [parse_given(PARSERS[stage.script], shlex.split(stage.flags)) for stage in arm.stages]
         assert sum(flags["epochs"] for flags in given) == epochs, arm.name
         assert {flags["batch_size"] for flags in given} == {32}, arm.name
 

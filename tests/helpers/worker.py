@@ -25,8 +25,10 @@ from utils.data.dataset import ImageFolder, build_loader
 from utils.data.samplers import EvaluationSampler
 from utils.data.transforms import Normalize, evaluation_transform
 from utils.runtime import distributed
-from utils.runtime.errors import UserError, agreed
-from utils.runtime.processes import join_processes, run_script
+from utils.runtime.distributed import agreed
+from utils.runtime.errors import UserError
+from utils.runtime.joining import join_processes
+from utils.runtime.processes import run_script
 from utils.runtime.signals import StopRequest
 from utils.training import models
 from utils.training.evaluation import measure, predict

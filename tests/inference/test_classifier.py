@@ -6,16 +6,17 @@ import pytest
 import torch
 
 from tests.helpers.exports import random_model, write_bare, write_checkpoint
-from utils import arguments, export
+from utils import arguments
 from utils.checkpoints import checkpoint
 from utils.inference.classifier import Classifier, open_classifier, read_class_names
+from utils.inference.flags import export_parser
 from utils.runtime.errors import UserError
 
 SIZES = ("--train-crop-size", 32, "--val-crop-size", 32, "--val-resize-size", 36)
 
 
 def opened(path: Path, *flags: object) -> Classifier:
-    given = arguments.parse_given(export.build_parser(), [str(path), *map(str, flags)])
+    given = arguments.parse_given(export_parser(), [str(path), *map(str, flags)])
     return open_classifier(given, torch.device("cpu"))
 
 

@@ -7,7 +7,6 @@ import torch
 from torch.distributions import Beta
 
 from _policy_gradient.objective import (
-    OBJECTIVES,
     Objective,
     leave_one_out_baseline,
     mean_log_sum_density,
@@ -17,6 +16,7 @@ from _policy_gradient.objective import (
     reinforce_loss,
 )
 from _policy_gradient.policy import sample_action
+from utils.choices import OBJECTIVES
 from utils.runtime.errors import UserError
 
 

@@ -11,10 +11,11 @@ from torch import nn
 
 from _policy_gradient.mask import SmoothMask
 from _policy_gradient.masking import Masking
-from _policy_gradient.objective import OBJECTIVES, Objective, mean_log_sum_density
+from _policy_gradient.objective import Objective, mean_log_sum_density
 from _policy_gradient.policy import create_policy, sample_action
 from tests.conftest import ROOT
 from tests.helpers.markdown import blocks_and_text
+from utils.choices import OBJECTIVES
 
 IMAGES, SIZE, GRID, CLASSES, BLUR = 6, 64, 8, 5, (5, 2.0)
 # The listing adds, blurs and takes densities in another order than the package. Each order rounds by 6e-8 of a value

@@ -5,7 +5,7 @@ import torch
 
 from _policy_gradient import gallery
 from _policy_gradient import train as policy_gradient
-from _policy_gradient.flags import check_flags
+from _policy_gradient.checks import check_flags
 from tests.conftest import SMALL_POLICY
 from tests.helpers.parsing import PARSERS, given, parse
 from utils import arguments

@@ -24,7 +24,7 @@ COMMANDS = (
 )
 LAYERS = (  # a package imports only itself and layers before its own
     ("utils.runtime",),
-    ("utils.phantoms",),
+    ("utils.phantoms", "utils.choices"),
     ("utils.data", "utils.checkpoints", "utils.arguments"),
     ("utils.results",),
     ("utils.training",),
@@ -69,7 +69,7 @@ def test_the_namespace_and_the_launchers_variables_stay_in_their_modules(module)
     assert not takes_namespace or module.removeprefix("utils.") in TAKE_NAMESPACE
     words = [node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str)]
     launch = [word for word in words if word in ("RANK", "WORLD_SIZE", "LOCAL_RANK") or word.startswith("SLURM_")]
-    assert not launch or module == "utils.runtime.distributed"
+    assert not launch or module == "utils.runtime.launch"
 
 
 @pytest.mark.parametrize("script", ["_normal.train", "_policy_gradient.train"])

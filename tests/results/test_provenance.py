@@ -10,6 +10,7 @@ import torch
 from _normal import train as normal
 from tests.conftest import ROOT, SMALL
 from utils.results import provenance
+from utils.results.git import commit_of
 from utils.runtime.errors import UserError
 from utils.training.saver import Saver
 
@@ -94,10 +95,10 @@ def test_the_commit_is_of_this_code_not_of_a_repository_around_it(tmp_path, monk
     git("init", "-q")
     git("add", "other")
     git("commit", "-qm", "another project's")
-    assert provenance.commit_of(code) is None
+    assert commit_of(code) is None
     git("add", code)
     git("commit", "-qm", "this code")
     commit = git("rev-parse", "--short=12", "HEAD")
-    assert provenance.commit_of(code) == commit
+    assert commit_of(code) == commit
     code.write_text("changed")
-    assert provenance.commit_of(code) == f"{commit}+changes"
+    assert commit_of(code) == f"{commit}+changes"

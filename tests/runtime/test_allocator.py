@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from tests.helpers.ranks import call_warm
-from utils.runtime.processes import keep_freed_memory
+from utils.runtime.joining import keep_freed_memory
 
 BLOCK = 50_000_000  # bytes
 STEPS = 8  # a small block may move the large ones in one of them

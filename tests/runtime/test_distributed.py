@@ -12,7 +12,8 @@ from tests.conftest import run_script
 from tests.helpers import worker
 from tests.helpers.ranks import PATIENCE, run_ranks, start_process
 from utils.runtime import distributed
-from utils.runtime.distributed import Launch, name_of_start, read_launch, resolve_device, slurm_rendezvous
+from utils.runtime.distributed import name_of_start, resolve_device
+from utils.runtime.launch import Launch, read_launch, slurm_rendezvous
 
 WORKER = "tests/helpers/worker.py"
 

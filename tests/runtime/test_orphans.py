@@ -17,7 +17,7 @@ from benchmarks.soak import Aim, Life, families, positions, watch
 from tests.conftest import ROOT, write_image_folder
 from tests.helpers.ranks import PATIENCE, start_process
 from utils.runtime import lifetimes
-from utils.runtime.processes import join_processes
+from utils.runtime.joining import join_processes
 
 LAUNCHER = """
 import os, subprocess, sys, time

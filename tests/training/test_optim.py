@@ -9,8 +9,9 @@ import torch
 from torch import nn
 
 from tests.helpers.updates import MOMENTUM, STEP, batch_loss, decayed_groups, small_network
+from utils.choices import OPTIMIZERS
 from utils.training.models import freeze_backbone
-from utils.training.optim import OPTIMIZERS, build_optimizer, build_scheduler, parameter_groups
+from utils.training.optim import build_optimizer, build_scheduler, parameter_groups
 
 # Parameter groups
 

@@ -14,10 +14,11 @@ from torch import nn
 
 from tests.helpers.runs import assert_same
 from tests.helpers.updates import CPU, batch_loss, guarded_update, optimizer_tensors, plain_update, small_network
+from utils.choices import OPTIMIZERS
 from utils.runtime import signals
 from utils.runtime.errors import UserError
 from utils.runtime.signals import SIGNALS, StopRequest
-from utils.training.optim import OPTIMIZERS, build_optimizer
+from utils.training.optim import build_optimizer
 from utils.training.update import SMALLEST_SCALE, GuardedUpdate, NonFiniteLoss, StepGuard
 
 STEP_FREELY, INDICES = torch.tensor(False), torch.tensor([0])

@@ -9,31 +9,34 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from utils.arguments import check_command_line, check_limits
+from utils.audit.flags import audit_parser
+from utils.runtime.processes import run_script
+
+if __name__ == "__main__":
+    check_command_line(audit_parser(__doc__))  # --help and misspelt flags need none of the imports below
+
 import numpy as np
 
-from utils.arguments import check_limits
 from utils.audit import outputs
-from utils.audit.duplicates import CORRELATION, RECALL
+from utils.audit.duplicates import RECALL
 from utils.audit.findings import findings
 from utils.audit.groups import group_findings, group_section, read_groups
 from utils.audit.images import measure_all
 from utils.audit.report import as_text, sections
 from utils.audit.rule import take_census
-from utils.data.folders import LAYOUT, SPLITS, ImageFiles, find_classes
-from utils.flags import fraction, natural, non_negative_float
-from utils.runtime.command_line import Parser, expanded, expanded_path
+from utils.choices import SPLITS
+from utils.data.folders import LAYOUT, ImageFiles, find_classes
 from utils.runtime.errors import UserError
 from utils.runtime.files import check_absent, make_parent, write_atomically
-from utils.runtime.processes import run_script
 from utils.runtime.text import print_line
 
 LEAST_CORRELATION = 0.8  # below, most pairs are different images, and the search is slow
-BLANK_BELOW = 2.0  # standard deviation in levels
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command; raises UserError for bad input and for existing output."""
-    options = _parser().parse_args(argv)
+    options = audit_parser(__doc__).parse_args(argv)
     check_limits(vars(options))
     if not LEAST_CORRELATION <= options.correlation <= 1:
         raise UserError(f"--correlation {options.correlation:g}: expected a number from {LEAST_CORRELATION:g} to 1.")
@@ -73,32 +76,6 @@ def main(argv: Sequence[str] | None = None) -> None:
             print_line(
                 f"warning: {unlisted} more should be left out, but their names contain a line break; rename them."
             )
-
-
-def _parser() -> Parser:
-    parser = Parser(__doc__, prog="python -m utils.audit", show_defaults=True)
-    add = parser.add_argument
-    add("data", type=expanded, metavar="DATA", help="folder with {train,val,test}/<class>/<image>, or with "
-        "<class>/<image>")  # fmt: skip
-    add("-o", "--output", type=expanded, default="audit", metavar="FOLDER", help="folder for the reports and tables")
-    add("--overwrite", action="store_true", help="replace existing reports and lists")
-    add("--exclude-list", type=expanded, metavar="FILE", help="also write a list of images to leave out, for --exclude "
-        "of the training")  # fmt: skip
-    add("--correlation", type=fraction, default=CORRELATION, help="near copies are images whose gradients "
-        "at low resolution correlate by at least this; a smaller number finds more copies and more false ones. A group "
-        "of the report is a chain of such pairs; the list counts direct copies only, and near ones only across "
-        "splits")  # fmt: skip
-    add("--exact", action="store_true", help="only images with identical pixels are duplicates")
-    add("--blank", type=non_negative_float, default=BLANK_BELOW, metavar="LEVELS", help="an image is blank if the "
-        "standard deviation of its levels, 0 to 255, is below this in every channel")  # fmt: skip
-    add("--groups", type=expanded_path, metavar="TABLE", help="CSV or TSV file with a column of images, as "
-        "<split>/<class>/<image>, and one of groups such as patients: reports groups in several splits. images.csv of "
-        "utils.prepare is such a table")  # fmt: skip
-    add("--group-column", default="group", metavar="COLUMN", help="column of --groups with the groups")
-    add("--upper-8-bits", action="store_true", help="keep the upper 8 bits of PNG and TIFF images of 12 or 16 bits per "
-        "channel, like the flag of the training; without it they are unreadable")  # fmt: skip
-    add("-j", "--workers", type=natural, default=os.cpu_count(), help="processes that decode; 0: the main process")
-    return parser
 
 
 def open_files(root: Path) -> list[ImageFiles]:

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from utils.audit.duplicates import correlations, equal_groups, near_groups, near_pairs, unique_rows
-from utils.data.folders import SPLITS, ImageFiles
+from utils.choices import SPLITS
+from utils.data.folders import ImageFiles
 
 STAYS, UNREADABLE, BLANK, LEAKING, CONTRADICTING, REPEATED = range(6)
 REASONS = (

@@ -24,8 +24,10 @@ from utils.data.images import read_image
 from utils.data.loaders import TIMEOUT, batch_seconds
 from utils.data.samplers import derive_seed
 from utils.runtime import distributed
-from utils.runtime.errors import UserError, agreed
+from utils.runtime.distributed import agreed
+from utils.runtime.errors import UserError
 from utils.runtime.files import not_followed, write_atomically, write_json
+from utils.runtime.launch import is_first_on_node
 from utils.runtime.progress import say
 
 SIZES = "sizes.part"
@@ -288,7 +290,7 @@ def build_together(builds: list[CacheBuild]) -> None:
 
     Ranks meet every few seconds, so that a build may last longer than --timeout, which limits each batch of images.
     """
-    builds_here = distributed.is_first_on_node()
+    builds_here = is_first_on_node()
     work = itertools.chain.from_iterable(build.build() if builds_here else build.wait() for build in builds)
     message: str | None = ""
     while any(distributed.all_gather_object(message is not None)):

@@ -8,16 +8,15 @@ from collections.abc import Iterator, Sequence, Set
 from pathlib import Path
 
 import numpy as np
-from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from utils.data.listing import PassedOver, find_images, is_hidden, is_image
+from utils.choices import SPLITS
+from utils.data.listing import IMAGE_ENDINGS, PassedOver, find_images, is_hidden, is_image
 from utils.runtime.errors import UserError
 from utils.runtime.reading import read_bytes
 from utils.runtime.text import canonical, decode_text, explain_forms, list_names
 
 LAYOUT = "DATA/{train,val,test}/<class>/<image>"
-SPLITS = ("train", "val", "test")
-EXTENSIONS = ", ".join(IMG_EXTENSIONS)  # for messages
+EXTENSIONS = ", ".join(IMAGE_ENDINGS)  # for messages
 
 
 def find_classes(split: Path, passed_over: PassedOver | None = None) -> list[str]:

@@ -5,11 +5,11 @@ from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from torchvision.datasets.folder import IMG_EXTENSIONS
-
 from utils.runtime.errors import UserError
 from utils.runtime.text import printable
 
+# torchvision's IMG_EXTENSIONS, without importing torch.
+IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 # Left by macOS archives, network disks, Windows, Linux and Python, besides names that start with a dot.
 LEFTOVERS = {
     "#recycle", "#snapshot", "$recycle.bin", "@eadir", "@recently-snapshot", "@recycle", "@tmp", "__macosx",
@@ -26,7 +26,7 @@ def is_hidden(name: str) -> bool:
 
 def is_image(name: str) -> bool:
     """Whether files of this name are read as images, by extension."""
-    return name.lower().endswith(IMG_EXTENSIONS)
+    return name.lower().endswith(IMAGE_ENDINGS)
 
 
 @dataclass

@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
-from utils.data.folders import SPLITS
+from utils.choices import SPLITS
 from utils.data.listing import PassedOver
 from utils.runtime.errors import UserError
 from utils.runtime.files import open_new, temporary_path

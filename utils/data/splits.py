@@ -10,15 +10,18 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
+from utils.choices import SPLITS
 from utils.data.cache_build import BATCH, CacheBuild, build_together
 from utils.data.dataset import ImageFolder, build_loader
 from utils.data.device_crops import FILTERS, DeviceImages
-from utils.data.folders import LAYOUT, SPLITS, ImageFiles, check_same_classes, find_classes, read_excluded
+from utils.data.folders import LAYOUT, ImageFiles, check_same_classes, find_classes, read_excluded
 from utils.data.samplers import EvaluationSampler, TrainingSampler
 from utils.data.transforms import DrawCrop, evaluation_transform, training_transform
 from utils.phantoms import dataset as phantoms
 from utils.runtime import distributed, progress
-from utils.runtime.errors import UserError, agreed
+from utils.runtime.distributed import agreed
+from utils.runtime.errors import UserError
+from utils.runtime.launch import current_launch
 from utils.runtime.node_limits import shared_memory_problem
 from utils.runtime.text import explain_forms, list_names
 
@@ -227,7 +230,7 @@ def one_batch_loaders(args: argparse.Namespace, splits: Splits) -> tuple[DataLoa
 
 def _check_shared_memory(args: argparse.Namespace, batch_size: int, size: int, batches: int) -> None:
     batch_bytes = batch_size * _channels(args) * size**2
-    problem = shared_memory_problem(batch_bytes, batches, args.workers, distributed.current_launch().local_world_size)
+    problem = shared_memory_problem(batch_bytes, batches, args.workers, current_launch().local_world_size)
     if problem is not None:
         raise UserError(problem)
 
@@ -305,7 +308,7 @@ def _cache_build(args: argparse.Namespace, dataset: ImageFolder) -> CacheBuild:
         gray=args.gray,
         parameters={name: getattr(args, name) for name in CACHE_PARAMETERS},
         max_bad_images=args.max_bad_images if args.bad_images == "skip" else None,
-        workers=min(args.workers * distributed.current_launch().local_world_size, os.cpu_count() or 1),
+        workers=min(args.workers * current_launch().local_world_size, os.cpu_count() or 1),
         upper_8_bits=args.upper_8_bits,
         timeout=args.timeout,
     )

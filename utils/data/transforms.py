@@ -10,10 +10,6 @@ from torchvision.transforms.v2 import functional as F
 from utils.data.samplers import derive_seed, seeded
 from utils.runtime.errors import UserError
 
-INTERPOLATIONS = ("bilinear", "bicubic", "nearest")
-AUTO_AUGMENTS = ("ra", "ta_wide", "augmix", *(policy.value for policy in v2.AutoAugmentPolicy))
-BACKENDS = ("pil", "tensor")
-
 
 def training_transform(
     crop_size: int,

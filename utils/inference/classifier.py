@@ -13,13 +13,12 @@ from tqdm import tqdm
 from utils import arguments
 from utils.checkpoints.checkpoint import Weights, read_weights
 from utils.data.folders import find_classes
-from utils.flags import Switch, add_input_flags, positive_float, positive_int, shared_parser
-from utils.runtime.command_line import expanded
+from utils.flags import shared_parser
+from utils.inference.flags import add_mask_flags
 from utils.runtime.errors import UserError
 from utils.runtime.reading import read_bytes
 from utils.runtime.text import as_line, decode_text, explain_forms
 from utils.training import build, fitting, models
-from utils.training.model_sources import model_name
 
 
 class Classifier(NamedTuple):
@@ -35,28 +34,6 @@ class Classifier(NamedTuple):
         """Whether the classifier was trained on masked images."""
         args = self.args
         return None not in (args.grid, args.kernel, args.sigma) and args.mask_policy != "none"
-
-
-def add_weights_flags(parser: arguments.Parser) -> argparse._ArgumentGroup:
-    """Add the weight file and the flags for what it may not record; returns the group of these flags."""
-    parser.add_argument("file", type=expanded, metavar="WEIGHTS", help="a .pth or .safetensors file")
-    parser.add_argument("--use-ema", action=Switch, help="take the moving average of the weights, or the trained "
-        "weights; None: the average if the file has one")  # fmt: skip
-    group = parser.add_argument_group("for files that do not record it")
-    group.add_argument("--model", type=model_name, help="any timm classifier")
-    group.add_argument("--classes", type=expanded, metavar="FILE", help="one name per line, or a folder of class "
-        "folders")  # fmt: skip
-    add_input_flags(group)
-    return group
-
-
-def add_mask_flags(group: argparse._ActionsContainer) -> None:
-    """Add the flags of the masks that a heated classifier was trained with."""
-    add = group.add_argument
-    add("--mask-policy", choices=("learned", "prior", "uniform", "none"), help="None: learned if there is a grid")
-    add("--grid", type=positive_int, help="cells per side of a heated model's masks")
-    add("--kernel", type=positive_int, help="size of their blur, pixels")
-    add("--sigma", type=positive_float, help="standard deviation of their blur, pixels")
 
 
 def open_classifier(given: dict[str, Any], device: torch.device) -> Classifier:

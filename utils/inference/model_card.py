@@ -8,7 +8,7 @@ from huggingface_hub import ModelCardData
 
 from utils import arguments
 from utils.checkpoints.checkpoint import BEST
-from utils.data.folders import SPLITS
+from utils.choices import SPLITS
 from utils.flags import shared_parser
 from utils.inference.classifier import Classifier
 from utils.results.metrics import CALIBRATION_NAMES, LEVEL, METRIC_NAMES, METRIC_TITLES, Intervals, Metrics

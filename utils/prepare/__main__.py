@@ -36,7 +36,7 @@ from utils.prepare.pixels import DICOM, EIGHT_BITS, MORE_BITS, check_pydicom
 from utils.prepare.placing import Placement
 from utils.prepare.plan import SEED, TEST, VAL, divide_records, make_plan
 from utils.prepare.records import LABEL_COLUMNS, name_files, read_records
-from utils.results.provenance import commit_of
+from utils.results.git import commit_of
 from utils.runtime.command_line import Parser, expanded_path
 from utils.runtime.errors import UserError
 from utils.runtime.processes import run_script

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from utils.data.folders import SPLITS
+from utils.choices import SPLITS
 from utils.prepare.records import Record, check_splits
 from utils.prepare.splitting import divide
 from utils.runtime.errors import UserError

@@ -6,10 +6,8 @@ from collections import Counter
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
-from torchvision.datasets.folder import IMG_EXTENSIONS
-
-from utils.data.folders import SPLITS
-from utils.data.listing import is_hidden
+from utils.choices import SPLITS
+from utils.data.listing import IMAGE_ENDINGS, is_hidden
 from utils.data.tables import Table
 from utils.prepare.pixels import DICOM, DICOM_ENDINGS, MORE_BITS
 from utils.runtime.errors import UserError
@@ -145,7 +143,7 @@ def name_files(records: Sequence[Record]) -> None:
 def _split_ending(path: str) -> tuple[str, str]:
     """The path without its ending, and the ending: "" if it is unknown, as DICOM names may be numbers with dots."""
     stem, ending = os.path.splitext(path)
-    return (stem, ending) if ending.lower() in (*IMG_EXTENSIONS, *DICOM_ENDINGS) else (path, "")
+    return (stem, ending) if ending.lower() in (*IMAGE_ENDINGS, *DICOM_ENDINGS) else (path, "")
 
 
 def _file_stem(image: str) -> str:

@@ -5,9 +5,8 @@ import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
-from torchvision.datasets.folder import IMG_EXTENSIONS
-
-from utils.data.folders import SPLITS
+from utils.choices import SPLITS
+from utils.data.listing import IMAGE_ENDINGS
 from utils.data.placing import KINDS, Tree
 from utils.data.prepared import print_table
 from utils.radimagenet.archive import Member, is_archive, read_archive
@@ -49,7 +48,7 @@ def prepare(
     """
     _check_output(output)
     if archive is not None:
-        members = read_archive(archive, (".csv", *IMG_EXTENSIONS), "unpack")
+        members = read_archive(archive, (".csv", *IMAGE_ENDINGS), "unpack")
         lists = _lists_for_archive(archive, members, csv_dir)
     else:
         if source.name == ROOT and not (source / ROOT).is_dir():

@@ -8,7 +8,7 @@ import itertools
 from dataclasses import dataclass, field
 from typing import BinaryIO
 
-from utils.data.folders import SPLITS
+from utils.choices import SPLITS
 from utils.data.listing import is_hidden, is_image
 from utils.runtime.errors import UserError
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from types import NoneType
 from typing import Any
 
-from utils.data.folders import SPLITS
+from utils.choices import SPLITS
 from utils.runtime.reading import read_json
 
 

@@ -1,6 +1,5 @@
 """Ranks, devices and collectives.
 
-Only this module reads RANK, WORLD_SIZE, LOCAL_RANK and Slurm's variables. It imports nothing else of this project.
 A single process without a launcher has no process group; every collective below then returns its input.
 """
 
@@ -9,60 +8,21 @@ import inspect
 import os
 import time
 import uuid
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from utils.runtime.errors import UserError
+from utils.runtime.launch import current_launch, is_launched, slurm_rendezvous
+
 FAILURE_KEY = "failure"
 _store: dist.Store | None = None  # of the process group; a failing rank leaves its message there
-
-
-class Launch(NamedTuple):
-    """This process's place, as the launcher gave it."""
-
-    rank: int
-    world_size: int
-    local_rank: int
-    local_world_size: int
-
-
-def read_launch(environment: dict[str, str]) -> Launch | None:
-    """This process's place, from the environment; None for a single process without a launcher.
-
-    torchrun's RANK wins. Slurm's variables count only in a job step of several tasks: a plain `python` in a batch
-    script also sees SLURM_PROCID, and would wait for the others forever.
-    """
-    if "RANK" in environment:
-        return Launch(
-            rank=int(environment["RANK"]),
-            world_size=int(environment.get("WORLD_SIZE", 1)),
-            local_rank=int(environment.get("LOCAL_RANK", 0)),
-            local_world_size=int(environment.get("LOCAL_WORLD_SIZE", 1)),
-        )
-    tasks = int(environment.get("SLURM_STEP_NUM_TASKS", 1))
-    if tasks > 1:
-        if environment.get("SLURM_GPUS_PER_TASK") == "1":  # each task sees only its own GPU, as device 0
-            return Launch(int(environment["SLURM_PROCID"]), tasks, 0, 1)
-        nodes = int(environment.get("SLURM_STEP_NUM_NODES", 1))
-        return Launch(int(environment["SLURM_PROCID"]), tasks, int(environment["SLURM_LOCALID"]), -(-tasks // nodes))
-    return None
-
-
-def slurm_rendezvous(environment: dict[str, str]) -> dict[str, str]:
-    """MASTER_ADDR and MASTER_PORT for a Slurm step, where no launcher sets them: the node and job that srun runs in.
-
-    The port differs between jobs and is in 20000..29999, below the range that Linux gives to outgoing connections.
-    """
-    one_node = environment.get("SLURM_STEP_NUM_NODES", "1") == "1"
-    address = "127.0.0.1" if one_node else environment.get("SLURM_LAUNCH_NODE_IPADDR", "127.0.0.1")
-    port = 20000 + int(environment.get("SLURM_JOB_ID", 0)) % 10000
-    return {"MASTER_ADDR": address, "MASTER_PORT": str(port)}
 
 
 def resolve_device(name: str | None, local_rank: int = 0, local_world_size: int = 1) -> torch.device:
@@ -151,23 +111,6 @@ def shutdown() -> None:
     _store = None
 
 
-def current_launch() -> Launch:
-    """This process's place, known before (or without) a process group."""
-    return read_launch(os.environ) or Launch(rank=0, world_size=1, local_rank=0, local_world_size=1)
-
-
-def is_launched() -> bool:
-    """Whether a launcher started this process, alone or as one of several ranks."""
-    return read_launch(os.environ) is not None
-
-
-def is_first_on_node() -> bool:
-    """Whether this is the first process of its node."""
-    if is_launched() and "RANK" not in os.environ:  # in Slurm local_rank is 0 in every task that sees only its own GPU
-        return os.environ["SLURM_LOCALID"] == "0"
-    return current_launch().local_rank == 0
-
-
 def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 
@@ -226,6 +169,22 @@ def broadcast_object(value: Any) -> Any:
     box = [value]
     dist.broadcast_object_list(box, src=0)
     return box[0]
+
+
+@contextmanager
+def agreed() -> Iterator[None]:
+    """Run a block that may fail on some ranks only; then all ranks raise the first UserError.
+
+    The block must not contain collectives.
+    """
+    own_message = None
+    try:
+        yield
+    except UserError as error:
+        own_message = str(error)
+    messages = [message for message in all_gather_object(own_message) if message is not None]
+    if messages:
+        raise UserError(messages[0], agreed=True)
 
 
 def barrier() -> None:

@@ -1,9 +1,4 @@
-"""User errors: one sentence printed once, a non-zero exit code on every rank, no rank left waiting."""
-
-from collections.abc import Iterator
-from contextlib import contextmanager
-
-from utils.runtime import distributed
+"""Errors of the user, and the first line of any error."""
 
 
 class UserError(Exception):
@@ -20,19 +15,3 @@ class UserError(Exception):
 def first_line(error: BaseException) -> str:
     """The first line of an error's message, or the name of its type."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
-
-
-@contextmanager
-def agreed() -> Iterator[None]:
-    """Run a block that may fail on some ranks only; then all ranks raise the first UserError.
-
-    The block must not contain collectives.
-    """
-    own_message = None
-    try:
-        yield
-    except UserError as error:
-        own_message = str(error)
-    messages = [message for message in distributed.all_gather_object(own_message) if message is not None]
-    if messages:
-        raise UserError(messages[0], agreed=True)

@@ -5,7 +5,7 @@ import os
 import resource
 from pathlib import Path
 
-from utils.runtime import distributed
+from utils.runtime.launch import current_launch
 
 SHARED_MEMORY = Path("/dev/shm")  # where loader workers put their batches
 PREFETCH = 2  # batches that each loader worker has ready or in work; torch's default
@@ -69,7 +69,7 @@ def no_batch(time: str) -> str:
 
 
 def _rank() -> str:
-    launch = distributed.current_launch()
+    launch = current_launch()
     return f"rank {launch.rank}: " if launch.world_size > 1 else ""
 
 

@@ -1,22 +1,17 @@
-"""Start and end of a process: joining the other ranks, one sentence per error, and exit codes."""
+"""The end of a process: one sentence per error, exit codes, and no rank left waiting. Imports no torch."""
 
-import ctypes
 import json
 import os
 import signal
 import sys
-import threading
 import time
 import traceback
-import warnings
 from collections.abc import Callable
 from contextlib import suppress
-from typing import NoReturn
+from typing import NoReturn, Protocol
 
-import torch
-
-from utils.runtime import distributed
 from utils.runtime.errors import UserError, first_line
+from utils.runtime.launch import current_launch
 from utils.runtime.lifetimes import end_workers
 from utils.runtime.node_limits import explain
 from utils.runtime.output import drop_lost_output
@@ -27,47 +22,24 @@ from utils.runtime.text import print_line
 EXIT_CODE = 2
 
 
-def join_processes(device_name: str | None, timeout_seconds: float = 600) -> torch.device:
-    """Join the process group and return this process's device.
+class Group(Protocol):
+    """What ending a rank needs of `utils.runtime.distributed`, which imports torch and is therefore passed in."""
 
-    timeout_seconds: how long a rank waits for the others, here and in each later collective. A process that has not
-    joined by then ends. Raises UserError for a device that this node lacks, and if joining fails.
-    """
-    timeout_seconds = min(timeout_seconds, 1e6)  # torch and threading refuse much larger numbers
-
-    def give_up() -> None:
-        _print_error(_not_joined(timeout_seconds, "no answer"))
-        _leave_at_once()
-
-    timer = threading.Timer(timeout_seconds, give_up)  # torch limits each step of joining, not all together
-    timer.daemon = True
-    if distributed.is_launched():
-        timer.start()
-    if distributed.current_launch().rank != 0:
-        warnings.simplefilter("ignore")  # rank 0 prints them for all
-    try:
-        device = distributed.initialize(device_name, timeout_seconds)
-    except ValueError as error:
-        raise UserError(str(error), agreed=True) from None
-    except Exception as error:
-        if explain(error) is None and distributed.is_lost_contact(error):
-            raise UserError(_not_joined(timeout_seconds, first_line(error))) from None
-        raise
-    finally:
-        timer.cancel()
-    if device.type == "cpu":
-        keep_freed_memory()
-    return device
+    def world_size(self) -> int: ...
+    def barrier(self) -> None: ...
+    def shutdown(self) -> None: ...
+    def post_failure(self, message: str) -> None: ...
+    def failure_posted(self) -> bool: ...
+    def is_lost_contact(self, error: BaseException) -> bool: ...
 
 
-def _not_joined(seconds: float, reason: str) -> str:
-    address = ":".join(os.environ.get(name, "?") for name in ("MASTER_ADDR", "MASTER_PORT"))
-    launch = distributed.current_launch()
-    return (
-        f"rank {launch.rank} could not join the other {launch.world_size - 1} within "
-        f"--timeout {seconds:g} seconds ({reason}): see what the others printed, and whether all were started and "
-        f"reach {address}."
-    )
+_group: Group | None = None  # None until this process begins to join other ranks
+
+
+def use_group(group: Group) -> None:
+    """Let `run_script` end this process as one rank of a group. To be called before joining it."""
+    global _group
+    _group = group
 
 
 def run_script(main: Callable[[], None], *, prints_result: bool = False) -> None:
@@ -88,10 +60,9 @@ def run_script(main: Callable[[], None], *, prints_result: bool = False) -> None
     except KeyboardInterrupt:  # before the training, so there is nothing to save
         sys.exit(128 + signal.SIGINT)
     except Interrupted as stop:
-        if distributed.is_main_process():
+        if current_launch().rank == 0:
             print_line(stop)
-        distributed.barrier()  # as soon as one rank exits, torchrun ends all others; rank 0 prints first
-        distributed.shutdown()
+        _leave_together()
         sys.exit(INTERRUPTED_EXIT_CODE)
     except Exception as error:
         user_error = _as_user_error(error)
@@ -99,20 +70,27 @@ def run_script(main: Callable[[], None], *, prints_result: bool = False) -> None
             _end_after_user_error(user_error)
         _end_after_crash(error)
         raise
-    distributed.shutdown()
+    if _group is not None:
+        _group.shutdown()
+
+
+def _leave_together() -> None:
+    """Leave the process group after rank 0 has printed: as soon as one rank exits, torchrun ends all others."""
+    if _group is not None:
+        _group.barrier()
+        _group.shutdown()
 
 
 def _end_after_user_error(error: UserError) -> NoReturn:
-    launch = distributed.current_launch()
+    launch = current_launch()
     if launch.rank == 0 or not error.agreed:
         _print_error(str(error))
     if launch.world_size > 1 and not error.agreed:
-        distributed.post_failure(str(error))
+        _post_failure(str(error))
         _leave_at_once()
-    distributed.barrier()  # rank 0 prints first
-    if distributed.world_size() == 1 and launch.rank != 0:  # the ranks have not joined yet
+    if launch.rank != 0 and (_group is None or _group.world_size() == 1):  # the ranks have not joined yet
         time.sleep(10)  # rank 0 meets the same error, exits, and torchrun ends this process sooner
-    distributed.shutdown()
+    _leave_together()
     sys.exit(EXIT_CODE)
 
 
@@ -121,14 +99,26 @@ def _end_after_crash(error: Exception) -> None:
     problem = explain(error)
     if problem is not None:
         _print_error(problem)
-        distributed.post_failure(problem)
-    elif distributed.current_launch().world_size == 1:
+        _post_failure(problem)
+    elif current_launch().world_size == 1:
         return
-    elif not distributed.is_lost_contact(error):
+    elif _group is None or not _group.is_lost_contact(error):
         traceback.print_exc()
-        distributed.post_failure(str(error))
-    elif not distributed.failure_posted():
+        _post_failure(str(error))
+    elif not _group.failure_posted():
         _print_error(lost_contact(error))
+    _leave_at_once()
+
+
+def _post_failure(message: str) -> None:
+    """Leave the message for the ranks that this process has joined."""
+    if _group is not None:
+        _group.post_failure(message)
+
+
+def end_at_once(message: str) -> NoReturn:
+    """Print the message as an error and end this process, without waiting for collectives."""
+    _print_error(message)
     _leave_at_once()
 
 
@@ -159,29 +149,13 @@ def _as_user_error(error: Exception) -> UserError | None:
 def lost_contact(error: BaseException) -> str:
     """The message for a failed collective."""
     return (
-        f"rank {distributed.rank()}: another rank ended, or did not answer within --timeout ({first_line(error)}); its "
-        "own output says why. --resume auto continues from the last checkpoint."
+        f"rank {current_launch().rank}: another rank ended, or did not answer within --timeout ({first_line(error)}); "
+        "its own output says why. --resume auto continues from the last checkpoint."
     )
 
 
-def _leave_at_once() -> None:
+def _leave_at_once() -> NoReturn:
     """End this process without waiting for collectives that the others never join."""
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(EXIT_CODE)
-
-
-M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # from glibc's malloc.h
-
-
-def keep_freed_memory(keep: bool = True) -> None:
-    """Keep freed memory in the process, instead of returning it to the system. Does nothing without glibc.
-
-    A training step frees hundreds of megabytes of activations. By default glibc returns large blocks to the system,
-    which clears all their pages again for the next step: a third of a joint step of two resnet10t on two cores.
-    keep: False restores glibc's default.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        mallopt(M_TRIM_THRESHOLD, -1 if keep else 128 * 1024)
-        mallopt(M_MMAP_MAX, 0 if keep else 65536)

@@ -4,8 +4,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-CLASS_WEIGHTS = ("none", "balanced", "sqrt")
-
 
 def class_weights(kind: str, counts: list[int]) -> Tensor | None:
     """The weight of each class, (C,) float32, from the numbers of its training images, all at least 1; None for none.

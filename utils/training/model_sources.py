@@ -17,11 +17,10 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 from huggingface_hub.utils import logging as hub_logging
 from timm.models._hub import load_model_config_from_hf, load_model_config_from_path
 
-from utils.runtime.command_line import absolute
+from utils.arguments import LOCAL_DIR
 from utils.runtime.errors import UserError, first_line
 
 HUB = ("hf-hub:", "hf_hub:")
-FOLDER = "local-dir:"
 PATIENCE = 3.0  # seconds to connect to an address of the hub
 OWN_WEIGHTS = "default"  # value of --weights that selects the weights in the repository or folder
 
@@ -39,12 +38,7 @@ class Source(NamedTuple):
 
 
 def is_source(name: str) -> bool:
-    return name.startswith((*HUB, FOLDER))
-
-
-def model_name(text: str) -> str:
-    """The type of --model. A folder becomes absolute, so that the run can be resumed from any folder."""
-    return f"{FOLDER}{absolute(text.removeprefix(FOLDER))}" if text.startswith(FOLDER) else text
+    return name.startswith((*HUB, LOCAL_DIR))
 
 
 def read_source(name: str, flag: str = "--model") -> Source:
@@ -56,7 +50,7 @@ def read_source(name: str, flag: str = "--model") -> Source:
         timm_name = _cached(name)
         location = timm_name.partition(":")[2]
         with hub_client(timm_name):
-            read = load_model_config_from_path if timm_name.startswith(FOLDER) else load_model_config_from_hf
+            read = load_model_config_from_path if timm_name.startswith(LOCAL_DIR) else load_model_config_from_hf
             config, architecture, model_args = read(location)
         source = Source(timm_name, architecture, dict(model_args or {}), dict(config))
     except Exception as error:  # the hub's client raises many kinds, and a config may contain anything
@@ -83,19 +77,19 @@ def plain_name(name: str) -> str:
 
 def _cached(name: str) -> str:
     """The source's folder in the hub's cache as a name, so that no network is needed; else the name itself."""
-    if name.startswith(FOLDER):
+    if name.startswith(LOCAL_DIR):
         return name
     repository, _, revision = name.partition(":")[2].partition("@")
     config = huggingface_hub.try_to_load_from_cache(repository, "config.json", revision=revision or None)
-    return f"{FOLDER}{Path(config).parent}" if isinstance(config, str) else name
+    return f"{LOCAL_DIR}{Path(config).parent}" if isinstance(config, str) else name
 
 
 def _advice(name: str) -> str:
-    if name.startswith(FOLDER):
+    if name.startswith(LOCAL_DIR):
         return "Expected a folder with config.json and weights, as written by timm's save_for_hf or utils.export."
     return (
         "Each start needs it, also a resumed one and --test-only; after a download it stays in the hub's cache "
-        f"(HF_HOME). Connect to the network, or give a copy of the repository with {FOLDER}FOLDER."
+        f"(HF_HOME). Connect to the network, or give a copy of the repository with {LOCAL_DIR}FOLDER."
     )
 
 
@@ -107,7 +101,7 @@ def hub_client(name: str = "") -> Iterator[None]:
     its client looks only into its cache: otherwise it repeats a request for 23 s, and timm makes two for a tag. Raises
     ConnectionError for a file that is not in the cache then.
     """
-    problem = None if name.startswith(FOLDER) else hub_problem()
+    problem = None if name.startswith(LOCAL_DIR) else hub_problem()
     verbosity, forced = hub_logging.get_verbosity(), os.environ.get("TORCH_FORCE_WEIGHTS_ONLY_LOAD")
     offline = hub_constants.HF_HUB_OFFLINE
     hub_logging.set_verbosity_error()

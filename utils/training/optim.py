@@ -16,10 +16,7 @@ from torch.optim.lr_scheduler import (
     StepLR,
 )
 
-OPTIMIZERS = ("sgd", "sgd_nesterov", "rmsprop", "adamw")
-SCHEDULERS = ("steplr", "cosineannealinglr", "exponentiallr")
-WARMUPS = ("linear", "constant")
-EMBEDDINGS = ("cls_token", "dist_token", "reg_token", "pos_embed", "relative_position_bias_table")  # timm's names
+from utils.choices import EMBEDDINGS
 
 
 def parameter_groups(

@@ -8,7 +8,8 @@ from utils.arguments import AUTO
 from utils.checkpoints import checkpoint
 from utils.results.log import read_log, write_log
 from utils.runtime import distributed
-from utils.runtime.errors import UserError, agreed
+from utils.runtime.distributed import agreed
+from utils.runtime.errors import UserError
 from utils.runtime.files import remove_temporaries, write_atomically
 from utils.runtime.progress import Position
 from utils.runtime.reading import read_bytes

@@ -10,7 +10,8 @@ import torch
 
 from utils.checkpoints import checkpoint
 from utils.runtime import distributed
-from utils.runtime.errors import UserError, agreed
+from utils.runtime.distributed import agreed
+from utils.runtime.errors import UserError
 from utils.runtime.files import prove_writable
 from utils.runtime.progress import say
 from utils.training.compiling import compile_failure

@@ -22,8 +22,8 @@ from utils.data.transforms import Normalize
 from utils.results import provenance
 from utils.results.run_folder import METRICS_FILE, write_test_results
 from utils.runtime import distributed, progress
-from utils.runtime.errors import agreed
-from utils.runtime.processes import join_processes
+from utils.runtime.distributed import agreed
+from utils.runtime.joining import join_processes
 from utils.runtime.progress import Position
 from utils.runtime.text import count, printable
 from utils.training import build, output_dir

@@ -14,7 +14,8 @@ from utils.results.log import append_log
 from utils.results.metrics import Metrics, format_metrics
 from utils.results.run_folder import BAD_BATCH, STATUS
 from utils.runtime import distributed, progress
-from utils.runtime.errors import UserError, agreed
+from utils.runtime.distributed import agreed
+from utils.runtime.errors import UserError
 from utils.runtime.files import write_json
 from utils.runtime.processes import lost_contact
 from utils.runtime.progress import Position

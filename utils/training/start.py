@@ -10,7 +10,8 @@ from utils.arguments import AUTO
 from utils.checkpoints import checkpoint
 from utils.checkpoints.checkpoint import NotDamaged, Weights
 from utils.runtime import distributed, progress
-from utils.runtime.errors import UserError, agreed
+from utils.runtime.distributed import agreed
+from utils.runtime.errors import UserError
 from utils.runtime.text import printable
 from utils.training import fitting
 from utils.training.model_sources import OWN_WEIGHTS, is_source
