@@ -51,6 +51,15 @@ def test_range_and_fading_show_in_the_logged_masks(train):
     assert line["mask_std"] == pytest.approx(1.5 * plain[0]["mask_std"], abs=1e-6)
 
 
+def test_the_prior_follows_the_concentrations_of_its_step_not_those_after_the_update(train):
+    """Shared concentrations are the parameters themselves, which the update changes in place; they begin at 0."""
+    one_step = ("--epochs", 1, "--batch-size", 36)
+    folder = train("run", "--mask-policy", "prior", "--policy-lr", 1000, *one_step)
+    policy = checkpoint.read(folder / "checkpoint.pth")["policy_net"]
+    assert policy["heads.log_alpha"].abs().max() > 0.5
+    torch.testing.assert_close(policy["prior"], 0.99 * policy["initial_prior"])
+
+
 def test_published_values_are_the_defaults():
     forms = ("--mask-range", 0, 1, "--mask-fade-epochs", 0, "--head-weight", 0.1)
     assert parse("_policy_gradient", *forms) == parse("_policy_gradient")
