@@ -182,7 +182,8 @@ class Objective(nn.Module):
         is_first, batch_mean = self.moving_baseline.isnan(), mean.float()
         baseline = torch.where(is_first, batch_mean, self.moving_baseline)
         self._proposed_baseline = BASELINE_DECAY * baseline + (1 - BASELINE_DECAY) * batch_mean
-        return torch.where(is_first, mean_square + (square_of_mean - mean.square()).float(), mean_square)
+        variance = (square_of_mean - mean.square()).clamp_min(0).float()  # equal means may give a little less than 0
+        return torch.where(is_first, mean_square + variance, mean_square)
 
     def update_baseline(self, skipped: Tensor) -> None:
         """Add the last batch to the moving average, unless its step was skipped: bool tensor () on the device."""

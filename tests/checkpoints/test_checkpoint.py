@@ -5,6 +5,7 @@ import errno
 import io
 import os
 import pickle
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -24,6 +25,7 @@ from utils.checkpoints.checkpoint import (
     weights_state,
 )
 from utils.runtime.errors import UserError
+from utils.runtime.files import stream_atomically
 
 
 def small_state() -> dict:
@@ -54,6 +56,9 @@ def test_a_staged_state_is_an_equal_copy_of_its_own():
         "model": network_state,
         "args": {"mean": [0.3], "name": None},
         "empty": torch.zeros(0, 3),
+        "counts": Counter(a=2),
+        "flags": torch.tensor([True, False]),
+        "number": torch.tensor(7),
     }
     expected = torch.load(io.BytesIO(as_bytes(state)), weights_only=True)
     staged = stage(state)
@@ -98,6 +103,45 @@ def test_a_full_disk_harms_nothing(tmp_path, monkeypatch, function):
             save(path, {"other": torch.zeros(100)})
     assert str(caught.value).startswith(f"{path}: cannot be written (No space left on device)")
     assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize("room", [500_000, 1_048_576, 1_500_000, 2_000_000])
+def test_a_disk_that_fills_up_during_a_save_gives_the_same_error(tmp_path, monkeypatch, room):
+    left, real_write = room, os.write
+
+    def write(descriptor: int, data: memoryview) -> int:
+        nonlocal left
+        if left == 0:
+            refuse_with_full_disk()
+        written = real_write(descriptor, data[:left])
+        left -= written
+        return written
+
+    monkeypatch.setattr(os, "write", write)
+    with pytest.raises(UserError, match=r"cannot be written \(No space left on device\)"):
+        save(tmp_path / "state.pth", {"a": torch.zeros(300_000), "b": torch.zeros(300_000)})
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_forked_process_holds_no_file_that_was_being_written(tmp_path):
+    def fork(file: io.BufferedWriter) -> None:
+        file.write(b"before")
+        reader, writer = os.pipe()
+        process = os.fork()
+        if process == 0:
+            try:
+                os.write(writer, os.readlink(f"/proc/self/fd/{file.fileno()}").encode())
+                file.flush()  # goes nowhere
+            finally:
+                os._exit(0)
+        os.waitpid(process, 0)
+        os.close(writer)
+        with open(reader, "rb") as pipe:
+            assert pipe.read() == b"/dev/null"
+        file.write(b" and after")
+
+    stream_atomically(tmp_path / "file", fork)
+    assert (tmp_path / "file").read_bytes() == b"before and after"
 
 
 @pytest.mark.parametrize("function", ["write", "replace"])

@@ -217,6 +217,34 @@ def test_moving_average_baseline():
         assert objective.moving_baseline.item() == pytest.approx(0.99 * 2 + 0.01 * 5)
 
 
+@pytest.mark.parametrize("baseline", ["none", "ema", "loo"])
+def test_ranks_have_the_advantages_of_the_global_batch(baseline):
+    whole, *ranks = (Objective("reinforce", baseline, masks_per_image=2) for _ in range(4))
+    batch = torch.rand(12, generator=torch.Generator().manual_seed(0)) + torch.arange(12)
+    log_prob = torch.randn(12, 3, generator=torch.Generator().manual_seed(1))
+    for losses in (batch, batch.flip(0) ** 2):  # the moving average has no value at the first step, and one at the next
+        total, advantage = whole(losses, log_prob, log_prob)
+        parts = list(zip(ranks, losses.split(4), log_prob.split(4), strict=True))
+        own = [rank.batch_means(part) for rank, part, _ in parts]
+        means = [torch.stack(values).mean(0) for values in zip(*own, strict=True)]
+        results = [rank(part, density, density, means=means) for rank, part, density in parts]
+        torch.testing.assert_close(torch.cat([result.advantage for result in results]), advantage)
+        torch.testing.assert_close(torch.stack([result.total for result in results]).mean(), total)
+        for objective in (whole, *ranks):
+            objective.update_baseline(torch.tensor(False))
+            torch.testing.assert_close(objective.moving_baseline, whole.moving_baseline, equal_nan=True)
+
+
+def test_equal_rewards_on_all_ranks_give_no_advantage_and_a_finite_loss():
+    objective, log_prob = Objective("reinforce", "ema"), torch.randn(2, 3)
+    reward = torch.tensor([2.3, 2.3])
+    mean_square, mean, square = objective.batch_means(reward)
+    rounded_down = square * (1 - 1e-15)  # as the mean of the ranks' squares may be
+    loss, advantage = objective(reward, log_prob, log_prob, means=[mean_square, mean, rounded_down])
+    assert loss.item() == pytest.approx(2.3)
+    assert torch.equal(advantage, torch.zeros(2))
+
+
 def test_entropy_weight_rewards_entropy():
     log_alpha, log_beta = torch.tensor([[1.5]], requires_grad=True), torch.tensor([[1.0]], requires_grad=True)
     torch.manual_seed(0)

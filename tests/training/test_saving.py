@@ -1,6 +1,7 @@
 """What a run leaves behind and says: its status, the batch of a bad loss, and the rehearsal that leaves no trace."""
 
 import json
+import math
 import re
 import shutil
 from collections import namedtuple
@@ -18,6 +19,7 @@ from utils.runtime import progress
 from utils.runtime.errors import UserError
 from utils.training import rehearsal, run
 from utils.training.saver import Saver
+from utils.training.state import TrainingState
 
 DiskUsage = namedtuple("DiskUsage", "total used free")
 
@@ -123,6 +125,16 @@ def test_weights_that_are_not_finite_are_not_saved(image_folder, tmp_path, monke
     assert (tmp_path / "checkpoint.pth").read_bytes() == before
     status = status_of(tmp_path)
     assert (status["status"], status["epoch"], status["step"]) == ("failed", 1, 0)
+
+
+def test_the_first_tensor_that_is_not_finite_is_named_also_behind_empty_ones():
+    network = torch.nn.Module()
+    for name, value in (("empty", []), ("count", [1]), ("small", [1.0, -60000.0]), ("bad", [0.0, -math.inf, 1.0])):
+        network.register_buffer(name, torch.tensor(value, dtype=torch.float16 if name == "small" else None))
+    update = namedtuple("Update", "ema")(None)
+    assert TrainingState({"model": network}, update, None).first_not_finite() == "model.bad"
+    network.bad.zero_()
+    assert TrainingState({"model": network}, update, None).first_not_finite() is None
 
 
 @pytest.mark.slow

@@ -70,7 +70,8 @@ def stage(state: dict[str, Any]) -> dict[str, Any]:
             return copies[key]
         if isinstance(value, dict):
             result = copy.copy(value)  # with the version that a state dict carries
-            result.update({key: copied(item) for key, item in value.items()})
+            for key, item in value.items():
+                result[key] = copied(item)
             return result
         if isinstance(value, (list, tuple)):
             return type(value)(map(copied, value))

@@ -131,15 +131,51 @@ def prove_writable(folder: Path, data: memoryview) -> None:
 
 
 class _File(io.FileIO):
+    """A descriptor that keeps the first error of a write: torch.save may raise an error of its own instead."""
+
+    error: OSError | None = None
+
     def write(self, data: memoryview) -> int:  # the buffer above it continues after a partial write
-        return os.write(self.fileno(), data)
+        try:
+            return os.write(self.fileno(), data)
+        except OSError as error:
+            self.error = self.error or error
+            raise
+
+
+_being_written: set[int] = set()  # descriptors
+
+
+def _release_in_child() -> None:
+    """Release these files in a forked loader worker, which would keep their disk space until it ends.
+
+    The descriptors lead to /dev/null then, because objects of the writing thread still hold them.
+    """
+    if _being_written:
+        null = os.open(os.devnull, os.O_WRONLY)
+        for descriptor in _being_written:
+            os.dup2(null, descriptor, inheritable=False)
+        os.close(null)
+
+
+os.register_at_fork(after_in_child=_release_in_child)
 
 
 def _write_and_sync(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    with io.BufferedWriter(_File(open_new(path), "wb"), BUFFER_BYTES) as file:
-        write(file)
-        file.flush()
-        os.fsync(file.fileno())
+    raw = _File(open_new(path), "wb")
+    descriptor = raw.fileno()
+    try:
+        with io.BufferedWriter(raw, BUFFER_BYTES) as file:
+            _being_written.add(descriptor)
+            try:
+                write(file)
+                file.flush()
+                os.fsync(descriptor)
+            finally:
+                _being_written.discard(descriptor)
+    finally:
+        if raw.error is not None:
+            raise raw.error
 
 
 def _sync_folder(folder: Path) -> None:

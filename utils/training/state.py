@@ -46,7 +46,11 @@ class TrainingState(NamedTuple):
         if self.ema:
             networks["model_ema"] = self.ema.model
         for name, network in networks.items():
-            values = {key: value for key, value in network.state_dict().items() if value.is_floating_point()}
+            values = {
+                key: value
+                for key, value in network.state_dict().items()
+                if value.is_floating_point() and value.numel() > 0  # an empty one has no extremes
+            }
             # The extremes are NaN if any value is; isfinite().all() takes several times as long.
             extremes = [torch.stack(value.aminmax()) for value in values.values()]
             finite = torch.stack(extremes).isfinite().all(1).tolist() if extremes else []
