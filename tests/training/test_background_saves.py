@@ -13,7 +13,9 @@ from tests.conftest import SMALL
 from tests.helpers.ranks import run_ranks
 from tests.helpers.runs import assert_same_run, state_of, status_of
 from utils.checkpoints import checkpoint
+from utils.runtime import distributed
 from utils.runtime.errors import UserError
+from utils.runtime.files import write_json
 from utils.runtime.progress import Position
 from utils.runtime.signals import Interrupted
 from utils.training.background import BackgroundWrite
@@ -181,3 +183,26 @@ def test_a_crash_waits_for_the_write_and_is_the_status_that_stays(image_folder, 
     assert state_of(tmp_path)["step"] == 2
     status = status_of(tmp_path)
     assert (status["status"], status["message"], status["step"]) == ("failed", "of the test", 2)
+
+
+def test_a_write_keeps_the_reason_of_a_rank_that_fails_meanwhile(image_folder, tmp_path, monkeypatch):
+    def fail_elsewhere(position):
+        if position == (0, 2):
+            write_json(tmp_path / "status.json", {"status": "failed", "message": "rank 1: of the test"})
+
+    accuracy, calls = normal.batch_accuracy, []
+
+    def lose_contact(*arguments):
+        calls.append(arguments)
+        if len(calls) == 4:  # the rehearsal's is the first
+            raise RuntimeError("gloo: connection closed by peer")
+        return accuracy(*arguments)
+
+    monkeypatch.setattr(normal, "batch_accuracy", lose_contact)
+    monkeypatch.setattr(distributed, "failure_posted", lambda: True)
+    at_each_write(monkeypatch, fail_elsewhere)
+    with pytest.raises(RuntimeError, match="gloo"):
+        run(image_folder, tmp_path, "--checkpoint-steps", "2")
+    status = status_of(tmp_path)
+    assert (status["status"], status["message"], status["step"]) == ("failed", "rank 1: of the test", 2)
+    assert state_of(tmp_path)["step"] == 2

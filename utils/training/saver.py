@@ -243,7 +243,11 @@ class Saver:
                 before(staged)
             checkpoint.save_checkpoint(self.output_dir, staged)
             self.saved = Position.of(staged)
-            self._write_status(status, message)
+            recorded = self._read_status()
+            if recorded.get("status") == "failed":  # another rank has failed meanwhile, and recorded its reason
+                self._write_status("failed", str(recorded.get("message", "")))
+            else:
+                self._write_status(status, message)
 
         self.writing.start(write)
 
@@ -263,9 +267,15 @@ class Saver:
         """Whether status.json says "running" for this start; another start may own the folder by now."""
         if run_lock.look_at(self.output_dir).holder not in (None, self.lock_holder):
             return False
-        with suppress(OSError, ValueError, TypeError, KeyError):
-            return read_json(self.output_dir / STATUS)["status"] == "running"
-        return False
+        return self._read_status().get("status") == "running"
+
+    def _read_status(self) -> dict[str, Any]:
+        """The content of status.json; empty if it cannot be read."""
+        with suppress(OSError, ValueError):
+            content = read_json(self.output_dir / STATUS)
+            if isinstance(content, dict):
+                return content
+        return {}
 
     def _write_status(self, status: str, message: str) -> None:
         content = {"status": status, "epoch": self.saved.epoch, "step": self.saved.step, "message": message}
