@@ -15,7 +15,7 @@ class BackgroundWrite:
     def start(self, write: Callable[[], None]) -> None:
         """Start `write` after waiting for the one before. Raises what that one raised."""
         self.wait()
-        executor = ThreadPoolExecutor(1)  # a thread for each write, so that none is there when loaders fork workers
+        executor = ThreadPoolExecutor(1)  # a thread for each write, so that usually none runs when loaders fork workers
         self._pending = executor.submit(self._run, write)
         executor.shutdown(wait=False)
 

@@ -27,7 +27,7 @@ class NonFiniteLoss(UserError):
 
 
 class StepGuard:
-    """The only collective of a step besides the gradients': is a loss non-finite, must a rank stop, and means.
+    """The one collective of a step besides the gradients': whether a loss is non-finite or a rank must stop, and means.
 
     `exchange` never waits for the device. `raise_if_non_finite` does; it is called at print steps and before saves.
     """
