@@ -24,7 +24,7 @@ check: lint
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow"
 
 test: $(VENV)/development
-	$(BIN)/python -m pytest -n 2 --dist worksteal
+	$(BIN)/python -m pytest -n 3 --dist worksteal
 
 lint: $(VENV)/development
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .

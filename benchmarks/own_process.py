@@ -1,7 +1,6 @@
 """A side of a comparison in a process of its own, so that the two share no heap, allocator settings or threads."""
 
 import gc
-import multiprocessing
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -9,6 +8,7 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 from benchmarks.timing import Work
+from experiments import warm
 
 
 class OwnProcess:
@@ -19,8 +19,7 @@ class OwnProcess:
 
     def __init__(self, prepare: Callable[..., Work], *arguments: Any) -> None:
         """prepare: a function of a module; returns the work. It has to wait for the device itself."""
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload([prepare.__module__])  # imported once for all sides
+        context = warm.server()  # which has imported torch once for all sides
         self.pipe, other = context.Pipe()
         self.process = context.Process(target=_serve, args=(other, prepare, arguments), daemon=True)
         self.process.start()
@@ -40,6 +39,7 @@ class OwnProcess:
 
 
 def _serve(pipe: Connection, prepare: Callable[..., Work], arguments: tuple) -> None:
+    warm.receive_signals()
     work = prepare(*arguments)
     while pipe.recv():
         gc.collect()

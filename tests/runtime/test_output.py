@@ -59,6 +59,7 @@ def test_a_training_whose_output_is_lost_computes_the_same(flags, whole, tmp_pat
     assert tally.files == 4
 
 
+@pytest.mark.slow
 def test_an_error_keeps_its_exit_code_when_its_message_is_lost(tmp_path):
     process = start_process("_normal/train.py", ["--data-path", str(tmp_path / "absent")], FULL, FULL)
     process.join(PATIENCE)
