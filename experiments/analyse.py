@@ -91,7 +91,8 @@ def task_parts(plan: Plan, task: Task, comparisons: list[Comparison]) -> list[st
         )
     parts = [
         f"## Task {task.name}",
-        f"{images}.{notes} Mean ± standard deviation over seeds; percent, cross-entropy in nats, AUROC a fraction.",
+        f"{images}.{notes} Mean ± standard deviation over the seeds that all arms have; percent, cross-entropy in "
+        "nats, AUROC a fraction.",
         tables.results_table(plan, task),
     ]
     if not any(comparison.task == task.name for comparison in comparisons):

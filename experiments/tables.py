@@ -18,15 +18,20 @@ PERCENT = f"{100 * LEVEL:.0f} %"
 
 
 def results_table(plan: Plan, task: Task) -> str:
-    """Mean and standard deviation over seeds of each arm's outcomes; hard classes separately if there are others."""
+    """Mean and standard deviation of each arm's outcomes over the seeds that all of them have, or else over its own.
+
+    Other seeds have other images, so that means over different seeds cannot be compared. Hard classes separately if
+    there are others.
+    """
     names = list(dict.fromkeys((*outcomes_compared(plan, task), *OUTCOMES)))
     names = [name for name in names if task.has_easy or not name.startswith("hard_")]
-    rows = []
+    seeds = {arm: {seed for name, seed in task.runs if name == arm} for arm, _ in task.runs}
+    shared, rows = set.intersection(*seeds.values()), []
     for arm in plan.arms:
-        seeds = [tested.metrics for (name, _), tested in task.runs.items() if name == arm.name]
-        if seeds:
-            cells = [_mean_and_deviation([metrics[name] for metrics in seeds], name) for name in names]
-            rows.append([arm.name, str(len(seeds)), *cells])
+        if arm.name in seeds:
+            tests = [task.runs[arm.name, seed].metrics for seed in sorted(shared or seeds[arm.name])]
+            cells = [_mean_and_deviation([metrics[name] for metrics in tests], name) for name in names]
+            rows.append([arm.name, str(len(tests)), *cells])
     return markdown(["arm", "seeds", *(OUTCOMES[name].title for name in names)], rows)
 
 

@@ -171,6 +171,13 @@ def test_an_arm_without_its_control_has_results_but_no_differences(results, plan
     assert pictures.differences(plan, tasks_of(plan, results), []) is None
 
 
+def test_means_are_over_the_seeds_that_all_arms_have(results, plan):
+    """Of 75, 83.33 and 91.67 % in the seeds 0 to 2, the last two."""
+    (results / "plain" / "seed0" / "finished.json").unlink()
+    row = results_of(page_of(plan, results), "learned")
+    assert (row["seeds"], row["top-1"]) == ("2", f"87.50 ± {100 / 12 / 2**0.5:.2f}")
+
+
 def test_one_seed_has_no_spread(finished, tmp_path):
     text = page_of(read_plan(write_plan(tmp_path, 1)), finished)
     assert results_of(text, "learned")["top-1"] == f"75.00 ± {DASH}"

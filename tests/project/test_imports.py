@@ -31,7 +31,8 @@ LAYERS = (  # a package imports only itself and layers before its own
     ("utils.flags",),
     ("utils.inference",),
     (*(f"utils.{name}" for name in COMMANDS), "_policy_gradient", "_normal"),
-    ("benchmarks", "experiments", "figures"),
+    ("experiments",),
+    ("benchmarks", "figures"),
 )
 LAYER_OF = {package: number for number, packages in enumerate(LAYERS) for package in packages}
 TAKE_NAMESPACE = ("training.build", "training.run", "data.splits", "arguments", "flags", "runtime.command_line")
