@@ -198,7 +198,7 @@ RUNS = {
     "test_scripts.py::test_freeze_backbone_trains_the_head_only": "freeze_backbone",
     "test_scripts.py::test_test_only_repeats_the_last_validation": "test_only output_dir",
     "test_scripts.py::test_print_freq_sets_the_number_of_lines": "print_freq",
-    "test_scripts.py::test_compile_reaches_each_network": "compile",
+    "test_compiling.py::test_compile_reaches_each_network": "compile",
     "test_scripts.py::test_flags_of_the_loss_change_the_first_loss": "label_smoothing",
     "test_loss.py::test_a_run_with_class_weights": "class_weights",
     "test_accumulation.py::test_parts_equal_one_large_batch": "grad_accum_steps",

@@ -1,4 +1,4 @@
-"""--compile on a machine that cannot compile ends with one sentence."""
+"""--compile reaches each network, and ends with one sentence on a machine that cannot compile."""
 
 import subprocess
 
@@ -8,6 +8,7 @@ from torch import nn
 from torch._inductor.exc import CppCompileError, InductorError, InvalidCxxCompiler
 
 from _normal import train as normal
+from _policy_gradient import train as policy_gradient
 from tests.conftest import SMALL
 from utils.runtime.errors import UserError
 from utils.runtime.processes import run_script
@@ -81,3 +82,14 @@ def test_without_a_compiler_the_script_prints_one_sentence(image_folder, tmp_pat
     assert printed.startswith(message)
     assert printed.count("\n") == 1
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_compile_reaches_each_network(train, monkeypatch):
+    compiled = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda module, mode: compiled.append((type(module).__name__, mode)))
+    train(normal, "--epochs", 1, "--compile", name="normal")
+    train(policy_gradient, "--epochs", 1, "--compile", name="policy")
+    assert compiled == [("ResNet", None), ("ResNet", None), ("ConcentrationNetwork", None)]
+    compiling.compile_in_place(torch.nn.Linear(1, 1), torch.device("cuda"))
+    assert compiled[-1] == ("Linear", "reduce-overhead")  # with CUDA graphs

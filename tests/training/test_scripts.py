@@ -14,7 +14,6 @@ from utils.checkpoints import checkpoint
 from utils.results.log import read_log
 from utils.results.metrics import CALIBRATION_NAMES, METRIC_NAMES
 from utils.runtime.errors import UserError
-from utils.training.compiling import compile_in_place
 
 
 def evaluate_only(script, *flags, data):
@@ -329,17 +328,6 @@ def test_traced_policy_and_classifier_have_clean_keys_and_the_same_losses(train,
     state = torch.load(folder / "checkpoint.pth", weights_only=True)
     for part in ("model", "policy_net"):
         assert not any("_orig_mod" in key for key in state[part])
-
-
-@pytest.mark.slow
-def test_compile_reaches_each_network(train, monkeypatch):
-    compiled = []
-    monkeypatch.setattr(torch.nn.Module, "compile", lambda module, mode: compiled.append((type(module).__name__, mode)))
-    train(normal, "--epochs", 1, "--compile", name="normal")
-    train(policy_gradient, "--epochs", 1, "--compile", name="policy")
-    assert compiled == [("ResNet", None), ("ResNet", None), ("ConcentrationNetwork", None)]
-    compile_in_place(torch.nn.Linear(1, 1), torch.device("cuda"))
-    assert compiled[-1] == ("Linear", "reduce-overhead")  # with CUDA graphs
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(train):
