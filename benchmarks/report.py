@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 
 from benchmarks.timing import Comparison
+from utils.results.git import commit_of
 
 PACKAGES = ("torch", "torchvision", "timm", "pillow")
 NOT_MEASURED = "not measured yet"
@@ -66,7 +67,7 @@ def not_measured(number: int, what: str, units: str, target: Target | None, note
 
 
 def environment(device: torch.device, arguments: Sequence[str], module: str = "benchmarks.run") -> dict[str, object]:
-    """Hardware, versions, command and date, which accompany every line."""
+    """Hardware, versions, commit, command and date, which accompany every line."""
     versions = {"python": platform.python_version()}
     for package in PACKAGES:
         try:
@@ -81,6 +82,7 @@ def environment(device: torch.device, arguments: Sequence[str], module: str = "b
             "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
         },
         "versions": versions,
+        "commit": commit_of(Path(__file__)),
         "command": shlex.join(["python", "-m", module, *arguments]),
         "date": date.today().isoformat(),
     }
@@ -139,7 +141,7 @@ def describe(where: dict[str, object]) -> str:
     processor = f"{hardware['cpu']}, {hardware['cores']} cores, {hardware['threads']} threads"
     gpu = f"; {hardware['gpu']}" if hardware["gpu"] else ""
     packages = ", ".join(f"{name} {number}" for name, number in versions.items())
-    return f"{processor}{gpu}\n{packages}\n`{where['command']}`, {where['date']}"
+    return f"{processor}{gpu}\n{packages}\n`{where['command']}`, commit {where['commit']}, {where['date']}"
 
 
 def write(output: Path, name: str, rows: Sequence[Measurement], where: dict[str, object]) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import evaluating, loading, saving, steps
+from benchmarks import evaluating, loading, memory, saving, steps
 from benchmarks.report import Measurement, describe, environment, not_measured, show_progress, text_table, write
 from benchmarks.setting import Setting
 from utils.runtime.command_line import Parser, expanded_path
@@ -24,7 +24,7 @@ ROWS: dict[int, Callable[[Setting], Iterable[Measurement]]] = {
     5: loading.cached_training,
     6: loading.first_epoch,
     7: loading.cached_epoch,
-    # Row 8, host memory, has no script any more; see README.md.
+    8: memory.host_memory,
     9: evaluating.evaluation,
     10: steps.pathwise_price,
     11: saving.checkpoint_pause,

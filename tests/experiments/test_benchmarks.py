@@ -2,6 +2,7 @@
 
 import gc
 import json
+from collections import Counter
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ import torch.nn.functional as F
 from _policy_gradient import train as policy_gradient
 from _policy_gradient.mask import SmoothMask
 from _policy_gradient.objective import published_loss
-from benchmarks import curves, published, run
+from benchmarks import curves, memory, profiles, published, run
 from benchmarks.ours import FixedLoader, build, network_input
 from benchmarks.report import Measurement, Target
 from benchmarks.setting import QUICK_POLICY, Setting
@@ -19,7 +20,7 @@ from benchmarks.timing import compare, interleaved
 from tests.conftest import SMALL_POLICY
 
 FIELDS = {"number", "what", "ours", "theirs", "units", "ratio", "spread", "target", "met", "repeats", "note"}
-FIELDS |= {"hardware", "versions", "command", "date"}
+FIELDS |= {"hardware", "versions", "commit", "command", "date"}
 
 
 @pytest.fixture(autouse=True)
@@ -34,7 +35,7 @@ def fast_garbage_collection():
 def test_one_command_measures_all_rows_and_writes_its_tables(tmp_path, capsys):
     assert run.main(["--device", "cpu", "--quick", "--repeats", "1", "--output", str(tmp_path)]) == 0
     rows = json.loads((tmp_path / "results_cpu.json").read_text())
-    assert {row["number"] for row in rows} == set(run.ROWS) == {*range(1, 8), 9, 10, 11}
+    assert {row["number"] for row in rows} == set(run.ROWS) == set(range(1, 12))
     for row in rows:
         assert row.keys() == FIELDS
         assert row["repeats"] >= 1 and row["ratio"] is not None and len(row["spread"]) == 2
@@ -122,3 +123,18 @@ def test_windows_and_overlaps_of_curves():
     plain = [[1.0, 1.0], [2.0, 2.0]]
     near, far = curves.overlaps([[1.5, 3.0], [2.5, 2.5]], plain)
     assert near == (2.0, 1.5, 2.5, True) and far == (2.75, 2.5, 3.0, False)
+
+
+def test_shares_of_a_profile_by_kind_and_by_name():
+    seconds = Counter({"mkldnn_convolution": 4.0, "convolution_backward": 2.0, "native_batch_norm": 1.0, "mul": 3.0})
+    lines = ["10 s", " 60.0%  convolution", " 10.0%  BatchNorm", " 30.0%  mul"]
+    assert profiles.shares(seconds, 0.0).splitlines() == lines
+    assert profiles.idle_share([(0, 2), (1, 3), (1.5, 2), (6, 10)]) == pytest.approx(0.3)  # nothing from 3 to 6
+
+
+def test_both_ways_to_hold_file_names_read_the_same():
+    ours, theirs = memory.arrays(1_000), memory.objects(1_000)
+    for index in (0, 7, 999):
+        path, target, _ = ours(index)
+        assert (str(path), target) == theirs(index)
+    assert theirs(999) == ("/data/radimagenet/train/finding-164/ct0000999.png", 164)

@@ -114,7 +114,7 @@ def test_the_pages_name_each_command():
         *("experiments.run", "experiments.analyse", "experiments.learning_signal", "experiments.build_mini_rin"),
         *("experiments.paper", "experiments.collect", "experiments.choose_rates", "experiments.false_claims"),
         *("experiments.shifts", "experiments.probe_tables"),
-        *("benchmarks.run", "benchmarks.curves", "benchmarks.soak"),
+        *("benchmarks.run", "benchmarks.curves", "benchmarks.profiles", "benchmarks.soak"),
     }
 
 
