@@ -84,13 +84,13 @@ def proportional_bytes(process: int) -> int:
 
 
 def arrays(images: int) -> Read:
-    """Reads an image's name, target and place in the cache from our arrays."""
+    """Reads an image's relative path, target and place in the cache from our arrays."""
     files = ImageFiles(ROOT, names_of(images))
     with tempfile.TemporaryDirectory() as folder:  # what is mapped stays
         np.save(Path(folder) / INDEX, np.full((images, 3), 256))
         (Path(folder) / PIXELS).write_bytes(b"pixels")
         index_of = ImageCache(Path(folder), 1, "size").index  # (N, 3)
-    return lambda index: (files.path(index), int(files.targets[index]), index_of[index].tolist())
+    return lambda index: (files.path_as_text(index), int(files.targets[index]), index_of[index].tolist())
 
 
 def objects(images: int) -> Read:

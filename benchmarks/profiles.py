@@ -38,9 +38,9 @@ def build_parser() -> Parser:
 
 
 def seconds_by_operator(loop_flags: Sequence[object], script: ModuleType, setting: Setting) -> tuple[Counter, float]:
-    """Seconds that each operator, on a GPU each kernel, took itself in ten steps; and the share of time without any."""
+    """Seconds that each operator (on a GPU: each kernel) took itself in a few steps, and the share of idle time."""
     loop = build(script, setting.generated(), setting.new_folder("run"), *loop_flags)
-    loader = FixedLoader(loop, setting.steps(on_cpu=10, on_gpu=10))
+    loader = FixedLoader(loop, setting.steps(on_cpu=4, on_gpu=10))
     loop.train_epoch(loader)
     activities = [ProfilerActivity.CUDA if setting.on_gpu else ProfilerActivity.CPU]
     with profile(activities=activities) as profiler:

@@ -136,5 +136,5 @@ def test_both_ways_to_hold_file_names_read_the_same():
     ours, theirs = memory.arrays(1_000), memory.objects(1_000)
     for index in (0, 7, 999):
         path, target, _ = ours(index)
-        assert (str(path), target) == theirs(index)
+        assert (f"/data/radimagenet/train/{path}", target) == theirs(index)
     assert theirs(999) == ("/data/radimagenet/train/finding-164/ct0000999.png", 164)
