@@ -70,7 +70,7 @@ def test_pixels_lie_one_image_after_another(folder, tmp_path):
 def test_a_build_resumes_where_it_was_cut_off(cut_off, complete, folder, tmp_path, monkeypatch):
     decoded = []
     read = cache_build.read_image
-    monkeypatch.setattr(cache_build, "read_image", lambda path, *how: decoded.append(path) or read(path, *how))
+    monkeypatch.setattr(cache_build, "read_image", lambda path, *how, **also: decoded.append(path) or read(path, *how))
     with open(cut_off.folder / PIXELS, "ab") as pixels, open(cut_off.folder / SIZES, "ab") as sizes:
         pixels.write(b"not recorded yet")
         sizes.write(b"12345")
@@ -204,7 +204,7 @@ def test_an_image_that_was_unreadable_only_during_the_build(folder, tmp_path, mo
     """It is not read from its file, and no other image's pixels take its place."""
     read = cache_build.read_image
 
-    def fail_once(path, *how):
+    def fail_once(path, *how, **also):
         if path.name == "2.png":
             raise UserError(f"{path}: cannot be read as an image (Input/output error)")
         return read(path, *how)
@@ -223,7 +223,7 @@ def test_an_image_that_was_unreadable_only_during_the_build(folder, tmp_path, mo
 
 
 def test_a_killed_worker_ends_the_build_with_a_sentence(folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(cache_build, "read_image", lambda path, *how: os.kill(os.getpid(), signal.SIGKILL))
+    monkeypatch.setattr(cache_build, "read_image", lambda path, *how, **also: os.kill(os.getpid(), signal.SIGKILL))
     with pytest.raises(UserError, match=r"DataLoader worker .*give fewer --workers\. Started again, the build"):
         built(folder, tmp_path, workers=1)
 

@@ -14,7 +14,7 @@ from utils.data.samplers import EvaluationSampler, SampleKey, TrainingSampler
 from utils.data.transforms import training_transform
 from utils.runtime.errors import UserError
 
-TO_TENSOR = v2.PILToTensor()
+TO_TENSOR = v2.Compose([v2.RGB(), v2.PILToTensor()])
 CPU = torch.device("cpu")
 
 
@@ -54,7 +54,7 @@ def test_file_names_of_any_bytes_are_read(tmp_path):
     for level, name in enumerate(names):
         write_image(tmp_path / "image.png", np.full((1, 1), level))
         os.rename(tmp_path / "image.png", folder + name)
-    dataset = ImageFolder(tmp_path, lambda image: image.getpixel((0, 0))[0])
+    dataset = ImageFolder(tmp_path, lambda image: image.getpixel((0, 0)))
     levels = {os.fsencode(dataset.path(index).name): dataset[SampleKey(index)][0] for index in range(len(dataset))}
     assert levels == {name: level for level, name in enumerate(names)}
 

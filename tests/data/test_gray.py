@@ -36,6 +36,8 @@ def test_one_channel_is_augmented_like_three(name, backend):
                 one_channel = gray(grey_image(seed))
                 torch.manual_seed(seed)
                 three_channels = colour(grey_image(seed).convert("RGB"))
+                torch.manual_seed(seed)
+                assert torch.equal(colour(grey_image(seed)), three_channels), (interpolation, mean, seed)
                 assert one_channel.dtype == torch.uint8
                 equal = torch.equal(normalize(one_channel[None]), normalize(three_channels[None]))
                 assert equal, (interpolation, mean, seed)
@@ -51,10 +53,13 @@ def test_gray_stays_one_channel_unless_erasing_needs_three():
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic", "nearest"])
 def test_one_channel_is_evaluated_like_three(interpolation, backend):
-    transform = evaluation_transform(20, CROP, interpolation=interpolation, backend=backend)
+    options = {"interpolation": interpolation, "backend": backend}
+    gray, colour = (evaluation_transform(20, CROP, gray=is_gray, **options) for is_gray in (True, False))
     for seed in range(25):
         image = grey_image(seed)
-        assert torch.equal(transform(image).expand(3, -1, -1), transform(image.convert("RGB")))
+        three_channels = colour(image.convert("RGB"))
+        assert torch.equal(colour(image), three_channels)
+        assert gray(image).shape == (1, CROP, CROP) and torch.equal(gray(image).expand(3, -1, -1), three_channels)
 
 
 @pytest.mark.parametrize(

@@ -208,7 +208,7 @@ def test_a_batch_without_room_in_shared_memory_is_an_error(monkeypatch):
 def test_a_run_names_the_worker_that_was_killed(image_folder, tmp_path, capfd, monkeypatch):
     read = dataset.read_image
 
-    def die_in_a_worker(*arguments):
+    def die_in_a_worker(*arguments, **also):
         if get_worker_info() is not None:
             send_oneself(signal.SIGKILL)
         return read(*arguments)

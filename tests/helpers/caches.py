@@ -31,7 +31,7 @@ def new_build(data: Path, cache_dir: Path, *, workers=0, max_bad_images=None, gr
     return CacheBuild(
         cache_dir,
         ImageFiles.find(data / "train"),
-        evaluation_transform(36, None),
+        evaluation_transform(36, None, gray=gray),
         gray=gray,
         parameters={"size": 36},
         max_bad_images=max_bad_images,

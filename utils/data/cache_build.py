@@ -195,7 +195,7 @@ class CacheBuild:
 
     def decode(self, path: Path) -> Tensor:
         """A resized image, (H, W, C) uint8. Raises UserError if it is unreadable."""
-        image = read_image(path, self.gray, self.upper_8_bits)
+        image = read_image(path, self.gray, self.upper_8_bits, keep_gray=True)
         try:
             return self.resize(image).permute(1, 2, 0)
         except (MemoryError, ValueError, RuntimeError) as error:  # for example if it is 1000 times as long as wide

@@ -70,9 +70,10 @@ class BadImages:
 class ImageFolder(Dataset):
     """One split in ImageFolder layout; classes sorted by name, images by path.
 
-    An item is (image, target, index): the transformed RGB or grey image, the class index, and the position in the
-    split. The transform draws from torch's global generator, seeded by (seed, epoch, index, repeat), so that
-    augmentations do not depend on rank, worker count or resume point.
+    An item is (image, target, index): the transformed image, the class index, and the position in the split. The
+    transform gets grey images as they are, others in RGB, or in grey with `gray`. It draws from torch's global
+    generator, seeded by (seed, epoch, index, repeat), so that augmentations do not depend on rank, worker count or
+    resume point.
     """
 
     cache: ImageCache | None = None  # read instead of the files
@@ -107,7 +108,7 @@ class ImageFolder(Dataset):
     def read(self, index: int) -> Image.Image | Tensor:
         """The image before its transform. Raises UserError with the path if it is unreadable."""
         if self.cache is None:
-            return read_image(self.path(index), self.gray, self.upper_8_bits)
+            return read_image(self.path(index), self.gray, self.upper_8_bits, keep_gray=True)
         image = self.cache[index]
         if image is None:
             read_image(self.path(index), self.gray, self.upper_8_bits)  # raises the reason, unless it is readable now

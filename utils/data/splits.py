@@ -168,9 +168,14 @@ def _data_root(data_path: str | None) -> Path:
     return root
 
 
-def transform_for_evaluation(args: argparse.Namespace) -> nn.Module:
+def transform_for_evaluation(args: argparse.Namespace, crop: bool = True) -> nn.Module:
+    """crop: False for the resize alone, as in a cache."""
     return evaluation_transform(
-        args.val_resize_size, args.val_crop_size, interpolation=args.interpolation, backend=args.backend
+        args.val_resize_size,
+        args.val_crop_size if crop else None,
+        interpolation=args.interpolation,
+        backend=args.backend,
+        gray=args.gray,
     )
 
 
@@ -304,7 +309,7 @@ def _cache_build(args: argparse.Namespace, dataset: ImageFolder) -> CacheBuild:
     return CacheBuild(
         Path(args.cache_dir),
         dataset.files,
-        evaluation_transform(args.val_resize_size, None, interpolation=args.interpolation, backend=args.backend),
+        transform_for_evaluation(args, crop=False),
         gray=args.gray,
         parameters={name: getattr(args, name) for name in CACHE_PARAMETERS},
         max_bad_images=args.max_bad_images if args.bad_images == "skip" else None,

@@ -26,8 +26,8 @@ def training_transform(
     """PIL RGB or grey image to a uint8 tensor (C, crop_size, crop_size): random resized crop, flip, augmentations.
 
     torchvision's classification preset, except that images stay uint8 until `Normalize` on the device, so that
-    RandomErasing fills with the rounded mean (the preset: with 0 after normalisation). A grey image gets the values
-    of its RGB copy, in one channel, or in three if RandomErasing fills the channels with different values.
+    RandomErasing fills with the rounded mean (the preset: with 0 after normalisation). C is 3, also for a grey image;
+    with `gray`, for which all images must be grey, 1, or 3 if RandomErasing fills the channels with different values.
 
     Raises UserError for bicubic automatic augmentation of tensors (always used by augmix): torchvision has none.
     """
@@ -41,8 +41,8 @@ def training_transform(
     steps.append(CropAndFlip(crop_size, mode))
     fill = [round(255 * value) for value in three_values(mean)]
     fills_in_colour = random_erase > 0 and len(set(fill)) > 1
-    if gray and (auto_augment is not None or fills_in_colour):
-        steps.append(v2.RGB())  # torchvision augments one channel differently from three equal ones
+    if not gray or auto_augment is not None or fills_in_colour:
+        steps.append(ThreeChannels())  # torchvision augments one channel differently from three equal ones
     if auto_augment is not None:
         steps.append(_auto_augment(auto_augment, mode, ra_magnitude, augmix_severity))
     if backend == "pil":
@@ -75,20 +75,37 @@ class ToTensor(nn.Module):
         return pixels[None] if pixels.ndim == 2 else pixels.permute(2, 0, 1)
 
 
+class ThreeChannels(nn.Module):
+    """RGB from a grey PIL image, (3, H, W) from (1, H, W); RGB is returned unchanged, which v2.RGB does too slowly."""
+
+    def forward(self, image: Image.Image | Tensor) -> Image.Image | Tensor:
+        if isinstance(image, Tensor):
+            return image if len(image) == 3 else image.repeat(3, 1, 1)
+        return image if image.mode == "RGB" else image.convert("RGB")
+
+
 def first_channel(image: Tensor) -> Tensor:
     return image[:1]
 
 
 def evaluation_transform(
-    resize_size: int, crop_size: int | None, *, interpolation: str = "bilinear", backend: str = "pil"
+    resize_size: int,
+    crop_size: int | None,
+    *,
+    interpolation: str = "bilinear",
+    backend: str = "pil",
+    gray: bool = False,
 ) -> nn.Module:
     """PIL RGB or grey image to a uint8 tensor (C, crop_size, crop_size): shorter side to resize_size, centre crop.
 
+    C is 3, also for a grey image; with `gray`, for which all images must be grey, 1.
     crop_size: None for the resize alone, as in a cache; the resize does not change images from a cache.
     """
     steps = [v2.Resize(resize_size, interpolation=v2.InterpolationMode(interpolation), antialias=True)]
     if crop_size is not None:
         steps.append(v2.CenterCrop(crop_size))
+    if not gray:
+        steps.append(ThreeChannels())
     return v2.Compose([ToTensor(), *steps] if backend == "tensor" else [*steps, ToTensor()])
 
 
