@@ -185,6 +185,30 @@ def test_a_crash_waits_for_the_write_and_is_the_status_that_stays(image_folder, 
     assert (status["status"], status["message"], status["step"]) == ("failed", "of the test", 2)
 
 
+def test_a_rank_other_than_0_that_fails_keeps_the_recorded_position(image_folder, tmp_path, monkeypatch):
+    accuracy, steps = normal.batch_accuracy, []
+
+    def crash_as_another_rank(*arguments):
+        steps.append(arguments)
+        if len(steps) == 4:  # the rehearsal's is the first
+            monkeypatch.setattr(distributed, "is_main_process", lambda: False)
+            raise ZeroDivisionError("of the test")
+        return accuracy(*arguments)
+
+    def record(saver, error):
+        saver.writing.wait()
+        saver.saved = Position()  # as on a rank that has saved nothing itself
+        recorded_end(saver, error)
+
+    recorded_end = Saver._record_end
+    monkeypatch.setattr(Saver, "_record_end", record)
+    monkeypatch.setattr(normal, "batch_accuracy", crash_as_another_rank)
+    with pytest.raises(ZeroDivisionError):
+        run(image_folder, tmp_path, "--checkpoint-steps", "2")
+    status = status_of(tmp_path)
+    assert (status["status"], status["message"], status["step"]) == ("failed", "of the test", 2)
+
+
 def test_a_write_keeps_the_reason_of_a_rank_that_fails_meanwhile(image_folder, tmp_path, monkeypatch):
     def fail_elsewhere(position):
         if position == (0, 2):

@@ -278,7 +278,10 @@ class Saver:
         return {}
 
     def _write_status(self, status: str, message: str) -> None:
-        content = {"status": status, "epoch": self.saved.epoch, "step": self.saved.step, "message": message}
+        saved = self.saved._asdict()
+        if not distributed.is_main_process():
+            saved |= self._read_status()  # rank 0 knows the position, and has recorded it
+        content = {"status": status, "epoch": saved["epoch"], "step": saved["step"], "message": message}
         content["time"] = datetime.now().astimezone().isoformat(timespec="seconds")
         write_json(self.output_dir / STATUS, content)
 
