@@ -105,8 +105,7 @@ def cached_training(setting: Setting) -> list[Measurement]:
     if not (setting.on_gpu or setting.quick):
         what = "training from the cache over the same step on a fixed batch, 16 CPU cores and a GPU"
         return [not_measured(5, what, "images/s", TRAINING_TARGET, "needs a GPU: python -m benchmarks.run --rows 5")]
-    compiled, eager = ["--amp", "--compile"], ["--amp"]
-    cases = [("resnet18", 256, compiled), ("resnet50", 64, eager), ("resnet18", 64, compiled), ("resnet50", 256, eager)]
+    cases = [(model, size, ["--amp", "--compile"]) for size in (256, 64) for model in ("resnet18", "resnet50")]
     if setting.quick:
         cases = [("resnet18", setting.batch_size, [])]
     return (_cached_training(setting, *case, kind) for case in cases for kind in ("host", "device"))
