@@ -6,6 +6,10 @@ again, the command adds what is missing. FILE.md and FILE.png, written next to i
 arm to its control; without RESULTS they are made from FILE.csv alone. One core takes about 10 seconds for each run of
 Plan S (2,600 images of 48 pixels, test_resnet).
 
+"clean, scaled" shows whether a lower cross-entropy is more than calibration: logits of the unchanged images, divided
+by the temperature with the lowest class-balanced cross-entropy on the run's `val` (Guo et al. 2017, arXiv 1706.04599).
+This leaves the predicted classes as they are.
+
 The changes, of the 8-bit images of S x S pixels that the classifier gets. Their strengths were fixed before arms were
 compared, with one model of Plan S's arm `none` (seed 0, which the plan does not use): none brings it near chance.
 
@@ -23,7 +27,7 @@ The noise of an image depends on its place in the test set only: it is the same 
 import argparse
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -31,7 +35,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
 import torch
-from torch import Tensor
+from scipy.optimize import minimize_scalar
+from torch import Tensor, nn
 from torchvision.transforms.v2 import functional as F
 
 from experiments import paired
@@ -61,6 +66,7 @@ if TYPE_CHECKING:
 
 PARTS = ("task", "shift")
 REPORTED = ("balanced_loss", "balanced_accuracy", "f1", "ece")
+CLEAN, SCALED = "clean", "clean, scaled"
 WEIGHTS = "model_best.pth"
 BATCH_SIZE = 64
 
@@ -78,13 +84,17 @@ class Tested(NamedTuple):
 # Changes
 
 
+def unchanged(images: Tensor, noise: Tensor) -> Iterator[tuple[str, Tensor]]:
+    yield CLEAN, images
+
+
 def shifted(images: Tensor, noise: Tensor) -> Iterator[tuple[str, Tensor]]:
     """The images (B, C, S, S) uint8, unchanged and under each change, with its name.
 
     noise: (B, C, S, S) float32, standard normal.
     """
     size = images.shape[-1]
-    yield "clean", images
+    yield from unchanged(images, noise)
     for factor in (0.7, 1.4):
         yield f"contrast x {factor}", F.adjust_contrast(images, factor)
     for exponent in (0.7, 1.4):
@@ -144,11 +154,11 @@ def find_tested(plan: Plan, results: Path, patterns: str) -> list[Tested]:
     return sorted(found, key=lambda tested: tested.seed)
 
 
-def test_all(tested: Sequence[Tested], images: Path, device: torch.device) -> list[Row]:
+def test_all(tested: Sequence[Tested], data: Path, device: torch.device) -> list[Row]:
     """The rows of stages that were tested on the same images: read once, and changed once for all classifiers.
 
-    images: their folder, with a folder for each class. Raises UserError for weights and images that are missing,
-    unreadable, or not those of the run's own test.
+    data: holds `val` and `test`. Raises UserError for weights and images that are missing, unreadable, or not those of
+    the run's own test.
     """
     classifiers = [open_classifier({"file": str(stage.folder / WEIGHTS)}, device) for stage in tested]
     alike: dict[str, list[tuple[Tested, Classifier]]] = {}  # with equal classes and preparation of images
@@ -160,14 +170,18 @@ def test_all(tested: Sequence[Tested], images: Path, device: torch.device) -> li
         alike.setdefault(f"{classifier.classes} {preparation}", []).append((stage, classifier))
     rows = []
     for group in alike.values():
-        files = ImageFiles.find(images, classes=group[0][1].classes)
+        val, test = (ImageFiles.find(data / split, classes=group[0][1].classes) for split in ("val", "test"))
         for stage, _ in group:
-            check_same_images(stage, files)
-        logits = predict_shifted([classifier for _, classifier in group], files, device)
-        targets = torch.from_numpy(files.targets).long()
-        for (stage, _), by_shift in zip(group, logits, strict=True):
-            for shift, values in by_shift.items():
-                rows.append(Row(stage.arm, stage.seed, (stage.task, shift), outcomes_of(values, targets)))
+            check_same_images(stage, test)
+        classifiers = [classifier for _, classifier in group]
+        on_test = predict(classifiers, test, device, shifted)
+        on_val = predict(classifiers, val, device, unchanged)
+        for (stage, _), logits, fitted in zip(group, on_test, on_val, strict=True):
+            temperature = best_temperature(fitted[CLEAN], torch.from_numpy(val.targets).long())
+            logits = {CLEAN: logits[CLEAN], SCALED: logits[CLEAN] / temperature, **logits}
+            for shift, values in logits.items():
+                outcomes = outcomes_of(values, torch.from_numpy(test.targets).long())
+                rows.append(Row(stage.arm, stage.seed, (stage.task, shift), outcomes))
     return rows
 
 
@@ -184,10 +198,13 @@ def check_same_images(stage: Tested, files: ImageFiles) -> None:
 
 
 @torch.inference_mode()
-def predict_shifted(
-    classifiers: Sequence[Classifier], files: ImageFiles, device: torch.device
+def predict(
+    classifiers: Sequence[Classifier],
+    files: ImageFiles,
+    device: torch.device,
+    change: Callable[[Tensor, Tensor], Iterable[tuple[str, Tensor]]],
 ) -> list[dict[str, Tensor]]:
-    """For each classifier, its logits (N, C) float32 on the CPU, by shift. All prepare images in the same way."""
+    """For each classifier, its logits (N, C) float32 on the CPU, by change. All prepare images in the same way."""
     args = classifiers[0].args
     transform = transform_for_evaluation(args)
     dataset = ImageFolder(files.root, transform, gray=args.gray, upper_8_bits=args.upper_8_bits, files=files)
@@ -196,11 +213,22 @@ def predict_shifted(
     logits: list[dict[str, list[Tensor]]] = [{} for _ in classifiers]
     for batch in batches(loader, torch.device("cpu")):
         noise = image_noise(batch.indices.tolist(), batch.images.shape[1:])
-        for shift, images in shifted(batch.images, noise):
+        for shift, images in change(batch.images, noise):
             prepared = normalize(images.to(device))
             for by_shift, classifier in zip(logits, classifiers, strict=True):
                 by_shift.setdefault(shift, []).append(classifier.model(prepared).float().cpu())
     return [{shift: torch.cat(parts) for shift, parts in by_shift.items()} for by_shift in logits]
+
+
+def best_temperature(logits: Tensor, targets: Tensor) -> float:
+    """The divisor of the logits with the lowest class-balanced cross-entropy. logits: (N, C), targets: (N,) int64."""
+    weights = 1 / torch.bincount(targets, minlength=logits.shape[1])[targets]  # (N,)
+
+    def loss(log_temperature: float) -> float:
+        losses = nn.functional.cross_entropy(logits.double() / np.exp(log_temperature), targets, reduction="none")
+        return float((weights * losses).sum())
+
+    return float(np.exp(minimize_scalar(loss, bounds=(-3, 3), method="bounded").x))
 
 
 def outcomes_of(logits: Tensor, targets: Tensor) -> dict[str, float]:
@@ -336,7 +364,7 @@ def add_rows(plan: Plan, options: argparse.Namespace, rows: list[Row]) -> list[R
             folder = options.results / SUBSETS / subset.name
             if not folder.is_dir():
                 link_subset(options.data_path, subset, folder, options.exclude)
-        new = test_all(stages, folder / "test", device)
+        new = test_all(stages, folder, device)
         rows = [*rows, *new]
         paired.write_rows(options.output, plan, PARTS, rows)
         print_line(f"seed {seed}: {count(len(stages), 'model')}, {time.monotonic() - start:.0f} s")

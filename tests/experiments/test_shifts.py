@@ -104,6 +104,20 @@ def test_outcomes_equal_those_of_scikit_learn():
     assert values["f1"] == pytest.approx(f1_score(targets, predictions, average="macro", labels=range(3)))
 
 
+def test_the_temperature_has_the_lowest_class_balanced_loss():
+    generator = torch.Generator().manual_seed(2)
+    logits = 3 * torch.randn(300, 3, generator=generator)
+    targets = torch.multinomial((logits / 2).softmax(1) * torch.tensor([8.0, 1, 1]), 1, generator=generator).flatten()
+    balanced = compute_sample_weight("balanced", targets)
+
+    def loss(temperature):
+        return log_loss(targets, (logits.double() / temperature).softmax(1), sample_weight=balanced)
+
+    found = shifts.best_temperature(logits, targets)
+    assert found == pytest.approx(min(np.arange(0.5, 5, 0.01), key=loss), abs=0.01)
+    assert shifts.best_temperature(4 * logits, targets) == pytest.approx(4 * found, rel=1e-3)
+
+
 @pytest.fixture(scope="module")
 def runs(image_folder, tmp_path_factory):
     """A folder with the plan, and finished runs of its arms with random weights; "other" has one seed."""
@@ -149,9 +163,9 @@ def test_clean_rows_equal_the_runs_own_tests_and_only_missing_runs_are_added(run
     rows = call(runs, image_folder)
     output = capsys.readouterr().out
     assert "seed 0: 2 models" in output and "seed 1: 2 models" in output
-    assert len(rows) == 4 * 15 and {row["arm"] for row in rows} == {"plain", "masked"}  # those of the contrast
+    assert len(rows) == 4 * 16 and {row["arm"] for row in rows} == {"plain", "masked"}  # those of the contrast
     rows = call(runs, image_folder, "--arms", "*")
-    assert len(rows) == 5 * 15 and "seed 0: 1 model," in capsys.readouterr().out
+    assert len(rows) == 5 * 16 and "seed 0: 1 model," in capsys.readouterr().out
     for row in rows:
         if row["shift"] == "clean":
             folder = runs / "out" / row["arm"] / f"seed{row['seed']}" / "training"
@@ -161,6 +175,9 @@ def test_clean_rows_equal_the_runs_own_tests_and_only_missing_runs_are_added(run
             images = table_of(folder / "predictions.csv")
             losses = [[float(image["loss"]) for image in images if image["target"] == name] for name in CLASSES]
             assert float(row["balanced_loss"]) == pytest.approx(np.mean(list(map(np.mean, losses))), abs=1e-5)
+    clean, scaled = ([row for row in rows if row["shift"] == name] for name in (shifts.CLEAN, shifts.SCALED))
+    assert [row["f1"] for row in clean] == [row["f1"] for row in scaled]
+    assert all(row["balanced_loss"] != other["balanced_loss"] for row, other in zip(clean, scaled, strict=True))
     assert len({row["balanced_loss"] for row in rows}) > 60  # the changes change something
 
 
@@ -200,7 +217,7 @@ def test_lost_links_are_made_again_and_other_images_are_refused(copied, image_fo
     with pytest.raises(UserError, match=r"test: not the images that .*seed0/training was tested on"):
         call(copied, image_folder, "--exclude", str(exclude), "--arms", "plain")
     shutil.rmtree(copied / "out" / "data")
-    assert len(call(copied, image_folder, "--arms", "plain")) == 2 * 15
+    assert len(call(copied, image_folder, "--arms", "plain")) == 2 * 16
 
 
 @pytest.mark.slow
