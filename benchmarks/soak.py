@@ -261,7 +261,7 @@ def survive(start: Callable[[int], Life], folder: Path, aims: Iterator[Aim], tal
 
 
 def report(tally: Tally, steps: int, options: argparse.Namespace, seconds: float) -> str:
-    """The table in benchmarks/README.md, and the environment."""
+    """The table in benchmarks/SOAK.md, and the environment."""
     phases = ("start-up", "training", "evaluation", "a write")
     kills = ", ".join(f"{tally.kills[name]} in {name}" for name in phases)
     rows = {

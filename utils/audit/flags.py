@@ -5,7 +5,7 @@ import os
 from utils.flags import fraction, natural, non_negative_float
 from utils.runtime.command_line import Parser, expanded, expanded_path
 
-CORRELATION = 0.98  # measured by benchmarks/near_duplicates.py; see benchmarks/README.md
+CORRELATION = 0.98  # measured by benchmarks/near_duplicates.py; see benchmarks/NEAR_COPIES.md
 BLANK_BELOW = 2.0  # standard deviation in levels
 
 
