@@ -41,13 +41,14 @@ def training_transform(
     steps.append(CropAndFlip(crop_size, mode))
     fill = [round(255 * value) for value in three_values(mean)]
     fills_in_colour = random_erase > 0 and len(set(fill)) > 1
-    if not gray or auto_augment is not None or fills_in_colour:
-        steps.append(ThreeChannels())  # torchvision augments one channel differently from three equal ones
     if auto_augment is not None:
-        steps.append(_auto_augment(auto_augment, mode, ra_magnitude, augmix_severity))
+        # torchvision augments one channel differently from three equal ones.
+        steps += [ThreeChannels(), _auto_augment(auto_augment, mode, ra_magnitude, augmix_severity)]
     if backend == "pil":
         steps.append(ToTensor())
-    if gray and auto_augment is not None and not fills_in_colour:
+    if not gray or fills_in_colour:
+        steps.append(ThreeChannels())
+    elif auto_augment is not None:
         steps.append(v2.Lambda(first_channel))
     if random_erase > 0:
         steps.append(v2.RandomErasing(p=random_erase, value=fill[:1] if gray and not fills_in_colour else fill))
@@ -76,7 +77,7 @@ class ToTensor(nn.Module):
 
 
 class ThreeChannels(nn.Module):
-    """RGB from a grey PIL image, (3, H, W) from (1, H, W); RGB is returned unchanged, which v2.RGB does too slowly."""
+    """RGB from a grey PIL image, (3, H, W) from (1, H, W). RGB stays as it is; v2.RGB would copy it."""
 
     def forward(self, image: Image.Image | Tensor) -> Image.Image | Tensor:
         if isinstance(image, Tensor):
@@ -104,9 +105,8 @@ def evaluation_transform(
     steps = [v2.Resize(resize_size, interpolation=v2.InterpolationMode(interpolation), antialias=True)]
     if crop_size is not None:
         steps.append(v2.CenterCrop(crop_size))
-    if not gray:
-        steps.append(ThreeChannels())
-    return v2.Compose([ToTensor(), *steps] if backend == "tensor" else [*steps, ToTensor()])
+    steps = [ToTensor(), *steps] if backend == "tensor" else [*steps, ToTensor()]
+    return v2.Compose(steps if gray else [*steps, ThreeChannels()])
 
 
 class CropAndFlip(nn.Module):
