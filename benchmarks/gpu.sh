@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# All measurements and tests on a GPU, in about 15 minutes: bash benchmarks/gpu.sh [DATA]
+# All measurements and tests on a GPU, in at most 15 minutes: bash benchmarks/gpu.sh [DATA]
 # DATA: real images in {train,val}/<class>/<image>, such as mini-RIN; generated images if omitted.
 # Tables and curves go to $OUT. If a part fails, the others still run, and the exit code is 1.
 # PARTS="steps curves" runs only these parts.

@@ -42,12 +42,12 @@ def host_memory(setting: Setting) -> list[Measurement]:
 
 def added_gigabytes(hold: Callable[[int], Read], images: int, workers: int) -> float:
     """What so many images add to a rank and its workers, in a process whose memory nothing else has used before."""
-    with ProcessPoolExecutor(1, mp_context=warm.server()) as pool:
+    with ProcessPoolExecutor(1, mp_context=warm.server(), initializer=warm.receive_signals) as pool:
         return pool.submit(_added_bytes, hold, images, workers).result() / 1e9
 
 
 def _added_bytes(hold: Callable[[int], Read], images: int, workers: int) -> int:
-    """Minus the bytes with one image a class, read as often: so often that Python collects garbage."""
+    """Memory with so many images less that with one image a class, both read equally often."""
     before = _family_bytes(hold(CLASSES), CLASSES, workers)
     return _family_bytes(hold(images), images, workers) - before
 
@@ -56,8 +56,8 @@ def _family_bytes(read: Read, images: int, workers: int) -> int:
     """What this process and so many forks hold, once each fork has read images spread over all."""
     gc.collect()  # which copies pages that were shared with the warm process, so before each measurement
     context = multiprocessing.get_context("fork")
-    barrier = context.Barrier(workers + 1)
-    forks = [context.Process(target=_read_and_wait, args=(read, images, barrier)) for _ in range(workers)]
+    barrier = context.Barrier(workers + 1, timeout=120)  # seconds, in case a fork fails
+    forks = [context.Process(target=_read_and_wait, args=(read, images, barrier), daemon=True) for _ in range(workers)]
     for fork in forks:
         fork.start()
     barrier.wait()  # all have read
@@ -96,7 +96,7 @@ def arrays(images: int) -> Read:
 def objects(images: int) -> Read:
     """Reads a list of (path, target), which torchvision's ImageFolder holds."""
     names = names_of(images).items()
-    samples = [(f"{ROOT}/{folder}/{name}", target) for target, (folder, of) in enumerate(names) for name in of]
+    samples = [(f"{ROOT}/{folder}/{name}", target) for target, (folder, files) in enumerate(names) for name in files]
     return samples.__getitem__
 
 
@@ -106,4 +106,4 @@ def names_of(images: int) -> dict[str, list[str]]:
     classes = [f"finding-{number:03d}" for number in range(CLASSES)]
     bounds = [images * number // CLASSES for number in range(CLASSES + 1)]
     ranges = map(range, bounds, bounds[1:])
-    return {name: [f"ct{image:07d}.png" for image in of] for name, of in zip(classes, ranges, strict=True)}
+    return {name: [f"ct{image:07d}.png" for image in images] for name, images in zip(classes, ranges, strict=True)}

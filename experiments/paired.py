@@ -99,13 +99,17 @@ def differences(rows: Iterable[Row], condition: tuple[str, ...], arm: str, contr
 
 
 def levels_table(plan: Plan, rows: Sequence[Row], parts: Sequence[str], outcome: str) -> str:
-    """Mean of an outcome over the seeds, one row per condition and one column per arm."""
+    """Mean of an outcome over the seeds that all arms have, one row per condition and one column per arm."""
     present = {row.arm for row in rows}
     arms = [arm.name for arm in plan.arms if arm.name in present]
     body = []
     for condition in conditions(rows):
-        values = [[row.values for row in rows if (row.condition, row.arm) == (condition, arm)] for arm in arms]
-        means = [np.mean([measured[outcome] for measured in seeds]) if seeds else np.nan for seeds in values]
+        by_arm: dict[str, dict[int, float]] = {arm: {} for arm in arms}
+        for row in rows:
+            if row.condition == condition:
+                by_arm[row.arm][row.seed] = row.values[outcome]
+        shared = sorted(set.intersection(*(set(values) for values in by_arm.values() if values)))
+        means = [np.mean([v[seed] for seed in shared]) if v and shared else np.nan for v in by_arm.values()]
         body.append([*condition, *(_shown(float(mean), outcome) for mean in means)])
     return markdown([*parts, *arms], body, texts=len(parts))
 

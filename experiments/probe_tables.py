@@ -67,7 +67,7 @@ def page(plan: Plan, rows: Sequence[Row]) -> str:
     parts = [
         f"# {plan.name}: probes of frozen features",
         f"{plan.question} {count(len(runs), 'run')}; the value of a run is the mean over its draws of training images.",
-        f"## Mean over seeds: {paired.title('f1')}",
+        f"## Mean over the seeds that all arms have: {paired.title('f1')}",
         paired.levels_table(plan, rows, PARTS, "f1"),
         "## Improvement over the control",
         paired.LEGEND,

@@ -164,8 +164,15 @@ def test_clean_rows_equal_the_runs_own_tests_and_only_missing_runs_are_added(run
     output = capsys.readouterr().out
     assert "seed 0: 2 models" in output and "seed 1: 2 models" in output
     assert len(rows) == 4 * 16 and {row["arm"] for row in rows} == {"plain", "masked"}  # those of the contrast
+    table = runs / "s" / "shifts.csv"
+    lines = table.read_text().splitlines(keepends=True)
+    table.write_text("".join(line for line in lines if not ("plain,0" in line and shifts.SCALED in line)))
+    assert len(call(runs, image_folder)) == 4 * 16 and "seed 0: 1 model," in capsys.readouterr().out
     rows = call(runs, image_folder, "--arms", "*")
     assert len(rows) == 5 * 16 and "seed 0: 1 model," in capsys.readouterr().out
+    own = {(row["arm"], row["seed"]): float(row["balanced_loss"]) for row in rows if row["shift"] == "clean"}
+    cells = " | ".join(f"{own[arm, '0']:.3f}" for arm in ("plain", "masked", "other"))  # "other" has only seed 0
+    assert f"| three | clean | {cells} |" in (runs / "s" / "shifts.md").read_text()
     for row in rows:
         if row["shift"] == "clean":
             folder = runs / "out" / row["arm"] / f"seed{row['seed']}" / "training"

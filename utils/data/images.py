@@ -23,7 +23,7 @@ warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 def read_image(path: Path, gray: bool = False, upper_8_bits: bool = False, keep_gray: bool = False) -> Image.Image:
     """Decode an image to 8-bit RGB, or to grey levels; palettes are applied, transparency is dropped.
 
-    keep_gray: leave an image grey that is, as cropping one channel is faster than cropping three equal ones;
+    keep_gray: leave grey images in one channel, which is faster to crop than three equal ones;
     upper_8_bits: keep the upper 8 bits of unsigned images with more bits, instead of refusing them.
 
     Raises UserError with the path for a file that is not regular, not an image, truncated, larger than Pillow's
