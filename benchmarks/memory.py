@@ -41,19 +41,19 @@ def host_memory(setting: Setting) -> list[Measurement]:
 
 
 def added_gigabytes(hold: Callable[[int], Read], images: int, workers: int) -> float:
-    """What so many images add to a rank and its workers, in a process whose memory nothing else has used before."""
+    """Gigabytes that the images add to a rank and its workers, measured in a new process."""
     with ProcessPoolExecutor(1, mp_context=warm.server(), initializer=warm.receive_signals) as pool:
         return pool.submit(_added_bytes, hold, images, workers).result() / 1e9
 
 
 def _added_bytes(hold: Callable[[int], Read], images: int, workers: int) -> int:
-    """Memory with so many images less that with one image a class, both read equally often."""
+    """Memory with these images minus memory with one image per class, both read equally often."""
     before = _family_bytes(hold(CLASSES), CLASSES, workers)
     return _family_bytes(hold(images), images, workers) - before
 
 
 def _family_bytes(read: Read, images: int, workers: int) -> int:
-    """What this process and so many forks hold, once each fork has read images spread over all."""
+    """Bytes of this process and its forks after each fork has read images spread over all."""
     gc.collect()  # which copies pages that were shared with the warm process, so before each measurement
     context = multiprocessing.get_context("fork")
     barrier = context.Barrier(workers + 1, timeout=120)  # seconds, in case a fork fails

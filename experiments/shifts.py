@@ -352,7 +352,7 @@ def add_rows(plan: Plan, options: argparse.Namespace, rows: list[Row]) -> list[R
         raise UserError(str(error)) from None
     of_contrasts = {name for contrast in plan.primary for name in (contrast.arm, contrast.control)}
     patterns = options.arms or ",".join(arm.name for arm in plan.arms if arm.name in of_contrasts) or "*"
-    # A file from before the last condition was added is made anew, run by run.
+    # Runs of an older file, which lacks this condition, are tested again.
     done = {(row.arm, row.seed, row.condition[0]) for row in rows if row.condition[1] == SCALED}
     rows = [row for row in rows if (row.arm, row.seed, row.condition[0]) in done]
     missing = [

@@ -47,8 +47,7 @@ def points(line):
 
 def test_learning_curves_hold_the_values_of_the_log():
     figure = learning_curves({"_normal/run": NORMAL})
-    # The loss of a training without masks is a cross-entropy.
-    keys = {*NORMAL[0], "train_cross_entropy"} - {"train_loss"}
+    keys = {*NORMAL[0], "train_cross_entropy"} - {"train_loss"}  # without masks the loss is a cross-entropy
     assert titles(figure) == [panel.title for panel in CURVES if panel.key in keys]
     assert points(*panel(figure, "Training cross-entropy").lines) == [(0, 1.5), (1, 1.0)]
     (line,) = panel(figure, "Validation macro F1").lines
