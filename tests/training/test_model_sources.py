@@ -157,14 +157,14 @@ def test_a_slow_hub_is_used(hub_cache, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(model_sources, "PATIENCE", 0.1)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    # In version 0.34 a session stays offline once it is.
+    getattr(huggingface_hub.utils._http, "reset_sessions", lambda: None)()
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), SlowHub) as server:
         address = f"http://127.0.0.1:{server.server_port}"
         monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", address)
-        monkeypatch.setattr(
-            huggingface_hub.constants,
-            "HUGGINGFACE_CO_URL_TEMPLATE",
-            address + "/{repo_id}/resolve/{revision}/{filename}",
-        )
+        template = address + "/{repo_id}/resolve/{revision}/{filename}"
+        for module in (huggingface_hub.constants, huggingface_hub.file_download):  # the second, too, in version 0.34
+            monkeypatch.setattr(module, "HUGGINGFACE_CO_URL_TEMPLATE", template, raising=False)
         threading.Thread(target=server.serve_forever, daemon=True).start()
         try:
             assert model_sources.hub_problem() is None
