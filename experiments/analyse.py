@@ -150,12 +150,18 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--resamples", type=int, default=2000, help="bootstrap resamples, where all seeds have the same test images; "
         "default: %(default)s",
     )  # fmt: skip
+    parser.add_argument(
+        "--against", metavar="ARM", help="compare all arms with this one instead, exploratory; needs -o",
+    )  # fmt: skip
     options = parser.parse_args(argv)
     check_limits(vars(options))
+    if options.against is not None and options.output is None:
+        raise UserError("--against: needs -o, so that it does not replace the plan's own tables.")
     if options.resamples < 1:
         raise UserError(f"--resamples {options.resamples}: expected 1 or more.")
     plan = read_plan(options.plan)
     results = read_results(plan, options.results)
+    plan = plan if options.against is None else plan.against(options.against)
     tasks = read_tasks(plan, results.runs)
     output = options.output or (options.results.parent if options.results.is_file() else options.results)
     _check_output(output)

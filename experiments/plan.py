@@ -135,6 +135,13 @@ class Plan:
     outcome: str = "hard_f1"
     hard: str = "mr-brain-*,us-breast-*"
 
+    def against(self, name: str) -> "Plan":
+        """The plan with this arm as the control of all others, and nothing primary. Raises UserError if it has none."""
+        if name not in (arm.name for arm in self.arms):
+            raise UserError(f"--against {name}: expected one of {', '.join(arm.name for arm in self.arms)}.")
+        arms = tuple(replace(arm, control=None) for arm in self.arms)
+        return replace(self, arms=arms, baseline=name, primary=())
+
     def runs(self) -> list[tuple[Arm, int]]:
         """Arm and seed of all runs: the primary contrasts first, then all arms of a seed before the next seed.
 

@@ -317,6 +317,7 @@ def build_parser() -> Parser:
     add("--exclude", type=expanded_path, metavar="FILE", help="that of the runs, if the links in RESULTS are lost")
     add("--arms", metavar="PATTERNS", help="only these arms: shell patterns, separated by commas; default: those of "
         "the plan's primary contrasts, or all if it has none")  # fmt: skip
+    add("--against", metavar="ARM", help="print the differences to this arm, from FILE.csv alone; writes nothing")
     add("--device", help="cuda or cpu; default: cuda if available")
     return parser
 
@@ -326,11 +327,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     plan = read_plan(options.plan)
     table, text, figure = paired.output_paths(options.output, ".md", ".png")
     rows = paired.read_rows(table, plan, PARTS, REPORTED)
-    if options.results is not None:
+    if options.results is not None and options.against is None:
         rows = add_rows(plan, options, rows)
     if not rows:
         raise UserError(f"-o {table}: no such file. Give RESULTS, the output folder of experiments/run.py.")
-    content = page(plan, rows)
+    content = page(plan if options.against is None else plan.against(options.against), rows)
+    if options.against is not None:
+        print("\n".join(map(printable, content.split("\n"))))
+        return
     write_atomically(text, content.encode(errors="backslashreplace"))
     drawn = picture(plan, rows)
     if drawn is None:

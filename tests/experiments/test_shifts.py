@@ -171,6 +171,14 @@ def test_clean_rows_equal_the_runs_own_tests_and_only_missing_runs_are_added(run
     rows = call(runs, image_folder, "--arms", "*")
     assert len(rows) == 5 * 16 and "seed 0: 1 model," in capsys.readouterr().out
     own = {(row["arm"], row["seed"]): float(row["balanced_loss"]) for row in rows if row["shift"] == "clean"}
+    capsys.readouterr()
+    before = (runs / "s" / "shifts.md").read_bytes()
+    call(runs, image_folder, "--against", "other", results=False)
+    gain = own["other", "0"] - own["plain", "0"]
+    assert f"| three | clean | plain | other | 1 | {gain:+.3f} |" in capsys.readouterr().out
+    assert (runs / "s" / "shifts.md").read_bytes() == before
+    with pytest.raises(UserError, match="--against x: expected one of plain, masked, other"):
+        call(runs, image_folder, "--against", "x", results=False)
     cells = " | ".join(f"{own[arm, '0']:.3f}" for arm in ("plain", "masked", "other"))  # "other" has only seed 0
     assert f"| three | clean | {cells} |" in (runs / "s" / "shifts.md").read_text()
     for row in rows:
