@@ -201,3 +201,16 @@ def test_a_shared_test_set_must_be_shared_by_all_seeds(results, tmp_path):
     plan = Plan("", "", (Arm("plain", stages, 3, 3),), "plain")
     with pytest.raises(UserError, match="plain, seed 3 and plain, seed 4: were tested on different images"):
         read_tasks(plan, read_folders(plan, results).runs)
+
+
+def test_all_arms_can_be_compared_with_another(results, tmp_path):
+    plan = read_plan(write_plan(tmp_path))
+    tasks = read_tasks(plan.against("masked"), read_folders(plan, results).runs)
+    usual, turned = (compare(with_control, tasks, 10) for with_control in (plan, plan.against("masked")))
+    assert {(found.arm, found.control) for found in turned} == {("plain", "masked")}
+    for found, original in zip(turned, usual, strict=True):
+        np.testing.assert_array_equal(found.differences, -original.differences)
+    with pytest.raises(UserError, match="--against x: expected one of plain, masked"):
+        plan.against("x")
+    with pytest.raises(UserError, match="--against: needs -o"):
+        analyse.main([str(tmp_path / "plan.py"), str(results), "--against", "masked"])
