@@ -70,7 +70,9 @@ def test_pixels_lie_one_image_after_another(folder, tmp_path):
 def test_a_build_resumes_where_it_was_cut_off(cut_off, complete, folder, tmp_path, monkeypatch):
     decoded = []
     read = cache_build.read_image
-    monkeypatch.setattr(cache_build, "read_image", lambda path, *how, **also: decoded.append(path) or read(path, *how))
+    monkeypatch.setattr(
+        cache_build, "read_image", lambda path, *how, **also: decoded.append(path) or read(path, *how, **also)
+    )
     with open(cut_off.folder / PIXELS, "ab") as pixels, open(cut_off.folder / SIZES, "ab") as sizes:
         pixels.write(b"not recorded yet")
         sizes.write(b"12345")
@@ -207,7 +209,7 @@ def test_an_image_that_was_unreadable_only_during_the_build(folder, tmp_path, mo
     def fail_once(path, *how, **also):
         if path.name == "2.png":
             raise UserError(f"{path}: cannot be read as an image (Input/output error)")
-        return read(path, *how)
+        return read(path, *how, **also)
 
     monkeypatch.setattr(cache_build, "read_image", fail_once)
     for kind in ("host", "device"):

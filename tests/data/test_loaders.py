@@ -211,7 +211,7 @@ def test_a_run_names_the_worker_that_was_killed(image_folder, tmp_path, capfd, m
     def die_in_a_worker(*arguments, **also):
         if get_worker_info() is not None:
             send_oneself(signal.SIGKILL)
-        return read(*arguments)
+        return read(*arguments, **also)
 
     monkeypatch.setattr(dataset, "read_image", die_in_a_worker)
     flags = (*SMALL, "--workers", 1, "--data-path", image_folder, "--output-dir", tmp_path, "--epochs", 1)

@@ -203,6 +203,7 @@ def test_a_shared_test_set_must_be_shared_by_all_seeds(results, tmp_path):
         read_tasks(plan, read_folders(plan, results).runs)
 
 
+@pytest.mark.slow
 def test_all_arms_can_be_compared_with_another(results, tmp_path):
     plan = read_plan(write_plan(tmp_path))
     tasks = read_tasks(plan.against("masked"), read_folders(plan, results).runs)

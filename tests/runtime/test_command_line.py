@@ -17,12 +17,12 @@ COMMANDS = [
     "utils.audit.__main__", "utils.report", "utils.plots", "utils.phantoms.__main__", "utils.radimagenet.__main__",
     "utils.weight_averaging", "utils.prepare.__main__", "utils.medmnist", "utils.probe", "experiments.run",
     "experiments.analyse", "experiments.learning_signal", "experiments.build_mini_rin", "benchmarks.run",
-    "benchmarks.curves", "benchmarks.soak",
+    "benchmarks.curves", "benchmarks.profiles", "benchmarks.soak",
 ]  # fmt: skip
 # Flags that take any text but name no file or folder of the user's.
 OTHER_TEXTS = {"model", "policy_model", "weights", "device", "data_name", "license", "flags", "rows", "settings"}
 OTHER_TEXTS |= {"image", "label", "group", "group_column", "split", "suffix", "window", "name"}  # of tables
-OTHER_TEXTS |= {"arms", "scripts", "opt", "backend", "lr_scheduler", "lr_warmup_method", "auto_augment"}
+OTHER_TEXTS |= {"arms", "against", "scripts", "opt", "backend", "lr_scheduler", "lr_warmup_method", "auto_augment"}
 
 
 class Caught(Exception):
