@@ -1,33 +1,20 @@
 """Test a plan's classifiers on changed images: `python experiments/shifts.py PLAN RESULTS --data-path DATA -o FILE.csv`
 
 For each finished run, model_best.pth of the stages that are tested and keep it is tested on the run's own test images,
-as they are ("clean") and changed in seven ways at two strengths. FILE.csv gets a row for each run and change. Run
-again, the command adds what is missing. FILE.md and FILE.png, written next to it, hold the paired differences of each
-arm to its control; without RESULTS they are made from FILE.csv alone. One core takes about 10 seconds for each run of
-Plan S (2,600 images of 48 pixels, test_resnet).
+as they are ("clean") and changed in seven ways at two strengths (image_changes.py). FILE.csv gets a row for each run
+and change. Run again, the command adds what is missing. FILE.md and FILE.png, written next to it, hold the paired
+differences of each arm to its control; without RESULTS they are made from FILE.csv alone. One core takes about 10
+seconds for each run of Plan S (2,600 images of 48 pixels, test_resnet).
 
 "clean, scaled" shows whether a lower cross-entropy is more than calibration: logits of the unchanged images, divided
 by the temperature with the lowest class-balanced cross-entropy on the run's `val` (Guo et al. 2017, arXiv 1706.04599).
 This leaves the predicted classes as they are.
-
-The changes, of the 8-bit images of S x S pixels that the classifier gets. Their strengths were fixed before arms were
-compared, with one model of Plan S's arm `none` (seed 0, which the plan does not use): none brings it near chance.
-
-  contrast      distances of the pixels from the image's mean x 0.7, x 1.4
-  gamma         exponent 0.7, 1.4
-  noise         Gaussian, standard deviation 0.05, 0.1 of the full range
-  speckle       each pixel x (1 + Gaussian noise of standard deviation 0.2, 0.4)
-  blur          Gaussian, standard deviation S / 48, S / 24
-  resolution    scaled down to S / 2, S / 4 and up again
-  border        black, of width S / 24, S / 12
-
-The noise of an image depends on its place in the test set only: it is the same for all arms and strengths.
 """
 
 import argparse
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -37,17 +24,17 @@ import numpy as np
 import torch
 from scipy.optimize import minimize_scalar
 from torch import Tensor, nn
-from torchvision.transforms.v2 import functional as F
 
 from experiments import paired
 from experiments.comparisons import balanced_loss, t_interval
+from experiments.image_changes import CLEAN, image_noise, shifted, unchanged
 from experiments.paired import Row
 from experiments.plan import FINISHED, Plan, Subset, folder_of_run, matches, read_plan, read_record
 from experiments.run import SUBSETS
 from experiments.subsets import link_subset
 from utils.data.dataset import ImageFolder, batches, build_loader
 from utils.data.folders import ImageFiles
-from utils.data.samplers import EvaluationSampler, derive_seed
+from utils.data.samplers import EvaluationSampler
 from utils.data.splits import transform_for_evaluation
 from utils.inference.classifier import Classifier, open_classifier
 from utils.inference.features import PREPARATION
@@ -66,7 +53,7 @@ if TYPE_CHECKING:
 
 PARTS = ("task", "shift")
 REPORTED = ("balanced_loss", "balanced_accuracy", "f1", "ece")
-CLEAN, SCALED = "clean", "clean, scaled"
+SCALED = "clean, scaled"
 WEIGHTS = "model_best.pth"
 BATCH_SIZE = 64
 
@@ -79,51 +66,6 @@ class Tested(NamedTuple):
     task: str
     folder: Path
     subset: Subset | None
-
-
-# Changes
-
-
-def unchanged(images: Tensor, noise: Tensor) -> Iterator[tuple[str, Tensor]]:
-    yield CLEAN, images
-
-
-def shifted(images: Tensor, noise: Tensor) -> Iterator[tuple[str, Tensor]]:
-    """The images (B, C, S, S) uint8, unchanged and under each change, with its name.
-
-    noise: (B, C, S, S) float32, standard normal.
-    """
-    size = images.shape[-1]
-    yield from unchanged(images, noise)
-    for factor in (0.7, 1.4):
-        yield f"contrast x {factor}", F.adjust_contrast(images, factor)
-    for exponent in (0.7, 1.4):
-        yield f"gamma {exponent}", F.adjust_gamma(images, exponent)
-    for deviation in (0.05, 0.1):
-        yield f"noise {deviation}", _as_bytes(images + 255 * deviation * noise)
-    for deviation in (0.2, 0.4):
-        yield f"speckle {deviation}", _as_bytes(images * (1 + deviation * noise))
-    for part in (48, 24):
-        sigma = size / part
-        # Three deviations on each side, unless the image is so small that reflection at its border ends before.
-        yield f"blur S / {part}", F.gaussian_blur(images, 2 * min(round(3 * sigma), size - 1) + 1, sigma)
-    for part in (2, 4):
-        small = F.resize(images, [max(1, size // part)] * 2, antialias=True)
-        yield f"resolution S / {part}", F.resize(small, [size, size], antialias=True)
-    for part in (24, 12):
-        width = max(1, round(size / part))
-        yield f"border S / {part}", F.pad(F.center_crop(images, [size - 2 * width] * 2), [width])
-
-
-def _as_bytes(images: Tensor) -> Tensor:
-    return images.round().clamp(0, 255).to(torch.uint8)
-
-
-def image_noise(indices: Sequence[int], shape: Sequence[int]) -> Tensor:
-    """Standard normal noise (B, *shape) float32, which depends on the index of each image only."""
-    generator = torch.Generator()
-    seeds = (derive_seed("shift", index) for index in indices)
-    return torch.stack([torch.randn(*shape, generator=generator.manual_seed(seed)) for seed in seeds])
 
 
 # Tests
@@ -251,7 +193,7 @@ def page(plan: Plan, rows: Sequence[Row]) -> str:
     runs = {(row.arm, row.seed) for row in rows}
     parts = [
         f"# {plan.name}: changed test images",
-        f"{count(len(runs), 'run')}. The changes are listed in experiments/shifts.py.",
+        f"{count(len(runs), 'run')}. The changes are listed in experiments/image_changes.py.",
         f"## Mean over the seeds that all arms have: {paired.title('balanced_loss')}",
         paired.levels_table(plan, rows, PARTS, "balanced_loss"),
         f"## Mean over the seeds that all arms have: {paired.title('balanced_accuracy')}",

@@ -11,7 +11,7 @@ from sklearn.metrics import f1_score, log_loss, recall_score
 from sklearn.utils.class_weight import compute_sample_weight
 
 from _normal import train as normal
-from experiments import paired, shifts
+from experiments import image_changes, paired, shifts
 from experiments.plan import read_plan
 from experiments.subsets import link_subset
 from tests.conftest import SMALL
@@ -38,7 +38,7 @@ def images(*shape):
 
 
 def by_name(images, noise=None):
-    return dict(shifts.shifted(images, torch.zeros(images.shape) if noise is None else noise))
+    return dict(image_changes.shifted(images, torch.zeros(images.shape) if noise is None else noise))
 
 
 def test_changes_of_levels_equal_those_by_hand():
@@ -59,12 +59,12 @@ def test_changes_of_levels_equal_those_by_hand():
 
 def test_noise_has_the_stated_strength_and_depends_on_the_place_only():
     x = torch.full((2, 1, 128, 128), 100, dtype=torch.uint8)
-    changed = by_name(x, shifts.image_noise([5, 9], (1, 128, 128)))
+    changed = by_name(x, image_changes.image_noise([5, 9], (1, 128, 128)))
     for name, deviation in (("noise 0.05", 12.75), ("noise 0.1", 25.5), ("speckle 0.2", 20), ("speckle 0.4", 40)):
         assert changed[name].double().std().item() == pytest.approx(deviation, rel=0.03), name
-    again = shifts.image_noise([9], (1, 128, 128))
-    assert torch.equal(again[0], shifts.image_noise([5, 9], (1, 128, 128))[1])
-    assert abs(np.corrcoef(again.flatten(), shifts.image_noise([5], (1, 128, 128)).flatten())[0, 1]) < 0.03
+    again = image_changes.image_noise([9], (1, 128, 128))
+    assert torch.equal(again[0], image_changes.image_noise([5, 9], (1, 128, 128))[1])
+    assert abs(np.corrcoef(again.flatten(), image_changes.image_noise([5], (1, 128, 128)).flatten())[0, 1]) < 0.03
     unchanged = by_name(x)
     assert all(torch.equal(unchanged[name], x) for name in ("noise 0.05", "noise 0.1", "speckle 0.2", "speckle 0.4"))
 
@@ -190,7 +190,7 @@ def test_clean_rows_equal_the_runs_own_tests_and_only_missing_runs_are_added(run
             images = table_of(folder / "predictions.csv")
             losses = [[float(image["loss"]) for image in images if image["target"] == name] for name in CLASSES]
             assert float(row["balanced_loss"]) == pytest.approx(np.mean(list(map(np.mean, losses))), abs=1e-5)
-    clean, scaled = ([row for row in rows if row["shift"] == name] for name in (shifts.CLEAN, shifts.SCALED))
+    clean, scaled = ([row for row in rows if row["shift"] == name] for name in (image_changes.CLEAN, shifts.SCALED))
     assert [row["f1"] for row in clean] == [row["f1"] for row in scaled]
     assert all(row["balanced_loss"] != other["balanced_loss"] for row, other in zip(clean, scaled, strict=True))
     assert len({row["balanced_loss"] for row in rows}) > 60  # the changes change something
