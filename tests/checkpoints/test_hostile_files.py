@@ -196,6 +196,7 @@ def test_impossible_arguments_in_metadata_are_ignored(use, state, tmp_path):
     assert (args.mean, args.gray, args.std, args.val_crop_size) == ([0.3162], False, [0.3213], 224)
 
 
+@pytest.mark.slow
 def test_unusable_policies_are_refused(image_folder, tmp_path):
     flags = [*SMALL_POLICY, "--data-path", str(image_folder), "--epochs", "1", "--output-dir", str(tmp_path / "run")]
     policy_gradient.main(flags)

@@ -57,6 +57,7 @@ def test_an_image_follows_its_generator_and_keeps_its_anatomy_at_any_size(name):
     assert np.corrcoef(image.ravel(), averaged.ravel())[0, 1] > 0.85
 
 
+@pytest.mark.slow
 def test_organs_are_obvious_and_findings_are_not():
     def features(split, share):
         names = [name for name, count in phantoms.CLASSES.items() for _ in range(round(count * share))]

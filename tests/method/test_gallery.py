@@ -217,6 +217,7 @@ def test_the_command_shows_before_and_after(run, image_folder, monkeypatch, caps
             assert np.array_equal(one, other)
 
 
+@pytest.mark.slow
 def test_the_prior_is_shown_if_the_first_policy_cannot_be_rebuilt(run, tmp_path, capsys, monkeypatch):
     state = torch.load(run[0] / "checkpoint.pth", weights_only=True)
     state["policy_net"]["initial_prior"] = torch.zeros(2, 1, 64)

@@ -76,6 +76,7 @@ def test_the_head_weight_reaches_the_policy_and_what_is_logged_of_it(train):
     assert gallery.build_policy(args, state, None, torch.device("cpu")).head_weight == 0.2
 
 
+@pytest.mark.slow
 def test_the_gallery_takes_range_and_head_weight_from_the_file(train, tmp_path, monkeypatch):
     forms = ("--mask-range", 0.5, 2, "--head-weight", 0.5, "--mask-fade-epochs", 1)
     folder = train("run", "--epochs", 1, *forms)

@@ -114,6 +114,7 @@ def test_one_rank_that_fails_stops_all_with_one_sentence(kind, run, tmp_path):
     assert report.count("traceback : only the last rank saw this") == (run is run_script)
 
 
+@pytest.mark.slow
 def test_each_start_has_a_new_name_though_the_store_is_reused():
     master = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     clients = [master] + [dist.TCPStore("127.0.0.1", master.port, is_master=False) for _ in range(2)]

@@ -152,6 +152,7 @@ def test_control_characters_of_class_names_are_printed_as_escapes(tmp_path, caps
     assert "  a\\n\\x1b[2J       3 images" in printed
 
 
+@pytest.mark.slow
 def test_reports_and_plots_of_a_split_without_a_class(lacking, trained, tmp_path):
     evaluate(trained / "model_0.pth", lacking, tmp_path / "run")
     run = read_run_folder(tmp_path / "run")

@@ -146,6 +146,7 @@ def test_a_write_that_fails_stops_all_ranks_with_one_sentence(image_folder, tmp_
     assert status_of(tmp_path)["message"] == "the disk is full"
 
 
+@pytest.mark.slow
 def test_a_signal_waits_for_the_write_and_saves_after_it(whole, image_folder, tmp_path, monkeypatch):
     steps = Steps(monkeypatch)
 

@@ -152,6 +152,7 @@ class SlowHub(http.server.SimpleHTTPRequestHandler):
         pass
 
 
+@pytest.mark.slow
 def test_a_slow_hub_is_used(hub_cache, tmp_path, monkeypatch):
     source = write_source(tmp_path / "net")
     monkeypatch.chdir(tmp_path)

@@ -149,6 +149,7 @@ def test_policy_flags_reach_the_policy(train):
             assert not torch.equal(state["model"]["fc.weight"], reference["model"]["fc.weight"])
 
 
+@pytest.mark.slow
 def test_test_only_repeats_the_last_validation(train, image_folder, capsys):
     folder = train(policy_gradient, "--epochs", 1)
     line = read_log(folder)[0]

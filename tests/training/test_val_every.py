@@ -97,6 +97,7 @@ def test_a_signal_after_the_last_step_stops_an_epoch_without_validation(image_fo
     assert not (tmp_path / "model_0.pth").exists()  # the resumed run writes it
 
 
+@pytest.mark.slow
 def test_a_resumed_run_may_change_it(image_folder, tmp_path, monkeypatch, capsys):
     """More than --epochs: only the last epoch is validated, and on resume that may turn out to be past."""
     with monkeypatch.context() as patch, pytest.raises(Killed):
