@@ -10,13 +10,16 @@ from contextlib import ExitStack
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
-from tests.conftest import write_image
+from tests.conftest import ROOT, write_image
 from tests.helpers.exports import CLASSES, MASKS, write_checkpoint
+from tests.helpers.markdown import blocks_and_text
 from tests.helpers.parsing import parse
 from utils import predict as command
 from utils.checkpoints import checkpoint
 from utils.data import splits
+from utils.data.folders import ImageFiles
 from utils.inference.classifier import open_classifier
 from utils.runtime.errors import UserError
 from utils.runtime.processes import run_script
@@ -91,6 +94,26 @@ def test_all_formats_give_the_same_probabilities(run, image_folder, weights):
         name, probability = ranking[0]
         by_class = {name: f"{value:.6g}" for name, value in ranking}
         assert row == {"image": path, "prediction": name, "probability": f"{probability:.6g}", **by_class}
+
+
+def test_the_listing_of_the_page_fits_a_temperature(run, image_folder, weights, tmp_path, monkeypatch):
+    blocks, _, _ = blocks_and_text((ROOT / "docs" / "commands.md").read_text())
+    (listing,) = (content for _, content in blocks if "minimize_scalar" in content)
+    monkeypatch.chdir(tmp_path)
+    run(image_folder / "val", "--format", "csv", "-o", "runs/val.csv")
+    found = {}
+    exec(listing, found)
+
+    classifier = open_classifier({"file": str(weights)}, CPU)
+    files = ImageFiles.find(image_folder / "val", classes=CLASSES)
+    paths = [str(files.root / files.path_as_text(index)) for index in range(len(files))]
+    loader = command.build_image_loader(classifier, paths, 32, 0, False, CPU)
+    [(_, logits)] = command.predict(classifier, loader, CPU, pytest.fail)
+    losses = {t: F.cross_entropy(logits.double() / t, torch.from_numpy(files.targets).long()).item()
+              for t in np.geomspace(0.05, 20, 200)}  # fmt: skip
+    for temperature, loss in losses.items():
+        assert found["cross_entropy"](temperature) == pytest.approx(loss, rel=1e-4)
+    assert found["cross_entropy"](found["temperature"]) <= min(losses.values()) + 1e-5
 
 
 def test_top_limits_the_classes_in_every_format(run, image_folder):

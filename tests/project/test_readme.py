@@ -41,7 +41,7 @@ def blocks(data, source):
         "--resume ([a-z_/]*model_best.pth)": r"--device cpu --workers 0 --resume \1",
         "model_8([789])": lambda match: f"model_{int(match[1]) - 7}",
     }
-    own = {"--objective reinforce": "--objective reinforce --policy-model test_resnet --grid 8 --kernel 5 --sigma 2",
+    own = {"--objective reinforce": "--objective reinforce --policy-model test_resnet --kernel 5 --sigma 2",
            "--finetune": f"{SMALL_IMAGES} --finetune"}  # fmt: skip
     radimagenet = {
         r"\bFOLDER\b": str(source),
