@@ -9,7 +9,8 @@ import math
 import numpy as np
 from scipy import stats
 
-from utils.results.metrics import LEVEL, count_classes, macro_metrics, wilson_intervals
+from utils.results.intervals import LEVEL, bootstrap_weights, wilson_intervals
+from utils.results.metrics import count_classes, macro_metrics
 
 SCORES = ("top1", "balanced_accuracy", "f1", "hard_top1", "hard_balanced_accuracy", "hard_f1", "balanced_loss")
 ALPHA, POWER = 0.05, 0.8
@@ -45,16 +46,14 @@ def balanced_loss(
 
 
 def bootstrap_scores(
-    targets: np.ndarray, predictions: np.ndarray, losses: np.ndarray, hard: np.ndarray, resamples: int, seed: int = 0
+    targets: np.ndarray, predictions: np.ndarray, losses: np.ndarray, hard: np.ndarray, resamples: int
 ) -> np.ndarray:
     """`scores` on `resamples` draws of N images with replacement, the same for all runs, (resamples, R, 7)."""
-    generator = np.random.default_rng(seed)
-    n = len(targets)
-    draws = (np.bincount(generator.integers(n, size=n), minlength=n) for _ in range(resamples))
+    draws = bootstrap_weights(len(targets), resamples)
     return np.stack([scores(targets, predictions, losses, hard, weights) for weights in draws])
 
 
-def hierarchical_interval(differences: np.ndarray, seed: int = 0) -> tuple[float, float]:
+def hierarchical_interval(differences: np.ndarray) -> tuple[float, float]:
     """95 % percentile interval of the mean difference, from a bootstrap over test images and seeds (training runs).
 
     differences: (resamples, n), the differences of n seeds in each resample of the images; this function resamples the
@@ -64,20 +63,9 @@ def hierarchical_interval(differences: np.ndarray, seed: int = 0) -> tuple[float
     with 16. `t_interval` contains it 95 % of the time, but ignores the choice of test images.
     """
     resamples, n = differences.shape
-    picks = np.random.default_rng([seed, 1]).integers(n, size=(resamples, n))  # not the stream that drew the images
+    picks = np.random.default_rng([0, 1]).integers(n, size=(resamples, n))  # not the stream that drew the images
     means = np.take_along_axis(differences, picks, axis=1).mean(1)
     lower, upper = np.nanquantile(means, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-    return float(lower), float(upper)
-
-
-def t_interval(differences: np.ndarray) -> tuple[float, float] | None:
-    """95 % interval of the mean difference over seeds (Student's t), differences (n,).
-
-    None for a single difference, and if all are equal, which with few seeds is a coincidence.
-    """
-    if len(differences) < 2 or _constant(differences):
-        return None
-    lower, upper = stats.ttest_1samp(differences, 0).confidence_interval(LEVEL)
     return float(lower), float(upper)
 
 

@@ -14,12 +14,12 @@ from experiments.comparisons import (
     probability_of_better,
     seeds_needed,
     sign_flip_p,
-    t_interval,
 )
 from experiments.finished import RunKey
 from experiments.outcomes import OUTCOMES
 from experiments.plan import Contrast, Plan
 from experiments.tasks import Task, task_names
+from utils.results.intervals import t_interval
 
 COMPARED = ("balanced_loss", "hard_f1", "f1", "balanced_accuracy", "top1", "ece")
 SEEDS_FOR_P = 8

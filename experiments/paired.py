@@ -10,11 +10,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from experiments.comparisons import t_interval
 from experiments.differences import contrasts
 from experiments.markdown import NONE, markdown
 from experiments.outcomes import IMPROVEMENT, OUTCOMES
 from experiments.plan import Plan
+from utils.results.intervals import t_interval
 from utils.results.run_folder import read_table
 from utils.runtime.errors import UserError
 from utils.runtime.files import make_parent, write_atomically

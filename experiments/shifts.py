@@ -26,7 +26,7 @@ from scipy.optimize import minimize_scalar
 from torch import Tensor, nn
 
 from experiments import paired
-from experiments.comparisons import balanced_loss, t_interval
+from experiments.comparisons import balanced_loss
 from experiments.image_changes import CLEAN, image_noise, shifted, unchanged
 from experiments.paired import Row
 from experiments.plan import FINISHED, Plan, Subset, folder_of_run, matches, read_plan, read_record
@@ -38,6 +38,7 @@ from utils.data.samplers import EvaluationSampler
 from utils.data.splits import transform_for_evaluation
 from utils.inference.classifier import Classifier, open_classifier
 from utils.inference.features import PREPARATION
+from utils.results.intervals import t_interval
 from utils.results.metrics import outcome_metrics, outcome_of
 from utils.results.run_folder import read_table
 from utils.runtime.command_line import Parser, expanded_path

@@ -11,7 +11,7 @@ from experiments.markdown import NONE, markdown
 from experiments.outcomes import OUTCOMES
 from experiments.plan import Plan
 from experiments.tasks import Task, task_names
-from utils.results.metrics import LEVEL
+from utils.results.intervals import LEVEL
 
 HEATED_KEYS = ("val_top1", "val_f1")  # of log.jsonl, shown for the last epoch
 PERCENT = f"{100 * LEVEL:.0f} %"

@@ -33,7 +33,8 @@ from utils.inference.comparison import Difference, Intervals, Result, compare, p
 from utils.inference.features import Features, Source, load_features, open_sources
 from utils.inference.probes import PROBE_TITLES, SCORES
 from utils.results import provenance
-from utils.results.metrics import LEVEL, METRIC_TITLES, RESAMPLES
+from utils.results.intervals import LEVEL, RESAMPLES
+from utils.results.metrics import METRIC_TITLES
 from utils.runtime.distributed import resolve_device
 from utils.runtime.errors import UserError
 from utils.runtime.files import check_absent, write_atomically, write_json

@@ -27,7 +27,8 @@ from utils.results import templates
 from utils.results.confusion import confusion_matrix, count_pairs, per_class_recall, recall_by_frequency
 from utils.results.curves import learning_curves, policy_health
 from utils.results.figures import as_svg
-from utils.results.metrics import CALIBRATION_NAMES, LEVEL, METRIC_TITLES, Outcome
+from utils.results.intervals import LEVEL
+from utils.results.metrics import CALIBRATION_NAMES, METRIC_TITLES, Outcome
 from utils.results.provenance import same_but_seed
 from utils.results.reliability import reliability_diagram
 from utils.results.run_folder import (

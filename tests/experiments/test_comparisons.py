@@ -16,8 +16,8 @@ from experiments.comparisons import (
     scores,
     seeds_needed,
     sign_flip_p,
-    t_interval,
 )
+from utils.results.intervals import t_interval
 
 HARD = np.array([True, False, True, False, True])
 
@@ -65,8 +65,8 @@ def test_weights_repeat_images_and_absent_classes_do_not_count():
 
 def test_the_bootstrap_with_one_seed_is_over_images_only():
     targets, predictions, losses = outcomes(images=50, runs=2)
-    drawn = bootstrap_scores(targets, predictions, losses, HARD, resamples=300, seed=5)[:, :, SCORES.index("top1")]
-    generator = np.random.default_rng(5)
+    drawn = bootstrap_scores(targets, predictions, losses, HARD, resamples=300)[:, :, SCORES.index("top1")]
+    generator = np.random.default_rng(0)
     by_hand = []
     for _ in range(300):
         picked = generator.integers(50, size=50)

@@ -3,7 +3,6 @@
 import numpy as np
 import pytest
 import torch
-from scipy import stats
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import accuracy_score, balanced_accuracy_score, f1_score, roc_auc_score
 from sklearn.neighbors import KNeighborsClassifier
@@ -13,6 +12,7 @@ from sklearn.preprocessing import StandardScaler
 from utils.inference import probes
 from utils.inference.features import Features
 from utils.inference.probes import few_shots, logistic_regression, nearest_neighbours
+from utils.results.intervals import percentile_interval
 from utils.results.metrics import Outcome, bootstrap_intervals
 
 
@@ -106,12 +106,4 @@ def test_bootstrap_intervals_are_those_of_the_test_metrics():
         outcome = Outcome(targets, predictions[row], np.ones(50), np.zeros(50), 3)
         expected = bootstrap_intervals(outcome, resamples=40, seed=5)
         for place, name in enumerate(probes.SCORES):
-            assert probes.percentile_interval(resampled[:, row, place]) == pytest.approx(expected[name])
-
-
-def test_the_t_interval_by_its_formula():
-    differences = [0.1, 0.3, 0.2, 0.4]
-    half = stats.t.ppf(0.975, 3) * np.std(differences, ddof=1) / 2
-    assert probes.t_interval(differences) == pytest.approx([0.25 - half, 0.25 + half])
-    assert probes.t_interval([0.1]) is None
-    assert probes.t_interval([0.1, 0.1]) is None
+            assert percentile_interval(resampled[:, row, place]) == pytest.approx(expected[name])

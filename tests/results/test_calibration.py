@@ -14,6 +14,7 @@ from sklearn.metrics import brier_score_loss
 
 from tests.helpers.finished_runs import START
 from utils.data.folders import ImageFiles
+from utils.results.intervals import wilson_intervals
 from utils.results.metrics import (
     Outcome,
     bootstrap_intervals,
@@ -22,7 +23,6 @@ from utils.results.metrics import (
     confidence_bins,
     outcome_of,
     reliability_table,
-    wilson_intervals,
 )
 from utils.results.run_folder import read_run_folder, write_test_results
 

@@ -14,7 +14,8 @@ from utils import plots, report
 from utils.results import figures
 from utils.results.confusion import recall_by_frequency
 from utils.results.figures import as_png, as_svg
-from utils.results.metrics import Outcome, outcome_of, wilson_intervals
+from utils.results.intervals import wilson_intervals
+from utils.results.metrics import Outcome, outcome_of
 from utils.results.reliability import reliability_diagram
 from utils.runtime.errors import UserError
 

@@ -9,6 +9,7 @@ from tqdm import tqdm
 from utils.inference import probes
 from utils.inference.features import Features
 from utils.inference.probes import PROBES, SCORES
+from utils.results.intervals import percentile_interval, t_interval
 
 Intervals = dict[tuple[str, str], dict[str, list[float]]]  # 95 % bounds of SCORES by weights and probe
 
@@ -95,16 +96,16 @@ def compare(
     for probe in PROBES:
         resampled = probes.bootstrap(targets, np.stack([predictions[name, probe] for name in names]), classes, seed)
         for row, name in enumerate(names):
-            bounds = [probes.percentile_interval(resampled[:, row, place]) for place in range(len(SCORES))]
+            bounds = [percentile_interval(resampled[:, row, place]) for place in range(len(SCORES))]
             intervals[name, probe] = dict(zip(SCORES, bounds, strict=True))
         for row, name in enumerate(names[1:], 1):
             for number in shots:
                 for place, metric in enumerate(SCORES):
                     values = score_differences(results, name, names[0], probe, number, metric)
                     if number is None:
-                        interval = probes.percentile_interval(resampled[:, row, place] - resampled[:, 0, place])
+                        interval = percentile_interval(resampled[:, row, place] - resampled[:, 0, place])
                     else:
-                        interval = probes.t_interval(values)
+                        interval = t_interval(values)
                     differences.append(Difference(name, probe, number, metric, float(np.mean(values)), interval))
     return intervals, differences
 

@@ -11,7 +11,8 @@ from utils.checkpoints.checkpoint import BEST
 from utils.choices import SPLITS
 from utils.flags import shared_parser
 from utils.inference.classifier import Classifier
-from utils.results.metrics import CALIBRATION_NAMES, LEVEL, METRIC_NAMES, METRIC_TITLES, Intervals, Metrics
+from utils.results.intervals import LEVEL
+from utils.results.metrics import CALIBRATION_NAMES, METRIC_NAMES, METRIC_TITLES, Intervals, Metrics
 from utils.results.provenance import Trained, read_trained
 from utils.results.run_folder import METRICS_FILE
 from utils.results.templates import render_markdown

@@ -1,7 +1,6 @@
 """Probes of frozen features: k nearest neighbours and logistic regression, chosen on val; few-shot draws."""
 
 import warnings
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -10,13 +9,8 @@ from torch import Tensor
 
 from utils.data.samplers import derive_seed
 from utils.inference.features import Features
-from utils.results.metrics import (
-    LEVEL,
-    RESAMPLES,
-    classification_metrics,
-    count_classes,
-    macro_metrics,
-)
+from utils.results.intervals import RESAMPLES, bootstrap_weights
+from utils.results.metrics import classification_metrics, count_classes, macro_metrics
 
 NEIGHBOURS = (1, 5, 10, 20, 50)
 TEMPERATURE = 0.07  # of the neighbours' votes
@@ -140,23 +134,5 @@ def bootstrap(
     targets: np.ndarray, predictions: np.ndarray, classes: int, seed: int, resamples: int = RESAMPLES
 ) -> np.ndarray:
     """SCORES of R predictors (R, N) on the same draws of N test images with replacement: (resamples, R, 3)."""
-    generator, n = np.random.default_rng(seed), len(targets)
-    draws = (np.bincount(generator.integers(n, size=n), minlength=n) for _ in range(resamples))
+    draws = bootstrap_weights(len(targets), resamples, seed)
     return np.stack([scores_of(targets, predictions, classes, weights) for weights in draws])
-
-
-def percentile_interval(values: np.ndarray) -> list[float]:
-    """The bounds of the central 95 % of values (N,)."""
-    return np.quantile(values, [(1 - LEVEL) / 2, (1 + LEVEL) / 2]).tolist()
-
-
-def t_interval(differences: Sequence[float]) -> list[float] | None:
-    """95 % interval of the mean of paired differences over draws (Student's t).
-
-    None for a single draw, and if all differences are equal.
-    """
-    from scipy import stats
-
-    if len(differences) < 2 or np.ptp(differences) <= 1e-12:
-        return None
-    return list(map(float, stats.ttest_1samp(differences, 0).confidence_interval(LEVEL)))

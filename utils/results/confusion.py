@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
 from utils.results.figures import COLOURS, FAINT, figure_title, shorten
-from utils.results.metrics import wilson_intervals
+from utils.results.intervals import wilson_intervals
 
 MOST_CLASSES_WITH_NUMBERS = 16  # with more classes, cells are too small for numbers
 MANY_FOR_THIRDS = 6  # classes from which on means of thirds are drawn

@@ -5,7 +5,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
 from utils.results.figures import COLOURS, FAINT, INK, figure_title
-from utils.results.metrics import CONFIDENCE_BINS, Outcome, calibration_metrics, reliability_table, wilson_intervals
+from utils.results.intervals import wilson_intervals
+from utils.results.metrics import CONFIDENCE_BINS, Outcome, calibration_metrics, reliability_table
 from utils.runtime.errors import UserError
 
 SIDE, LOWER, GAP = 4.2, 1.1, 0.25  # inches: the upper panel, the height of the lower one, and the space between them

@@ -13,10 +13,9 @@ from torch import Tensor
 
 from utils.checkpoints.checkpoint import BEST
 from utils.data.folders import ImageFiles
+from utils.results.intervals import LEVEL, RESAMPLES
 from utils.results.log import LOG, read_log
 from utils.results.metrics import (
-    LEVEL,
-    RESAMPLES,
     Metrics,
     Outcome,
     bootstrap_intervals,
