@@ -259,7 +259,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     args, state = read_run(path, options.data_path, options.split)
     with redirect_stdout(sys.stderr):  # only the picture's path goes to stdout
         split = open_splits(args, state["classes"], str(path)).evaluation
-    examples = choose_examples(split, options.classes and options.classes.split(","), options.images_per_class)
+    classes = None if options.classes is None else options.classes.split(",")
+    examples = choose_examples(split, classes, options.images_per_class)
     normalize = Normalize(args.mean, args.std)
     stages = compute_stages(args, state, examples, normalize)
     title = f"Masks of {options.split} images: {options.run}"

@@ -25,7 +25,7 @@ from _policy_gradient.policy import Policy, create_policy
 from utils import arguments
 from utils.data.splits import open_splits
 from utils.data.transforms import Normalize
-from utils.flags import positive_float, positive_int
+from utils.flags import positive_float, positive_int, seed
 from utils.runtime.command_line import Parser
 from utils.runtime.errors import UserError
 from utils.runtime.processes import run_script
@@ -131,7 +131,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     add = parser.add_argument
     add("--images-per-class", type=positive_int, default=8, help="the first images of each class; default: 8")
     add("--masks-per-image", type=positive_int, default=256, help="default: 256")
-    add("--seed", type=int, default=0, help="seed of the masks; default: 0")
+    add("--seed", type=seed, default=0, help="seed of the masks; default: 0")
     add("--grid", type=positive_int, help="draw uniform masks with this many cells per side")
     add("--kernel", type=positive_int, help="with --grid: size of their blur, pixels; default: the run's")
     add("--sigma", type=positive_float, help="with --grid: sigma of their blur, pixels; default: the run's")

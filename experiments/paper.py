@@ -19,7 +19,7 @@ sys.path.insert(0, str(ROOT))
 
 from experiments.plan import FINISHED, Plan, folder_of_run, matches, read_plan
 from experiments.published import titles
-from experiments.run import check_processes
+from experiments.run import check_processes, split_flags
 from experiments.warm import with_root
 from utils.data.folders import LAYOUT
 from utils.runtime.command_line import Parser, expanded_path
@@ -139,10 +139,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     device = ["--device", options.device] if options.device else []
     parts = PROCESSES // options.processes
     accumulation = ["--grad-accum-steps", str(parts)] if parts > 1 else []
-    try:
-        flags = shlex.join([*device, *accumulation, *shlex.split(options.flags)])
-    except ValueError:
-        raise UserError(f"--flags {options.flags}: a quotation mark is missing.") from None
+    flags = shlex.join([*device, *accumulation, *split_flags(options.flags)])
     check_processes(options.processes, flags)
     if not any(matches(arm.name, options.arms) for arm in plan.arms):
         raise UserError(f"--arms {options.arms}: matches none of {', '.join(arm.name for arm in plan.arms)}.")

@@ -4,7 +4,6 @@ import argparse
 import fcntl
 import os
 import queue
-import re
 import shlex
 import shutil
 import signal
@@ -176,7 +175,7 @@ def run_stages(arm: Arm, seed: int, options: argparse.Namespace, processes: Proc
             stage = arm.stages[number]
             tidy(run, arm.stages[:number], arm.stages[number:])
             record["done"] = number
-            flags = shlex.split(options.flags)
+            flags = split_flags(options.flags)
             data = options.data_path
             if stage.subset:
                 data = options.output / SUBSETS / stage.subset.of_seed(seed).name
@@ -301,12 +300,21 @@ def run_plan(plan: Plan, options: argparse.Namespace) -> tuple[list[str], list[s
     return failed, unfinished
 
 
+def split_flags(text: str) -> list[str]:
+    """The words of --flags. Raises UserError for a quotation mark without its pair."""
+    try:
+        return shlex.split(text)
+    except ValueError:
+        raise UserError(f"--flags {text}: a quotation mark is missing.") from None
+
+
 def check_processes(processes: int, flags: str) -> None:
     """Raise UserError for less than one process, and for more than the GPUs, unless the flags ask for the CPU."""
     if processes < 1:
         raise UserError(f"--processes {processes}: expected 1 or more.")
     gpus = len(visible_gpus())
-    if 0 < gpus < processes and "cpu" not in re.split("[ =]", flags):
+    words = [part for word in split_flags(flags) for part in word.split("=")]
+    if 0 < gpus < processes and "cpu" not in words:
         raise UserError(
             f"--processes {processes}: every process needs its own GPU, and this machine has {gpus}. Give at most "
             f'{gpus}, or --flags "--device cpu".'

@@ -293,10 +293,7 @@ def add_rows(plan: Plan, options: argparse.Namespace, rows: list[Row]) -> list[R
     """The rows with those of the stages that have none yet; written to the file after each seed."""
     if options.data_path is None:
         raise UserError("--data-path: is missing. Give that of the runs.")
-    try:
-        device = resolve_device(options.device)
-    except ValueError as error:
-        raise UserError(str(error)) from None
+    device = resolve_device(options.device)
     of_contrasts = {name for contrast in plan.primary for name in (contrast.arm, contrast.control)}
     patterns = options.arms or ",".join(arm.name for arm in plan.arms if arm.name in of_contrasts) or "*"
     # Runs of an older file, which lacks this condition, are tested again.

@@ -197,10 +197,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         make_parent(output)
     elif sys.stdout is None:
         raise UserError("stdout is closed: open it, or give --output FILE.")
-    try:
-        device = resolve_device(options["device"])
-    except ValueError as error:
-        raise UserError(str(error)) from None
+    device = resolve_device(options["device"])
     paths = find_all(options["images"])
     classifier = open_classifier(given, device)
     if classifier.is_heated:

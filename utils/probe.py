@@ -240,10 +240,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     shots, draws, seed = sorted(set(options["shots"] or [])), options["draws"], options["seed"]
     if "draws" in given and not shots:
         raise UserError("--draws: has no effect without --shots.")
-    try:
-        device = resolve_device(options["device"])
-    except ValueError as error:
-        raise UserError(str(error)) from None
+    device = resolve_device(options["device"])
     splits = open_splits(root, options["exclude"])
     classes = splits["train"].classes
     check_shots(shots, splits["train"].targets, classes)

@@ -176,7 +176,7 @@ def check_sync_bn(parsed, capsys):
 
 def check_device(parsed):
     assert resolve_device(parsed("--device", "cpu").device) == CPU
-    with pytest.raises(ValueError, match="--device tpu"):
+    with pytest.raises(UserError, match="--device tpu"):
         resolve_device(parsed("--device", "tpu").device)
 
 

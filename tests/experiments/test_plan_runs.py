@@ -247,6 +247,8 @@ def test_bad_input_gets_a_sentence(tmp_path, monkeypatch):
         run.main([plan, "--data-path", str(tmp_path / "none"), *output])
     with pytest.raises(UserError, match="--jobs 0: expected 1 or more"):
         run.main([plan, "--data-path", str(tmp_path), "--jobs", "0", *output])
+    with pytest.raises(UserError, match="--flags --lr '1: a quotation mark is missing"):
+        run.main([plan, "--data-path", str(tmp_path), "--flags", "--lr '1", *output])
     with pytest.raises(UserError, match="--processes 0: expected 1 or more"):
         run.main([plan, "--data-path", str(tmp_path), "--processes", "0", *output])
     monkeypatch.setattr(run.torch.cuda, "device_count", lambda: 2)

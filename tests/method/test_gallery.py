@@ -215,6 +215,8 @@ def test_the_command_shows_before_and_after(run, image_folder, monkeypatch, caps
     for policy, stage, epochs in zip((began, now), stages.values(), (0, 1), strict=True):
         for one, other in zip(run_policy(policy, MASK, normalize, chosen, 3, epochs), stage, strict=True):
             assert np.array_equal(one, other)
+    with pytest.raises(UserError, match=r"--classes : .* has no such class"):
+        gallery.main([*flags[:-4], "--classes", ""])
 
 
 @pytest.mark.slow

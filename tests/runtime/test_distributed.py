@@ -13,6 +13,7 @@ from tests.helpers import worker
 from tests.helpers.ranks import PATIENCE, run_ranks, start_process
 from utils.runtime import distributed
 from utils.runtime.distributed import name_of_start, resolve_device
+from utils.runtime.errors import UserError
 from utils.runtime.launch import Launch, read_launch, slurm_rendezvous
 
 WORKER = "tests/helpers/worker.py"
@@ -141,15 +142,19 @@ def test_ranks_are_read_from_the_variables_of_torchrun_and_slurm():
     step = {**batch_script, "SLURM_STEP_NUM_TASKS": "8", "SLURM_PROCID": "5", "SLURM_LOCALID": "1",
             "SLURM_STEP_NUM_NODES": "2"}  # fmt: skip
     assert read_launch(step) == Launch(5, 8, 1, 4)
-    assert read_launch({**step, "SLURM_GPUS_PER_TASK": "1"}) == Launch(5, 8, 0, 1)  # each task sees one GPU only
+    for gpus in ("1", "a100:1"):  # each task sees one GPU only
+        assert read_launch({**step, "SLURM_GPUS_PER_TASK": gpus}) == Launch(5, 8, 0, 1)
+    assert read_launch({**step, "SLURM_GPUS_PER_TASK": "a100:11"}) == Launch(5, 8, 1, 4)
     assert read_launch({**step, "SLURM_STEP_NUM_TASKS": "1"}) is None
     assert read_launch({**step, **torchrun}) == Launch(3, 8, 1, 2)  # RANK wins
 
 
 def test_ranks_of_slurm_meet_on_the_first_node():
     assert slurm_rendezvous({"SLURM_JOB_ID": "12345"}) == {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "22345"}
-    two_nodes = {"SLURM_JOB_ID": "1", "SLURM_STEP_NUM_NODES": "2", "SLURM_LAUNCH_NODE_IPADDR": "10.0.0.7"}
-    assert slurm_rendezvous(two_nodes) == {"MASTER_ADDR": "10.0.0.7", "MASTER_PORT": "20001"}
+    two_nodes = {"SLURM_JOB_ID": "1", "SLURM_STEP_NUM_NODES": "2"}
+    for nodes, first in (("gpu[03-05,9],login1", "gpu03"), ("a-1,a-2", "a-1"), ("r[1-2]n[07,9].lan", "r1n07.lan")):
+        address = slurm_rendezvous({**two_nodes, "SLURM_STEP_NODELIST": nodes})
+        assert address == {"MASTER_ADDR": first, "MASTER_PORT": "20001"}
 
 
 @pytest.mark.slow
@@ -173,8 +178,19 @@ def test_a_slurm_step_without_torchrun_finds_its_processes(tmp_path, image_folde
 )
 def test_missing_devices_are_refused_with_advice(name, expected, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(ValueError, match=expected):
+    with pytest.raises(UserError, match=expected):
         resolve_device(name)
+
+
+@pytest.mark.slow
+def test_the_first_process_of_each_node_names_what_its_node_lacks(tmp_path):
+    """Rank 8, the first process of the second node: rank 0 prints on another machine."""
+    place = {"RANK": 8, "WORLD_SIZE": 16, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 8, "CUDA_VISIBLE_DEVICES": ""}
+    flags = ["--data-path", str(tmp_path), "--output-dir", str(tmp_path / "run"), "--device", "cuda"]
+    process = start_process("_normal/train.py", flags, tmp_path / "out", tmp_path / "out", place)
+    process.join(PATIENCE)
+    assert process.exitcode == 2
+    assert "--device cuda: PyTorch finds no CUDA device here; give --device cpu." in (tmp_path / "out").read_text()
 
 
 def test_each_process_of_a_node_gets_its_own_gpu(monkeypatch):
@@ -184,5 +200,5 @@ def test_each_process_of_a_node_gets_its_own_gpu(monkeypatch):
     assert resolve_device("cuda:1") == torch.device("cuda", 1)
     assert resolve_device("cpu", 1, 2) == torch.device("cpu")
     for name, processes, expected in (("cuda", 3, "has 2 GPUs"), ("cuda:2", 1, "has 2 GPUs"), ("cuda:1", 2, "own GPU")):
-        with pytest.raises(ValueError, match=expected):
+        with pytest.raises(UserError, match=expected):
             resolve_device(name, 0, processes)

@@ -1,9 +1,11 @@
 """--tensorboard: the events are the log, each epoch once, whatever became of the run in between."""
 
 import json
+import shutil
 import sys
 
 import pytest
+import torch
 
 from tests.helpers.events import as_scalars, number_files_from_zero, scalars
 from tests.helpers.runs import run_script
@@ -37,6 +39,21 @@ def test_a_run_that_goes_to_a_new_folder_takes_its_events_along(image_folder, tm
     assert [step for step, _ in scalars(moved)["train/loss"]] == [0, 1]
     run_script("_normal", image_folder, moved, "--epochs", "3", "--resume", "auto", "--no-tensorboard")
     assert [step for step, _ in scalars(moved)["train/loss"]] == [0, 1]
+
+
+@pytest.mark.slow
+def test_a_checkpoint_copied_alone_goes_on_with_events_and_a_new_best_model(image_folder, tmp_path, capsys):
+    first, copy = tmp_path / "first", tmp_path / "copy"
+    run_script("_normal", image_folder, first, "--epochs", "2")
+    copy.mkdir()
+    shutil.copy(first / "checkpoint.pth", copy)
+    capsys.readouterr()
+    run_script("_normal", image_folder, copy, "--epochs", "4", "--resume", "auto", "--tensorboard")
+    assert [step for step, _ in scalars(copy)["train/loss"]] == [2, 3]
+    assert f"{copy / 'model_best.pth'}: is missing, so the best epoch is chosen" in capsys.readouterr().out
+    best = max(read_log(copy), key=lambda line: line["val_f1"])["epoch"]
+    files = (torch.load(copy / f"model_{name}.pth", weights_only=True)["model"] for name in ("best", best))
+    torch.testing.assert_close(*files, rtol=0, atol=0)
 
 
 @pytest.mark.slow

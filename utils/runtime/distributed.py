@@ -28,24 +28,24 @@ _store: dist.Store | None = None  # of the process group; a failing rank leaves 
 def resolve_device(name: str | None, local_rank: int = 0, local_world_size: int = 1) -> torch.device:
     """The device of this process. name: None for CUDA if available, else the CPU.
 
-    Raises ValueError, with advice, for a device that this node lacks; the same error in all its processes.
+    Raises UserError, with advice, for a device that this node lacks; the same error in all its processes.
     """
     available = torch.cuda.device_count() if torch.cuda.is_available() else 0
     name = name or ("cuda" if available else "cpu")
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise ValueError(f"--device {name}: not a device; give cuda or cpu.") from None
+        raise UserError(f"--device {name}: not a device; give cuda or cpu.") from None
     if device.type == "cpu":
         return device
     if device.type != "cuda":
-        raise ValueError(f"--device {name}: only cuda and cpu are supported.")
+        raise UserError(f"--device {name}: only cuda and cpu are supported.")
     if not available:
-        raise ValueError(f"--device {name}: PyTorch finds no CUDA device here; give --device cpu.")
+        raise UserError(f"--device {name}: PyTorch finds no CUDA device here; give --device cpu.")
     if local_world_size > 1 and device.index is not None:
-        raise ValueError(f"--device {name}: each process needs its own GPU; give --device cuda.")
+        raise UserError(f"--device {name}: each process needs its own GPU; give --device cuda.")
     if max(local_world_size, (device.index or 0) + 1) > available:
-        raise ValueError(
+        raise UserError(
             f"--device {name}: this node has {available} GPUs, and every process needs its own; start at most "
             f"{available} processes on it (--nproc_per_node)."
         )
@@ -56,7 +56,7 @@ def initialize(device_name: str | None, timeout_seconds: float) -> torch.device:
     """Join the process group that the launcher describes (nccl on CUDA, gloo on the CPU) and return the device.
 
     A collective that another rank does not join within the timeout raises an exception on the CPU, and ends the process
-    on CUDA. Raises ValueError for a device that this node lacks, before anything waits for another process.
+    on CUDA. Raises UserError for a device that this node lacks, before anything waits for another process.
     """
     global _store
     launch = current_launch()

@@ -9,7 +9,7 @@ import torch
 
 from utils.runtime import distributed, processes
 from utils.runtime.errors import UserError, first_line
-from utils.runtime.launch import current_launch, is_launched
+from utils.runtime.launch import current_launch, is_first_on_node, is_launched
 from utils.runtime.node_limits import explain
 
 
@@ -34,8 +34,8 @@ def join_processes(device_name: str | None, timeout_seconds: float = 600) -> tor
         warnings.simplefilter("ignore")  # rank 0 prints them for all
     try:
         device = distributed.initialize(device_name, timeout_seconds)
-    except ValueError as error:
-        raise UserError(str(error), agreed=True) from None
+    except (UserError, ValueError) as error:  # of this node: its devices, or variables that are not set
+        raise UserError(str(error), agreed=not is_first_on_node()) from None
     except Exception as error:
         if explain(error) is None and distributed.is_lost_contact(error):
             raise UserError(_not_joined(timeout_seconds, first_line(error))) from None

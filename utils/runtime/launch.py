@@ -4,6 +4,7 @@ Only this module reads RANK, WORLD_SIZE, LOCAL_RANK and Slurm's variables.
 """
 
 import os
+import re
 from typing import NamedTuple
 
 
@@ -31,7 +32,8 @@ def read_launch(environment: dict[str, str]) -> Launch | None:
         )
     tasks = int(environment.get("SLURM_STEP_NUM_TASKS", 1))
     if tasks > 1:
-        if environment.get("SLURM_GPUS_PER_TASK") == "1":  # each task sees only its own GPU, as device 0
+        # "1" or "a100:1": each task sees only its own GPU, as device 0
+        if environment.get("SLURM_GPUS_PER_TASK", "").rpartition(":")[2] == "1":
             return Launch(int(environment["SLURM_PROCID"]), tasks, 0, 1)
         nodes = int(environment.get("SLURM_STEP_NUM_NODES", 1))
         return Launch(int(environment["SLURM_PROCID"]), tasks, int(environment["SLURM_LOCALID"]), -(-tasks // nodes))
@@ -39,14 +41,20 @@ def read_launch(environment: dict[str, str]) -> Launch | None:
 
 
 def slurm_rendezvous(environment: dict[str, str]) -> dict[str, str]:
-    """MASTER_ADDR and MASTER_PORT for a Slurm step, where no launcher sets them: the node and job that srun runs in.
+    """MASTER_ADDR and MASTER_PORT for a Slurm step, where no launcher sets them: from the step's first node and the job.
 
     The port differs between jobs and is in 20000..29999, below the range that Linux gives to outgoing connections.
     """
     one_node = environment.get("SLURM_STEP_NUM_NODES", "1") == "1"
-    address = "127.0.0.1" if one_node else environment.get("SLURM_LAUNCH_NODE_IPADDR", "127.0.0.1")
+    address = "127.0.0.1" if one_node else first_node(environment["SLURM_STEP_NODELIST"])
     port = 20000 + int(environment.get("SLURM_JOB_ID", 0)) % 10000
     return {"MASTER_ADDR": address, "MASTER_PORT": str(port)}
+
+
+def first_node(nodes: str) -> str:
+    """The first name in a list of Slurm's, such as "gpu[03-05,9],login1": "gpu03"."""
+    first = re.match(r"(?:[^\[,]|\[[^\]]*\])*", nodes)[0]
+    return re.sub(r"\[([^\],-]*)[^\]]*\]", r"\1", first)
 
 
 def current_launch() -> Launch:

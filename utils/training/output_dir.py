@@ -79,7 +79,7 @@ def _refuse_live_source(source: Path) -> None:
     if lock.held:
         raise UserError(
             f"--resume: the run in {source} is still running ({lock.holder or 'by an unknown process'}). Stop it, or "
-            "copy the checkpoint to another folder and resume from the copy."
+            "copy its checkpoint, log.jsonl and model_best.pth to another folder and resume from there."
         )
 
 

@@ -274,6 +274,10 @@ def use_cache_and_compile(run: Run, networks: Sequence[nn.Module]) -> None:
 
 def build_saver(run: Run, training: Training, keep_best: bool = True) -> Saver:
     """keep_best: write model_best.pth; see `Saver`."""
+    best_f1 = run.best_f1
+    if keep_best and best_f1 >= 0 and not (best := Path(run.args.resume).parent / BEST).exists():
+        progress.say(f"{best}: is missing, so the best epoch is chosen among those to come.")
+        best_f1 = -1.0
     origin = {
         "script": run.script,
         "classes": run.splits.classes,
@@ -286,7 +290,7 @@ def build_saver(run: Run, training: Training, keep_best: bool = True) -> Saver:
         training.state,
         origin=origin,
         start=run.start,
-        best_f1=run.best_f1,
+        best_f1=best_f1,
         checkpoint_steps=run.args.checkpoint_steps,
         timeout=run.args.timeout,
         keep_best=keep_best,

@@ -84,8 +84,10 @@ class Tracker:
 
     def catch_up(self) -> None:
         """Send the lines of the log that have not been sent."""
-        for line in read_log(self.output_dir)[self.next_epoch :]:
+        for line in read_log(self.output_dir):
             epoch = line["epoch"]
+            if epoch < self.next_epoch:
+                continue
             values = {tag(name): value for name, value in line.items() if name != "epoch" and value is not None}
             masks = self.output_dir / PLOTS / f"masks_{epoch}.png"
             self.send(epoch, values, masks if masks.exists() else None)
