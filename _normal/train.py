@@ -58,8 +58,8 @@ def train_one_epoch(
         update.begin_step()
         logits, _, losses = classify(model, batch.images, batch.targets, update, settings)  # (B, C), (B,)
         loss = losses.mean()
-        hold_back, _ = guard.exchange(loss, step, batch.indices)
-        update(loss, hold_back, epoch, step)
+        non_finite, _ = guard.exchange(loss, step, batch.indices)
+        update(loss, non_finite, epoch, step)
         meters.update(train_loss=loss, train_top1=batch_accuracy(logits, batch.targets))
         if progress.is_due(step):
             guard.raise_if_non_finite(epoch)

@@ -105,14 +105,14 @@ class Policy(nn.Module):
         return self.prior.lerp(heads, self.head_weight).clamp(-LOG_CONCENTRATION_LIMIT, LOG_CONCENTRATION_LIMIT)
 
     @torch.no_grad()
-    def update_prior(self, batch_mean: Tensor, hold_back: Tensor) -> None:
+    def update_prior(self, batch_mean: Tensor, skipped: Tensor) -> None:
         """r <- 0.99 r + 0.01 mean of h over the *global* batch.
 
-        batch_mean: (2, 1, G*G), from `mean_heads`; hold_back: whether the step was skipped, which leaves the prior
+        batch_mean: (2, 1, G*G), from `mean_heads`; skipped: whether the step was skipped, which leaves the prior
         unchanged, a bool tensor (). Both equal on all ranks.
         """
         moved = self.prior.lerp(batch_mean, 1 - PRIOR_DECAY)
-        self.prior.copy_(torch.where(hold_back, self.prior, moved))
+        self.prior.copy_(torch.where(skipped, self.prior, moved))
 
     def mean_cells(self, images: Tensor) -> Tensor:
         """The mean alpha / (alpha + beta) of each cell, (B, G*G) in (0, 1): used in evaluation, without sampling."""

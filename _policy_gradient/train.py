@@ -83,11 +83,11 @@ def train_one_epoch(
         means, health = [], {}
         if masking is not None:
             checked, means = checked + log_prob.mean(), masking.batch_means(heads, cross_entropy)
-        hold_back, means = guard.exchange(checked, step, batch.indices, means)  # with all ranks
+        non_finite, means = guard.exchange(checked, step, batch.indices, means)  # with all ranks
         if masking is not None:
             loss, advantage = masking.loss(masked.action, losses, cross_entropy, means)
             health = masking.health(masked, advantage)
-        skipped = update(loss, hold_back, epoch, step)
+        skipped = update(loss, non_finite, epoch, step)
         if masking is not None:
             masking.update(means, skipped)  # the running prior and the baseline
         top1 = batch_accuracy(logits, targets)

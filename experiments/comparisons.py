@@ -115,9 +115,9 @@ def sign_flip_p(differences: np.ndarray) -> float:
 def probability_of_better(differences: np.ndarray) -> tuple[float, float, float]:
     """Probability that a new replicate of the arm beats its control's, and the bounds of its 95 % interval.
 
-    differences: (n,). The share of seeds in which the arm is
-    better, where equal ones count half (Bouthillier et al. 2021, Accounting for Variance in Machine Learning
-    Benchmarks). The interval is Wilson's: a bootstrap, as in that paper, has no width if all seeds agree.
+    differences: (n,). The probability is the share of seeds in which the arm is better, where equal ones count half
+    (Bouthillier et al. 2021, Accounting for Variance in Machine Learning Benchmarks). The
+    interval is Wilson's: a bootstrap, as in that paper, has no width if all seeds agree.
     """
     better = np.sum(differences > 0) + np.sum(differences == 0) / 2
     lower, upper = wilson_intervals(better, np.array(len(differences)))

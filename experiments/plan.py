@@ -55,12 +55,11 @@ class Stage:
     """One training, or the probes of a trained model, in the folder `name` of its run.
 
     script: _normal, _policy_gradient, or PROBE for `python -m utils.probe`, which writes probe.json and judges the
-    features of the weights `start` on the classes of `subset`; flags: as typed; start: weights to fine-tune or to
-    probe, relative to the run's folder;
-    average: number of last epochs whose mean is written to average.pth, 0 for none; test: name of a task, for which
-    model_best.pth (chosen on `val`) is evaluated on `test`; subset: part of the data, None for all; keep: further files
-    of the stage's folder that remain once the stage is done, such as model_best.pth.
-    Results of several stages with the same task, such as several draws of few images, are averaged.
+    features of the weights `start` on the classes of `subset`. flags: as typed. start: weights to fine-tune or to
+    probe, relative to the run's folder. average: number of last epochs whose mean is written to average.pth, 0 for
+    none. test: name of a task, for which model_best.pth (chosen on `val`) is evaluated on `test`. subset: part of the
+    data, None for all. keep: further files of the stage's folder that remain once the stage is done, such as
+    model_best.pth. Results of several stages with the same task, such as several draws of few images, are averaged.
     """
 
     name: str

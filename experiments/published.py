@@ -11,6 +11,7 @@ from statistics import fmean, stdev
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from experiments.markdown import markdown
 from experiments.plan import FINISHED, Arm, Plan, folder_of_run, read_plan, read_record
 from utils.results.run_folder import METRICS_FILE
 from utils.runtime.command_line import Parser, expanded_path
@@ -95,10 +96,10 @@ def table(plan: Plan, scores: dict[str, dict[int, Scores]]) -> str:
             other = scores.get(title, {})
             if pairs := [_difference(own[seed], other[seed]) for seed in own if seed in other]:
                 differences.append(_row(name, pairs, "+"))
-    header = f"| | | {' | '.join(METRICS.values())} |\n|---|---|{'---:|' * len(METRICS)}"
-    parts = [f"# {plan.name}", "\n".join([header, *rows])]
+    header = ["", "", *METRICS.values()]
+    parts = [f"# {plan.name}", markdown(header, rows, texts=2)]
     if differences:
-        parts += ["Differences, above 0 where the first is better:", "\n".join([header, *differences])]
+        parts += ["Differences, above 0 where the first is better:", markdown(header, differences, texts=2)]
     return "\n\n".join([*parts, NOTE]) + "\n"
 
 
@@ -106,14 +107,14 @@ def _difference(first: Scores, second: Scores) -> Scores:
     return {name: first[name] - second[name] for name in METRICS}
 
 
-def _row(title: str, runs: list[Scores], sign: str = "", published: bool = False) -> str:
-    """Means over the runs, with standard deviations if there are several."""
+def _row(title: str, runs: list[Scores], sign: str = "", published: bool = False) -> list[str]:
+    """The cells of a row: means over the runs, with standard deviations if there are several."""
     cells = [title, "published, 1 run" if published else f"here, {count(len(runs), 'seed')}"]
     for name in METRICS:
         values = [scores[name] for scores in runs]
         spread = f" ± {stdev(values):.4f}" if len(values) > 1 else ""
         cells.append("undefined" if isnan(fmean(values)) else f"{fmean(values):{sign}.4f}{spread}")
-    return f"| {' | '.join(cells)} |"
+    return cells
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -7,7 +7,6 @@ fitted to a few images of each class, for a label-efficiency curve.
 """
 
 import hashlib
-import os
 import shlex
 import sys
 from collections.abc import Iterator, Sequence
@@ -37,7 +36,7 @@ from utils.results.intervals import LEVEL, RESAMPLES
 from utils.results.metrics import METRIC_TITLES
 from utils.runtime.distributed import resolve_device
 from utils.runtime.errors import UserError
-from utils.runtime.files import check_absent, write_atomically, write_json
+from utils.runtime.files import check_absent, make_folder, write_atomically, write_json
 from utils.runtime.progress import say
 from utils.runtime.reading import open_regular
 from utils.runtime.text import count, csv_table, list_names, print_line, printable
@@ -87,12 +86,8 @@ def prepare_output(folder: Path, root: Path, overwrite: bool) -> None:
         raise UserError(f"--output-dir {folder}: lies among the images of --data-path; give another folder.")
     for name in (JSON, CSV, PICTURE):
         check_absent(folder / name, overwrite and not (folder / name).is_dir(), "--output-dir")
-    try:
-        (folder / "features").mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{folder}: cannot be created ({error.strerror}); give another --output-dir.") from None
-    if not os.access(folder, os.W_OK):  # now, not after hours of reading images
-        raise UserError(f"{folder}: is not writable; give another --output-dir.")
+    make_folder(folder, "--output-dir")
+    make_folder(folder / "features", "--output-dir")
 
 
 def extract_all(

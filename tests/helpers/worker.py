@@ -83,7 +83,7 @@ def gradients(objective_name: str, mask_policy: str) -> dict[str, torch.Tensor]:
     results = {f"classifier.{name}": value.grad for name, value in classifier.named_parameters()}
     if policy is not None:
         results |= {f"policy.{name}": value.grad for name, value in policy.named_parameters()}
-        policy.update_prior(batch_mean, hold_back=torch.tensor(False))
+        policy.update_prior(batch_mean, skipped=torch.tensor(False))
         results["prior"] = policy.prior
     priors = distributed.all_gather_object(results.get("prior"))
     assert all(prior is None or torch.equal(prior, priors[0]) for prior in priors)  # equal bits on every rank
@@ -122,8 +122,8 @@ def guard(output: Path) -> None:
         loss = parallel(torch.ones(1, 2)).sum() * (float("nan") if last and step == 1 else 1.0)
         if last and step == 2:
             os.kill(os.getpid(), signal.SIGUSR1)
-        hold_back, _ = finite.exchange(loss, step, torch.tensor([step]))
-        update(loss, hold_back)
+        non_finite, _ = finite.exchange(loss, step, torch.tensor([step]))
+        update(loss, non_finite)
         stops.append(finite.stop_agreed())
         weights.append(model.weight.detach().clone())
         meters.update(rank=torch.tensor(float(distributed.rank())))

@@ -59,11 +59,11 @@ def test_the_published_head_weight_is_the_rest_of_nine_tenths_bit_for_bit():
 def test_prior_moves_by_a_hundredth_of_the_batch_mean():
     policy = policy_with([1.0, 1.0, 1.0, 1.0], [0.0, 0.0, 0.0, 0.0])
     alpha = torch.tensor([[3.0, 1.0, 0.0, 1.0], [5.0, 1.0, 0.0, 1.0]])
-    policy.update_prior(mean_heads(alpha, alpha * 0 + 2), hold_back=torch.tensor(False))
+    policy.update_prior(mean_heads(alpha, alpha * 0 + 2), skipped=torch.tensor(False))
     torch.testing.assert_close(policy.prior[0, 0], torch.tensor([1.03, 1.0, 0.99, 1.0]))
     torch.testing.assert_close(policy.prior[1, 0], torch.full((4,), 0.02))
     before = policy.prior.clone()
-    policy.update_prior(mean_heads(alpha * math.nan, alpha), hold_back=torch.tensor(True))
+    policy.update_prior(mean_heads(alpha * math.nan, alpha), skipped=torch.tensor(True))
     assert torch.equal(policy.prior, before)
     drift = math.sqrt((0.03**2 + 0.01**2 + 4 * 0.02**2) / 8)
     assert policy.prior_drift().item() == pytest.approx(drift, rel=1e-5)
@@ -102,7 +102,7 @@ def test_each_head_runs_once_a_step():
     policy.heads.beta_head.register_forward_hook(lambda *_: runs.append("beta"))
     heads = policy(torch.rand(4, 3, 32, 32))
     sample_action(*policy.log_concentrations(*heads))
-    policy.update_prior(mean_heads(*heads), hold_back=torch.tensor(False))
+    policy.update_prior(mean_heads(*heads), skipped=torch.tensor(False))
     assert sorted(runs) == ["alpha", "beta"]
     assert policy.heads.alpha_head[1].num_batches_tracked == 1
 
@@ -129,7 +129,7 @@ def test_control_uniform_is_beta_1_1_and_stays_so():
     policy = create_policy("uniform", "unused", grid=4, image_size=32)
     assert list(policy.parameters()) == []
     heads = policy(torch.rand(3, 3, 8, 8))
-    policy.update_prior(mean_heads(*heads), hold_back=torch.tensor(False))
+    policy.update_prior(mean_heads(*heads), skipped=torch.tensor(False))
     action = sample_action(*policy.log_concentrations(*heads))
     assert torch.equal(action.log_prob, torch.zeros(3, 16))
     assert torch.equal(policy.mean_cells(torch.rand(2, 3, 8, 8)), torch.full((2, 16), 0.5))

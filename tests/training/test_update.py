@@ -42,12 +42,12 @@ def dot(parameter, *values):
 def test_the_guard_names_the_epoch_and_the_images_of_the_first_bad_step():
     guard = make_guard()
     for step, value in enumerate((1.0, -3e38, 0.0)):
-        hold_back, _ = guard.exchange(torch.tensor(value), step, torch.tensor([step, 9]))
-        assert not hold_back
+        non_finite, _ = guard.exchange(torch.tensor(value), step, torch.tensor([step, 9]))
+        assert not non_finite
     guard.raise_if_non_finite(7)
     for step, value in ((3, math.inf), (4, 1.0), (5, math.nan)):
-        hold_back, _ = guard.exchange(torch.tensor(value), step, torch.tensor([step, 8]))
-        assert hold_back.item() is not math.isfinite(value)
+        non_finite, _ = guard.exchange(torch.tensor(value), step, torch.tensor([step, 8]))
+        assert non_finite.item() is not math.isfinite(value)
     with pytest.raises(NonFiniteLoss, match=r"not finite at epoch 7, step 3;") as caught:
         guard.raise_if_non_finite(7)
     assert caught.value.agreed
@@ -87,9 +87,9 @@ def test_a_loss_that_is_not_finite_changes_nothing(name, bad_step, bad_value, cl
             continue
         loss = loss * bad_value
         before = optimizer_tensors(update)
-        hold_back, _ = guard.exchange(loss, step, INDICES)
-        assert hold_back.item() is True
-        update(loss, hold_back)
+        non_finite, _ = guard.exchange(loss, step, INDICES)
+        assert non_finite.item() is True
+        update(loss, non_finite)
         for key, value in optimizer_tensors(update).items():  # buffers that did not exist yet are as good as new
             assert torch.equal(value, before.get(key, torch.zeros_like(value))), key
     assert_same(optimizer_tensors(update), optimizer_tensors(undisturbed_update))

@@ -28,7 +28,7 @@ from utils.audit.rule import take_census
 from utils.choices import SPLITS
 from utils.data.folders import LAYOUT, ImageFiles, find_classes
 from utils.runtime.errors import UserError
-from utils.runtime.files import check_absent, make_parent, write_atomically
+from utils.runtime.files import check_absent, make_folder, make_parent, write_atomically
 from utils.runtime.text import print_line
 
 LEAST_CORRELATION = 0.8  # below, most pairs are different images, and the search is slow
@@ -98,13 +98,7 @@ def _check_output(root: Path, output: Path, list_path: Path | None, files: list[
             raise UserError(f"--exclude-list: {root} has no folder {', '.join(SPLITS)} for the training to read.")
         check_absent(list_path, overwrite and not list_path.is_dir(), "--exclude-list")
         make_parent(list_path, "--exclude-list")
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{output}: cannot be created ({error.strerror}); give another --output.") from None
-    for folder in (output, list_path.parent if list_path else output):  # now, not after hours of decoding
-        if not os.access(folder, os.W_OK):
-            raise UserError(f"{folder}: is not writable; give another folder.")
+    make_folder(output)
 
 
 if __name__ == "__main__":

@@ -141,8 +141,10 @@ def check_same_data(splits: Splits, state: dict[str, Any] | None, source: str) -
             f"{source}: the run started with {state['train_images']} images in {splits.training.root}, which has "
             f"{len(splits.training)} now; restore them, or {restart}"
         )
-    differing = [name for name, digest in state.get("image_files", {}).items() if digests(splits)[name] != digest]
-    if differing:  # older checkpoints do not record this
+    recorded = state.get("image_files", {})  # older checkpoints have none
+    present = digests(splits) if recorded else {}
+    differing = [name for name, digest in recorded.items() if present[name] != digest]
+    if differing:
         raise UserError(
             f"{source}: the run started with other images in {differing[0]} than the data has now, judging by their "
             f"names and --exclude; restore them, or {restart}"

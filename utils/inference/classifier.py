@@ -37,7 +37,7 @@ class Classifier(NamedTuple):
 
 
 def open_classifier(given: dict[str, Any], device: torch.device) -> Classifier:
-    """The classifier in `given["file"]`; `given`: the flags above as typed, without defaults.
+    """The classifier in `given["file"]`; `given`: the flags of utils/inference/flags.py as typed, without defaults.
 
     Raises UserError for an unfit file, for flags that contradict it, and for an unknown model or unknown classes.
     """

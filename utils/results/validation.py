@@ -13,7 +13,7 @@ from utils.runtime.reading import read_json
 def read_checked(path: Path, is_valid: Callable[[dict[str, Any]], bool]) -> dict[str, Any] | None:
     """The object in a JSON file; {} if there is no such file; None if it is unreadable or not valid.
 
-    is_valid: one of the functions below, which may raise for content of another shape.
+    is_valid: may raise an exception for content of another shape.
     """
     try:
         content = read_json(path)

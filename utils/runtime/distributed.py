@@ -125,16 +125,11 @@ def is_main_process() -> bool:
 
 def all_reduce_mean(tensor: Tensor) -> Tensor:
     """Elementwise mean over the ranks, without gradient. The same bits on every rank."""
-    return all_reduce_sum(tensor) / world_size()
-
-
-def all_reduce_sum(tensor: Tensor) -> Tensor:
-    """Elementwise sum over the ranks, without gradient. A single process gets its own tensor back."""
     if world_size() == 1:
         return tensor.detach()
     reduced = tensor.detach().clone()
     dist.all_reduce(reduced)
-    return reduced
+    return reduced / world_size()
 
 
 def combine(tensors: Sequence[Tensor]) -> list[Tensor]:
@@ -201,7 +196,7 @@ def broadcast_buffers(module: nn.Module) -> None:
 
 
 def wrap(module: nn.Module, device: torch.device) -> nn.Module:
-    """The module in DistributedDataParallel; unchanged in a single process or without trainable parameters.
+    """The module in DistributedDataParallel; unchanged without a process group or trainable parameters.
 
     Buffers are broadcast here, not at every step: training does not read them, and evaluation broadcasts them first.
     """

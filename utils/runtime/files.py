@@ -54,10 +54,17 @@ def check_absent(path: Path, overwrite: bool, flag: str = "--output") -> None:
 
 def make_parent(path: Path, flag: str = "--output") -> None:
     """Create the folder of an output file. Raises UserError if the file system refuses."""
+    make_folder(path.parent, flag)
+
+
+def make_folder(folder: Path, flag: str = "--output") -> None:
+    """Create an output folder. Raises UserError if it cannot be created or written to."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"{path.parent}: cannot be created ({error.strerror}); give another {flag}.") from None
+        raise UserError(f"{folder}: cannot be created ({error.strerror}); give another {flag}.") from None
+    if not os.access(folder, os.W_OK):  # now, not after hours of work
+        raise UserError(f"{folder}: no permission to write there; give another {flag}.")
 
 
 @contextmanager

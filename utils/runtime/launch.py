@@ -41,7 +41,7 @@ def read_launch(environment: dict[str, str]) -> Launch | None:
 
 
 def slurm_rendezvous(environment: dict[str, str]) -> dict[str, str]:
-    """MASTER_ADDR and MASTER_PORT for a Slurm step, where no launcher sets them: from the step's first node and the job.
+    """MASTER_ADDR and MASTER_PORT for a Slurm step, where no launcher sets them: its first node, and a port.
 
     The port differs between jobs and is in 20000..29999, below the range that Linux gives to outgoing connections.
     """

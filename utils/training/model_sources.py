@@ -123,8 +123,9 @@ def hub_client(name: str = "") -> Iterator[None]:
 
 
 def hub_problem() -> str | None:
-    """Why no connection to the hub can be made, from one attempt; None if it can. A slow hub or an error of it counts
-    as a connection: its client then repeats the request.
+    """Why no connection to the hub can be made, from one attempt; None if it can.
+
+    A slow answer, or an error as the answer, counts as a connection: the hub's client then repeats the request.
     """
     if hub_constants.HF_HUB_OFFLINE:
         return "HF_HUB_OFFLINE is set"

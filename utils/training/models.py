@@ -118,7 +118,8 @@ def _create_from_source(
 def output_width(model: nn.Module, image_size: int, flag: str = "--model") -> int:
     """The number of logits or features that the model, on the CPU, gives for images of `image_size` pixels.
 
-    Raises UserError, naming `flag`, if it is built for another size, or if the images are too small for it.
+    Leaves the model in training mode. Raises UserError, naming `flag`, if it is built for another size, or if the
+    images are too small for it.
     """
     try:
         with torch.no_grad():

@@ -10,7 +10,7 @@ from utils.results.log import read_log, write_log
 from utils.runtime import distributed
 from utils.runtime.distributed import agreed
 from utils.runtime.errors import UserError
-from utils.runtime.files import remove_temporaries, write_atomically
+from utils.runtime.files import make_folder, remove_temporaries, write_atomically
 from utils.runtime.progress import Position
 from utils.runtime.reading import read_bytes
 from utils.training import run_lock
@@ -34,12 +34,7 @@ def make_output_dir(output_dir: Path) -> None:
     """Create the folder on rank 0; raises UserError if it cannot be created or written to."""
     if not distributed.is_main_process():
         return
-    try:
-        output_dir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--output-dir {output_dir}: cannot be created ({error.strerror}).") from None
-    if not os.access(output_dir, os.W_OK):
-        raise UserError(f"--output-dir {output_dir}: no permission to write there.")
+    make_folder(output_dir, "--output-dir")
 
 
 def begin_run(output_dir: Path, script: str, resume: str | None, start: Position, epochs: int) -> None:

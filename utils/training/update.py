@@ -101,7 +101,7 @@ SMALLEST_SCALE = 2.0**-14  # of the fp16 gradient scaler: below it, every step h
 class GuardedUpdate:
     """Backward pass, clipping and step of one or more optimisers; a skipped step changes nothing.
 
-    A step is skipped for all networks together if the caller asks for it (`hold_back`: a loss is non-finite), or if a
+    A step is skipped for all networks together if a loss is non-finite, or if a
     gradient is non-finite where gradients are measured anyway (by the fp16 scaler or for clipping). Where gradients are
     measured, skipped steps are counted on the device (`skipped_steps`) and the BatchNorm statistics that the forward
     passes changed are restored. Fused optimisers read the flag on the device; rmsprop has no fused form, so there the
@@ -146,14 +146,15 @@ class GuardedUpdate:
         self.accumulating = True
         self.scaler.scale(loss).backward()
 
-    def __call__(self, loss: Tensor, hold_back: Tensor, epoch: int = 0, step: int = 0) -> Tensor:
+    def __call__(self, loss: Tensor, non_finite: Tensor, epoch: int = 0, step: int = 0) -> Tensor:
         """One update from a loss (), or from the last part of one; returns whether it was skipped.
 
-        hold_back, result: bool tensors () on the device, equal on all ranks; epoch, step: for the moving average.
+        non_finite: whether the loss of any rank is; it and the result are bool tensors () on the device, equal on all
+        ranks; epoch, step: for the moving average.
         """
         self.accumulate(loss)
         self.accumulating = False
-        skipped = hold_back
+        skipped = non_finite
         if self.measures_gradients:
             for optimizer in self.optimizers.values():
                 parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
