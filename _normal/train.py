@@ -24,9 +24,9 @@ from utils.runtime.progress import Progress
 from utils.training import build, models, run_lock
 from utils.training.accumulation import classify
 from utils.training.evaluation import validate
+from utils.training.loop_settings import LoopSettings
 from utils.training.meters import batch_accuracy
 from utils.training.run import (
-    LoopSettings,
     Run,
     Training,
     begin,
@@ -35,13 +35,12 @@ from utils.training.run import (
     build_monitor,
     build_saver,
     build_training,
-    print_network,
-    print_plan,
     rehearse_run,
     test,
     use_cache_and_compile,
 )
 from utils.training.saver import Saver
+from utils.training.start_summary import print_network, print_plan
 from utils.training.update import GuardedUpdate, StepGuard
 
 

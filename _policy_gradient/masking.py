@@ -22,7 +22,7 @@ from utils.checkpoints.checkpoint import Weights
 from utils.runtime import distributed
 from utils.runtime.progress import say
 from utils.training import build, models
-from utils.training.accumulation import InParts
+from utils.training.accumulation import InMicroBatches
 from utils.training.run import Run
 
 
@@ -116,15 +116,15 @@ class Masking:
         epochs: int,
         fade_epochs: int,
         as_graph: bool,
-        parts: int = 1,
+        micro_batches: int = 1,
     ) -> None:
         """epochs, fade_epochs: see `fading_weight`; as_graph: replay the drawing as a CUDA graph.
 
-        parts: of a batch, which pass through the policy one after the other.
+        micro_batches: the number that the policy's batch is split into.
         """
         self.objective, self.epochs, self.fade_epochs = objective, epochs, fade_epochs
         self._unwrapped = policy
-        self.policy = distributed.wrap(InParts(policy, parts) if parts > 1 else policy, device)
+        self.policy = distributed.wrap(InMicroBatches(policy, micro_batches) if micro_batches > 1 else policy, device)
         self.mask_weight = torch.ones((), device=device) if fade_epochs else None
         draw = partial(
             draw_masks,
@@ -210,7 +210,7 @@ def build_masking(args: argparse.Namespace, policy: Policy, objective: Objective
         fade_epochs=args.mask_fade_epochs,
         # A graph of the drawing with a gradient to the cells has not been tried.
         as_graph=args.compile and device.type == "cuda" and not objective.pathwise_sign,
-        parts=args.grad_accum_steps,
+        micro_batches=args.grad_accum_steps,
     )
 
 

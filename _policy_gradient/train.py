@@ -26,11 +26,11 @@ from utils.runtime import distributed
 from utils.runtime.distributed import agreed
 from utils.runtime.progress import Progress
 from utils.training import build, models, optim, run_lock
-from utils.training.accumulation import InParts, classify
+from utils.training.accumulation import InMicroBatches, classify
 from utils.training.evaluation import validate
+from utils.training.loop_settings import LoopSettings
 from utils.training.meters import batch_accuracy
 from utils.training.run import (
-    LoopSettings,
     Run,
     Training,
     begin,
@@ -39,13 +39,12 @@ from utils.training.run import (
     build_monitor,
     build_saver,
     build_training,
-    print_network,
-    print_plan,
     rehearse_run,
     test,
     use_cache_and_compile,
 )
 from utils.training.saver import Saver
+from utils.training.start_summary import print_network, print_plan
 from utils.training.update import GuardedUpdate, StepGuard
 
 
@@ -77,7 +76,7 @@ def train_one_epoch(
             masked = masking.draw(*heads, images)
             images, targets = masked.images, masking.repeat(targets)  # (B*K, 3, S, S), (B*K,) or (B*K, C)
             log_prob = masked.action.log_prob  # (B*K, G*G)
-            scale = masking.objective.classifier_scale(log_prob) if settings.parts > 1 else None
+            scale = masking.objective.classifier_scale(log_prob) if settings.micro_batches > 1 else None
         logits, cross_entropy, losses = classify(classifier, images, targets, update, settings, scale)  # (B*K, ...)
         loss = checked = losses.mean()
         means, health = [], {}
@@ -130,9 +129,9 @@ def prepare(run: Run, classifier: nn.Module, policy: Policy | None) -> tuple[Tra
     print_plan(run, training)
     use_cache_and_compile(run, networks)
     if objective.pathwise_sign and "policy" in optimizers and args.grad_accum_steps > 1:
-        # One backward pass goes through all parts to the masks.
-        network = InParts(classifier, args.grad_accum_steps)
-        training = training._replace(network=network, settings=training.settings._replace(parts=1))
+        # One backward pass goes through all micro-batches to the masks.
+        network = InMicroBatches(classifier, args.grad_accum_steps)
+        training = training._replace(network=network, settings=training.settings._replace(micro_batches=1))
     training = training._replace(network=distributed.wrap(training.network, run.device))
     masking = None if policy is None else build_masking(args, policy, objective, run.device)
     run.restore_generators()  # last: building has drawn random numbers

@@ -23,7 +23,7 @@ from utils.runtime import distributed, node_limits
 from utils.runtime.errors import UserError
 from utils.runtime.signals import Interrupted
 from utils.training import accumulation
-from utils.training.accumulation import InParts
+from utils.training.accumulation import InMicroBatches
 from utils.training.run import use_cache_and_compile
 from utils.training.update import GuardedUpdate
 
@@ -108,7 +108,7 @@ def test_resumed_from_a_signal_within_an_accumulation(name, image_folder, tmp_pa
     flags = ["--batch-size", "4", "--grad-accum-steps", "3", "--model-ema", "--model-ema-steps", "2", "--epochs", "2"]
     command = [*small, *flags, "--data-path", str(image_folder), "--output-dir"]
     script.main([*command, str(tmp_path / "whole")])
-    assert "global batch: 1 process x 4 x 3 parts = 12 images; 3 steps an epoch" in capsys.readouterr().out
+    assert "global batch: 1 process x 4 x 3 micro-batches = 12 images; 3 steps an epoch" in capsys.readouterr().out
     accumulate, calls = GuardedUpdate.accumulate, []
 
     def signal_between_parts(update, loss):
@@ -137,7 +137,7 @@ def test_a_network_in_parts_has_the_gradients_and_statistics_of_its_parts():
     results = []
     for network, run in (
         (plain, lambda images: tuple(torch.cat([plain(part) for part in images.split(4)]).split(72, dim=1))),
-        (in_parts, InParts(Halves(in_parts), 3)),
+        (in_parts, InMicroBatches(Halves(in_parts), 3)),
     ):
         torch.manual_seed(1)
         first, second = run(images)  # (12, 72) each
@@ -197,8 +197,8 @@ def reductions(parts: int, store: str) -> tuple[int, list[float]]:
 class Plain:
     label_smoothing, class_weights = 0.0, None
 
-    def __init__(self, parts):
-        self.parts = parts
+    def __init__(self, micro_batches):
+        self.micro_batches = micro_batches
 
     def autocast(self):
         return torch.autocast("cpu", enabled=False)
@@ -239,7 +239,7 @@ def test_a_part_of_the_batch_passes_through_the_policy_at_once():
 
 def test_masks_that_are_not_learned_need_no_gradient_through_all_parts(image_folder, tmp_path, monkeypatch):
     """With `pathwise` the classifier would otherwise be computed twice for nothing."""
-    monkeypatch.setattr(policy_gradient, "InParts", None)
+    monkeypatch.setattr(policy_gradient, "InMicroBatches", None)
     flags = ["--mask-policy", "uniform", "--objective", "pathwise", "--grad-accum-steps", "2", "--epochs", "1"]
     policy_gradient.main([*SMALL_POLICY, *flags, "--data-path", str(image_folder), "--output-dir", str(tmp_path)])
     assert status_of(tmp_path)["status"] == "finished"

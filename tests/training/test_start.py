@@ -12,7 +12,7 @@ from _policy_gradient import train as policy_gradient
 from utils.data.samplers import TrainingSampler
 from utils.runtime.errors import UserError
 from utils.runtime.progress import Position
-from utils.training import run
+from utils.training.start_summary import print_plan
 
 
 def parameters(name: str, classes: int) -> str:
@@ -74,11 +74,11 @@ def test_the_steps_are_those_of_a_whole_epoch_after_a_change_of_processes(capsys
     sampler = TrainingSampler(48, 8, seed=0)
     begun = Position(epoch=1, step=1, images=16)  # by two processes
     data, state = SimpleNamespace(sampler=sampler), SimpleNamespace(ema=None)
-    settings = SimpleNamespace(parts=1, class_weights=None)
+    settings = SimpleNamespace(micro_batches=1, class_weights=None)
     training = SimpleNamespace(data=data, state=state, settings=settings, learning_rates=dict)
-    run.print_plan(SimpleNamespace(args=args, start=begun), training)
+    print_plan(SimpleNamespace(args=args, start=begun), training)
     assert "resumed: c.pth, at step 1 of epoch 1" in (out := capsys.readouterr().out)
     assert "1 process x 8 = 8 images; 6 steps an epoch, 2 epochs in all" in out
     args.epochs = 1
-    run.print_plan(SimpleNamespace(args=args, start=begun), training)
+    print_plan(SimpleNamespace(args=args, start=begun), training)
     assert "6 steps an epoch, 1 epoch in all" in capsys.readouterr().out

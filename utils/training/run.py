@@ -25,15 +25,16 @@ from utils.runtime import distributed, progress
 from utils.runtime.distributed import agreed
 from utils.runtime.joining import join_processes
 from utils.runtime.progress import Position
-from utils.runtime.text import count, printable
 from utils.training import build, output_dir
 from utils.training.compiling import check_compiler, compile_in_place
 from utils.training.evaluation import Predictions, measure, predict
+from utils.training.loop_settings import LoopSettings
 from utils.training.meters import RunningMean
 from utils.training.monitor import Monitor
 from utils.training.rehearsal import rehearse
 from utils.training.saver import Saver
 from utils.training.start import choose_start, find_checkpoint
+from utils.training.start_summary import print_network
 from utils.training.state import TrainingState, restore_generators
 from utils.training.update import GuardedUpdate
 
@@ -82,27 +83,6 @@ class Run:
                 "The classifier was trained on masked images. Average the weights of the last epochs (python -m "
                 "utils.weight_averaging) and fine-tune the result (_normal/train.py --finetune)."
             )
-
-
-class LoopSettings(NamedTuple):
-    """The settings of a training loop.
-
-    backbone_frozen: only the head is in training mode; parts: of a batch, which pass through the networks one after the
-    other; class_weights: (C,) on the device, of the classifier's loss.
-    """
-
-    device: torch.device
-    autocast_dtype: torch.dtype | None
-    label_smoothing: float
-    epochs: int
-    print_freq: int
-    backbone_frozen: bool = False
-    label: str = "epoch"
-    parts: int = 1
-    class_weights: Tensor | None = None
-
-    def autocast(self) -> torch.autocast:
-        return torch.autocast(self.device.type, dtype=self.autocast_dtype, enabled=self.autocast_dtype is not None)
 
 
 class Training(NamedTuple):
@@ -257,7 +237,7 @@ def build_training(
         args.epochs,
         args.print_freq,
         backbone_frozen=getattr(args, "freeze_backbone", False),
-        parts=args.grad_accum_steps,
+        micro_batches=args.grad_accum_steps,
         class_weights=build.class_weights(args, run.splits, device),
     )
     return Training(model, data, update, state, schedulers, settings)
@@ -332,47 +312,3 @@ def rehearse_run(
         epochs_left=run.args.epochs - run.start.epoch,
         device=run.device,
     )
-
-
-def print_network(run: Run, label: str, model_name: str, network: nn.Module, tag: str | None = None) -> None:
-    """Print a network's model, its size, and the origin of its weights. tag: of timm's pretrained weights."""
-    total = sum(parameter.numel() for parameter in network.parameters())
-    trained = sum(parameter.numel() for parameter in network.parameters() if parameter.requires_grad)
-    only = f", of which {trained:,} are trained" if trained != total else ""
-    if total == 0:
-        origin = "none to learn"
-    elif run.state is not None:
-        origin = f"those of {run.args.resume}"
-    elif run.weights is not None:
-        origin = f"those of {run.weights.path}"
-    else:
-        origin = f"timm's {tag}" if tag else f"random (--seed {run.args.seed})"
-    progress.say(f"{label}: {model_name}, {total:,} parameters{only}; weights: {origin}")
-
-
-def print_plan(run: Run, training: Training) -> None:
-    """Print, before the first step, where the run starts, its batches and its learning rates."""
-    args, start, sampler = run.args, run.start, training.data.sampler
-    if start != Position():
-        progress.say(f"resumed: {args.resume}, at step {start.step} of epoch {start.epoch} (both count from 0)")
-    steps = sampler.num_images // sampler.global_batch  # of a whole epoch, whatever the number of processes before
-    processes, parts = distributed.world_size(), training.settings.parts
-    progress.say(
-        f"global batch: {processes} {'process' if processes == 1 else 'processes'} x {args.batch_size}"
-        f"{f' x {parts} parts' if parts > 1 else ''} = {sampler.global_batch} images; {steps} steps an epoch, "
-        f"{count(args.epochs, 'epoch')} in all"
-    )
-    if (weights := training.settings.class_weights) is not None:
-        listed = (f"{weights[i].item():.3g} ({run.splits.classes[i]})" for i in (weights.argmin(), weights.argmax()))
-        progress.say(
-            printable(f"--class-weights {args.class_weights}: {' to '.join(listed)}; their mean over images is 1")
-        )
-    mean, std = (" ".join(f"{value:.4g}" for value in values) for values in (args.mean, args.std))
-    color = "grey" if args.gray else "RGB"
-    progress.say(f"images: {color}, crops of {args.train_crop_size} pixels, --mean {mean} --std {std}")
-    rates = ", ".join(f"{name.removeprefix('lr_')} {rate:g}" for name, rate in training.learning_rates().items())
-    progress.say(
-        f"learning rates of epoch {start.epoch}: {rates}; --opt {args.opt}, --lr-scheduler {args.lr_scheduler}"
-    )
-    if training.state.ema is not None and (warning := training.state.ema.warning(steps, args.epochs)):
-        progress.say(warning)

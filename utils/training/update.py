@@ -125,7 +125,7 @@ class GuardedUpdate:
         self.clip_grad_norm = clip_grad_norm
         self.fp16 = fp16
         self.scaler = torch.amp.GradScaler(device.type, enabled=fp16)
-        self.accumulating = False  # whether the gradients are parts of those of the present step
+        self.accumulating = False  # whether there are gradients of earlier micro-batches of this step
         self.measures_gradients = fp16 or clip_grad_norm is not None
         self.skipped_steps = torch.zeros((), dtype=torch.int64, device=device)
         self.buffers: dict[torch.dtype, list[Tensor]] = {}
@@ -139,7 +139,7 @@ class GuardedUpdate:
             self.buffers_before = {dtype: _flat(buffers) for dtype, buffers in self.buffers.items()}
 
     def accumulate(self, loss: Tensor) -> None:
-        """The backward pass of a part () of the step's loss; the last part goes to `__call__`."""
+        """The backward pass of a micro-batch's share () of the loss; the last one goes to `__call__`."""
         if not self.accumulating:
             for optimizer in self.optimizers.values():
                 optimizer.zero_grad(set_to_none=True)
@@ -147,7 +147,7 @@ class GuardedUpdate:
         self.scaler.scale(loss).backward()
 
     def __call__(self, loss: Tensor, non_finite: Tensor, epoch: int = 0, step: int = 0) -> Tensor:
-        """One update from a loss (), or from the last part of one; returns whether it was skipped.
+        """One update from a loss (), or from the last micro-batch's share of it; returns whether it was skipped.
 
         non_finite: whether the loss of any rank is; it and the result are bool tensors () on the device, equal on all
         ranks; epoch, step: for the moving average.
