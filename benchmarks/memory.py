@@ -14,7 +14,7 @@ import numpy as np
 from benchmarks.report import Measurement, Target, measured
 from benchmarks.setting import Setting
 from benchmarks.timing import compare
-from experiments import warm
+from experiments import fork_server
 from utils.data.cache import INDEX, PIXELS, ImageCache
 from utils.data.folders import ImageFiles
 
@@ -42,7 +42,7 @@ def host_memory(setting: Setting) -> list[Measurement]:
 
 def added_gigabytes(hold: Callable[[int], Read], images: int, workers: int) -> float:
     """Gigabytes that the images add to a rank and its workers, measured in a new process."""
-    with ProcessPoolExecutor(1, mp_context=warm.server(), initializer=warm.receive_signals) as pool:
+    with ProcessPoolExecutor(1, mp_context=fork_server.server(), initializer=fork_server.receive_signals) as pool:
         return pool.submit(_added_bytes, hold, images, workers).result() / 1e9
 
 

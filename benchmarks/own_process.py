@@ -8,7 +8,7 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 from benchmarks.timing import Work
-from experiments import warm
+from experiments import fork_server
 
 
 class OwnProcess:
@@ -19,7 +19,7 @@ class OwnProcess:
 
     def __init__(self, prepare: Callable[..., Work], *arguments: Any) -> None:
         """prepare: a function of a module; returns the work. It has to wait for the device itself."""
-        context = warm.server()  # which has imported torch once for all sides
+        context = fork_server.server()  # which has imported torch once for all sides
         self.pipe, other = context.Pipe()
         self.process = context.Process(target=_serve, args=(other, prepare, arguments), daemon=True)
         self.process.start()
@@ -39,7 +39,7 @@ class OwnProcess:
 
 
 def _serve(pipe: Connection, prepare: Callable[..., Work], arguments: tuple) -> None:
-    warm.receive_signals()
+    fork_server.receive_signals()
     work = prepare(*arguments)
     while pipe.recv():
         gc.collect()

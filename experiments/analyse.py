@@ -12,11 +12,11 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from experiments import tables
-from experiments.collected import read_results
 from experiments.differences import Comparison, compare
-from experiments.finished import Results, Run, RunKey
 from experiments.outcomes import IMPROVEMENT
 from experiments.plan import Plan, read_plan
+from experiments.results_file import read_results
+from experiments.run_results import Results, Run, RunKey
 from experiments.tasks import Task, read_tasks
 from utils.arguments import check_limits
 from utils.runtime.command_line import Parser, expanded_path

@@ -14,10 +14,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
 
-from experiments.finished import read_folders
 from experiments.markdown import NONE, markdown
 from experiments.plan import Arm, Plan
 from experiments.plans.small_tuning import PLAN
+from experiments.run_results import read_folders
 from utils.runtime.command_line import Parser, expanded_path
 from utils.runtime.processes import run_script
 from utils.runtime.text import print_line

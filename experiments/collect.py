@@ -10,9 +10,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from experiments.collected import pack
-from experiments.finished import read_folders
 from experiments.plan import read_plan
+from experiments.results_file import pack
+from experiments.run_results import read_folders
 from experiments.tasks import read_tasks
 from utils.arguments import check_limits
 from utils.runtime.command_line import Parser, expanded_path

@@ -15,9 +15,9 @@ from experiments.comparisons import (
     seeds_needed,
     sign_flip_p,
 )
-from experiments.finished import RunKey
 from experiments.outcomes import OUTCOMES
 from experiments.plan import Contrast, Plan
+from experiments.run_results import RunKey
 from experiments.tasks import Task, task_names
 from utils.results.intervals import t_interval
 

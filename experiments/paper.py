@@ -17,10 +17,10 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from experiments.fork_server import with_root
 from experiments.plan import FINISHED, Plan, folder_of_run, matches, read_plan
 from experiments.published import titles
 from experiments.run import check_processes, split_flags
-from experiments.warm import with_root
 from utils.data.folders import LAYOUT
 from utils.runtime.command_line import Parser, expanded_path
 from utils.runtime.errors import UserError

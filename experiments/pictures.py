@@ -13,9 +13,9 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 from experiments.differences import Comparison, contrasts, main_outcome
-from experiments.finished import Log, Run, RunKey
 from experiments.outcomes import OUTCOMES
 from experiments.plan import Arm, Plan, Stage
+from experiments.run_results import Log, Run, RunKey
 from experiments.tasks import Task
 from utils.results.curves import STYLES
 from utils.results.figures import COLOURS, FAINT, INK, as_text, in_lines

@@ -14,8 +14,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
 
-from experiments import paired
-from experiments.paired import Row
+from experiments import paired_tables
+from experiments.paired_tables import Row
 from experiments.plan import FINISHED, PROBE, Plan, folder_of_run, read_plan, read_record
 from utils.inference.probes import PROBE_TITLES
 from utils.probe import JSON
@@ -67,11 +67,11 @@ def page(plan: Plan, rows: Sequence[Row]) -> str:
     parts = [
         f"# {plan.name}: probes of frozen features",
         f"{plan.question} {count(len(runs), 'run')}; the value of a run is the mean over its draws of training images.",
-        f"## Mean over the seeds that all arms have: {paired.title('f1')}",
-        paired.levels_table(plan, rows, PARTS, "f1"),
+        f"## Mean over the seeds that all arms have: {paired_tables.title('f1')}",
+        paired_tables.levels_table(plan, rows, PARTS, "f1"),
         "## Improvement over the control",
-        paired.LEGEND,
-        paired.differences_table(plan, rows, PARTS, REPORTED),
+        paired_tables.LEGEND,
+        paired_tables.differences_table(plan, rows, PARTS, REPORTED),
     ]
     return "\n\n".join(parts) + "\n"
 
@@ -84,11 +84,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("-o", "--output", type=expanded_path, metavar="FILE.csv", required=True, help="replaced if RESULTS is given")
     options = parser.parse_args(argv)
     plan = read_plan(options.plan)
-    table, text = paired.output_paths(options.output, ".md")
-    rows = paired.read_rows(table, plan, PARTS, REPORTED)
+    table, text = paired_tables.output_paths(options.output, ".md")
+    rows = paired_tables.read_rows(table, plan, PARTS, REPORTED)
     if options.results is not None:
         rows = read_probes(plan, options.results)
-        paired.write_rows(table, plan, PARTS, rows)
+        paired_tables.write_rows(table, plan, PARTS, rows)
     if not rows:
         raise UserError(f"-o {table}: no such file. Give RESULTS, the output folder of experiments/run.py.")
     content = page(plan, rows)

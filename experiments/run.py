@@ -21,7 +21,7 @@ sys.path.insert(0, str(ROOT))
 
 import torch
 
-from experiments import warm
+from experiments import fork_server
 from experiments.plan import (
     FINISHED,
     PROBE,
@@ -66,7 +66,7 @@ class Processes:
     def __init__(self, jobs: int, ranks: int = 1) -> None:
         self.stopping = False
         self.ranks = ranks
-        self.running: set[warm.Command | subprocess.Popen] = set()
+        self.running: set[fork_server.Command | subprocess.Popen] = set()
         self.gpus: queue.SimpleQueue[dict[str, str]] = queue.SimpleQueue()  # environment variables, one entry per job
         names = visible_gpus()
         groups = [names[first : first + ranks] for first in range(0, len(names) - ranks + 1, ranks)]
@@ -79,7 +79,7 @@ class Processes:
         if self.stopping:
             return INTERRUPTED
         gpu = self.gpus.get()
-        environment = {**os.environ, **gpu, "PYTHONPATH": warm.with_root(os.environ.get("PYTHONPATH"))}
+        environment = {**os.environ, **gpu, "PYTHONPATH": fork_server.with_root(os.environ.get("PYTHONPATH"))}
         try:
             process = self.start(command, output, environment)
             self.running.add(process)
@@ -93,10 +93,10 @@ class Processes:
 
     def start(
         self, command: Sequence[str], output: BinaryIO, environment: dict[str, str]
-    ) -> warm.Command | subprocess.Popen:
+    ) -> fork_server.Command | subprocess.Popen:
         """Start a command: in a fork of the warm process, or in a new process if trainings have several ranks."""
         if self.ranks == 1:
-            return warm.Command(command, output, environment)
+            return fork_server.Command(command, output, environment)
         # In a session of its own, so that Ctrl-C reaches torchrun once, from `stop`.
         return subprocess.Popen(
             command, stdout=output, stderr=subprocess.STDOUT, env=environment, start_new_session=True

@@ -25,10 +25,10 @@ import torch
 from scipy.optimize import minimize_scalar
 from torch import Tensor, nn
 
-from experiments import paired
+from experiments import paired_tables
 from experiments.comparisons import balanced_loss
 from experiments.image_changes import CLEAN, image_noise, shifted, unchanged
-from experiments.paired import Row
+from experiments.paired_tables import Row
 from experiments.plan import FINISHED, Plan, Subset, folder_of_run, matches, read_plan, read_record
 from experiments.run import SUBSETS
 from experiments.subsets import link_subset
@@ -195,13 +195,13 @@ def page(plan: Plan, rows: Sequence[Row]) -> str:
     parts = [
         f"# {plan.name}: changed test images",
         f"{count(len(runs), 'run')}. The changes are listed in experiments/image_changes.py.",
-        f"## Mean over the seeds that all arms have: {paired.title('balanced_loss')}",
-        paired.levels_table(plan, rows, PARTS, "balanced_loss"),
-        f"## Mean over the seeds that all arms have: {paired.title('balanced_accuracy')}",
-        paired.levels_table(plan, rows, PARTS, "balanced_accuracy"),
+        f"## Mean over the seeds that all arms have: {paired_tables.title('balanced_loss')}",
+        paired_tables.levels_table(plan, rows, PARTS, "balanced_loss"),
+        f"## Mean over the seeds that all arms have: {paired_tables.title('balanced_accuracy')}",
+        paired_tables.levels_table(plan, rows, PARTS, "balanced_accuracy"),
         "## Improvement over the control",
-        paired.LEGEND,
-        paired.differences_table(plan, rows, PARTS, REPORTED),
+        paired_tables.LEGEND,
+        paired_tables.differences_table(plan, rows, PARTS, REPORTED),
     ]
     return "\n\n".join(parts) + "\n"
 
@@ -212,10 +212,10 @@ def picture(plan: Plan, rows: Sequence[Row]) -> "Figure | None":
 
     from utils.results.figures import COLOURS, FAINT, INK, as_text
 
-    conditions = paired.conditions(rows)
+    conditions = paired_tables.conditions(rows)
     by_contrast = {
         contrast: [
-            paired.differences(rows, condition, contrast.arm, contrast.control, "balanced_loss")
+            paired_tables.differences(rows, condition, contrast.arm, contrast.control, "balanced_loss")
             for condition in conditions
         ]
         for contrast in plan.primary
@@ -268,8 +268,8 @@ def build_parser() -> Parser:
 def main(argv: Sequence[str] | None = None) -> None:
     options = build_parser().parse_args(argv)
     plan = read_plan(options.plan)
-    table, text, figure = paired.output_paths(options.output, ".md", ".png")
-    rows = paired.read_rows(table, plan, PARTS, REPORTED)
+    table, text, figure = paired_tables.output_paths(options.output, ".md", ".png")
+    rows = paired_tables.read_rows(table, plan, PARTS, REPORTED)
     if options.results is not None and options.against is None:
         rows = add_rows(plan, options, rows)
     if not rows:
@@ -315,7 +315,7 @@ def add_rows(plan: Plan, options: argparse.Namespace, rows: list[Row]) -> list[R
                 link_subset(options.data_path, subset, folder, options.exclude)
         new = test_all(stages, folder, device)
         rows = [*rows, *new]
-        paired.write_rows(options.output, plan, PARTS, rows)
+        paired_tables.write_rows(options.output, plan, PARTS, rows)
         print_line(f"seed {seed}: {count(len(stages), 'model')}, {time.monotonic() - start:.0f} s")
     return rows
 

@@ -6,10 +6,10 @@ import numpy as np
 
 from experiments.differences import SEEDS_FOR_P, Comparison, contrasts, main_outcome, outcomes_compared, pairs
 from experiments.false_claims import single_run_claims
-from experiments.finished import POLICY_KEYS, Log, Run, RunKey
 from experiments.markdown import NONE, markdown
 from experiments.outcomes import OUTCOMES
 from experiments.plan import Plan
+from experiments.run_results import POLICY_KEYS, Log, Run, RunKey
 from experiments.tasks import Task, task_names
 from utils.results.intervals import LEVEL
 

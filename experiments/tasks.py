@@ -5,8 +5,8 @@ from typing import NamedTuple
 import numpy as np
 
 from experiments.comparisons import SCORES, scores
-from experiments.finished import Predictions, Run, RunKey
 from experiments.plan import Plan, matches
+from experiments.run_results import Predictions, Run, RunKey
 from utils.results.metrics import Outcome, calibration_metrics
 from utils.runtime.errors import UserError
 

@@ -12,8 +12,8 @@ import torch
 
 from experiments import analyse, pictures
 from experiments.differences import compare
-from experiments.finished import read_folders
 from experiments.plan import Arm, Contrast, Plan, Stage, read_plan
+from experiments.run_results import read_folders
 from experiments.tasks import Task, read_tasks
 from tests.conftest import ROOT
 from tests.helpers.finished_runs import finish, write_stage, write_test

@@ -205,7 +205,7 @@ def test_a_run_of_another_process_is_left_to_it(folder, capsys):
 
 
 def test_a_process_that_starts_during_a_stop_is_stopped(tmp_path, monkeypatch):
-    processes, command = run.Processes(1), run.warm.Command
+    processes, command = run.Processes(1), run.fork_server.Command
 
     def start(*arguments):
         processes.stop()  # does not see the process yet

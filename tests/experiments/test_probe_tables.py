@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from experiments import paired, probe_tables, run
+from experiments import paired_tables, probe_tables, run
+from experiments.paired_tables import Row
 from experiments.plan import PROBE, Arm, Plan, Stage, read_plan
 from tests.conftest import ROOT, SMALL, write_image_folder
 from tests.helpers.finished_runs import finish
@@ -51,7 +52,7 @@ def test_a_plan_with_probes_runs_from_training_to_table(tmp_path, capsys):
     table = tmp_path / "tables" / "probes.csv"
     probe_tables.main([str(plan), str(out), "-o", str(table)])
     few = [result["metrics"]["f1"] for result in content["results"] if result["probe"] == "knn" and result["shots"]]
-    rows = paired.read_rows(table, read_plan(plan), probe_tables.PARTS, probe_tables.REPORTED)
+    rows = paired_tables.read_rows(table, read_plan(plan), probe_tables.PARTS, probe_tables.REPORTED)
     assert len(rows) == 2 * 2
     assert rows[0].condition == ("concept", "kNN", "2") and rows[0].values["f1"] == pytest.approx(np.mean(few))
     text = table.with_suffix(".md").read_text()
@@ -90,26 +91,26 @@ def test_the_table_of_probes_equals_numbers_by_hand(results):
 
 def test_lower_losses_are_better_and_undefined_values_are_dashes():
     rows = [
-        paired.Row(arm, seed, ("t",), {"balanced_loss": loss})
+        Row(arm, seed, ("t",), {"balanced_loss": loss})
         for arm, losses in {"a": (1.0, 1.25, 2.0), "b": (0.5, 1.0)}.items()
         for seed, loss in enumerate(losses)
     ]
-    assert paired.differences(rows, ("t",), "b", "a", "balanced_loss").tolist() == [0.5, 0.25]
+    assert paired_tables.differences(rows, ("t",), "b", "a", "balanced_loss").tolist() == [0.5, 0.25]
     plan = Plan("p", "?", (*ARMS, Arm("c", STAGES, 1, control="b")), "a")
-    rows.append(paired.Row("c", 0, ("t",), {"balanced_loss": float("inf")}))
-    text = paired.differences_table(plan, rows, ("task",), ("balanced_loss",))
+    rows.append(Row("c", 0, ("t",), {"balanced_loss": float("inf")}))
+    text = paired_tables.differences_table(plan, rows, ("task",), ("balanced_loss",))
     assert "| t | c | b | 1 | \N{EN DASH} |" in text and "| t | b | a | 2 | +0.375 (" in text
 
 
 def test_rows_of_a_file_are_read_back_and_another_plans_are_refused(tmp_path):
     path, plan = tmp_path / "rows.csv", Plan("p", "?", (Arm("=a,\n", STAGES, 2), Arm("b", STAGES, 2)), "b")
-    rows = [paired.Row(arm.name, seed, ("x", "5"), {"f1": 1 / 3 + seed}) for seed in range(2) for arm in plan.arms]
-    paired.write_rows(path, plan, ("part", "images"), reversed(rows))
-    assert paired.read_rows(path, plan, ("part", "images"), ("f1",)) == rows
+    rows = [Row(arm.name, seed, ("x", "5"), {"f1": 1 / 3 + seed}) for seed in range(2) for arm in plan.arms]
+    paired_tables.write_rows(path, plan, ("part", "images"), reversed(rows))
+    assert paired_tables.read_rows(path, plan, ("part", "images"), ("f1",)) == rows
     with pytest.raises(UserError, match="holds results of the plan 'p', not of 'q'"):
-        paired.read_rows(path, Plan("q", "?", ARMS, "a"), ("part", "images"), ("f1",))
+        paired_tables.read_rows(path, Plan("q", "?", ARMS, "a"), ("part", "images"), ("f1",))
     with pytest.raises(UserError, match="was not written by this command"):
-        paired.read_rows(path, plan, ("part", "shift"), ("f1",))
+        paired_tables.read_rows(path, plan, ("part", "shift"), ("f1",))
 
 
 def test_bad_input_gets_a_sentence(results, tmp_path):

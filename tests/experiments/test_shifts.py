@@ -11,7 +11,7 @@ from sklearn.metrics import f1_score, log_loss, recall_score
 from sklearn.utils.class_weight import compute_sample_weight
 
 from _normal import train as normal
-from experiments import image_changes, paired, shifts
+from experiments import image_changes, paired_tables, shifts
 from experiments.plan import read_plan
 from experiments.subsets import link_subset
 from tests.conftest import SMALL
@@ -207,7 +207,7 @@ def test_the_page_and_the_picture_show_differences_that_are_positive_where_the_a
     cell = f"{mean:+.3f} ({mean - half:+.3f} to {mean + half:+.3f})"
     assert f"| three | gamma 1.4 | masked | plain | 2 | {cell} |" in text
     plan = read_plan(runs / "plan.py")
-    read = paired.read_rows(runs / "s" / "shifts.csv", plan, shifts.PARTS, shifts.REPORTED)
+    read = paired_tables.read_rows(runs / "s" / "shifts.csv", plan, shifts.PARTS, shifts.REPORTED)
     (axes,) = shifts.picture(plan, read).axes
     labels = [label.get_text() for label in axes.get_yticklabels()]
     place = labels.index("gamma 1.4")

@@ -22,7 +22,7 @@ from typing import Any
 from torch.distributed.launcher.api import elastic_launch
 from torch.distributed.run import config_from_args, parse_args
 
-from experiments import warm
+from experiments import fork_server
 from tests.conftest import ROOT
 from utils.runtime.lifetimes import end_with_launcher
 from utils.runtime.processes import run_script
@@ -30,12 +30,12 @@ from utils.runtime.processes import run_script
 PATIENCE = 120  # seconds; no test asserts a time, but none hangs for ever either
 
 
-warm.PRELOAD.append(__name__)
+fork_server.PRELOAD.append(__name__)
 
 
 def call_warm(function: Callable, *arguments: object) -> Any:
     """The result of a function of a module, called in a fork of the warm process."""
-    with ProcessPoolExecutor(1, warm.server(), initializer=warm.receive_signals) as pool:
+    with ProcessPoolExecutor(1, fork_server.server(), initializer=fork_server.receive_signals) as pool:
         return pool.submit(function, *arguments).result(PATIENCE)
 
 
@@ -45,7 +45,7 @@ def start_warm(
     """Call a function in a fork of the warm process; its output is added to the files. None: closed."""
     with ExitStack() as files:
         streams = [None if path is None else files.enter_context(path.open("ab")).fileno() for path in (stdout, stderr)]
-        return warm.start(target, *arguments, stdout=streams[0], stderr=streams[1], cwd=cwd)
+        return fork_server.start(target, *arguments, stdout=streams[0], stderr=streams[1], cwd=cwd)
 
 
 def _run(script: str, arguments: Sequence[str]) -> None:

@@ -225,7 +225,7 @@ def read_weights(path: str | Path, use_ema: bool | None = None) -> Weights:
     use_ema: whether to take the moving average (`--model-ema`) or the trained weights of a file that holds both. None
     takes the average, which the best epoch was chosen by, and which timm takes too.
     Raises UserError as `read` does, for a file without a state dict, and if a requested average is missing. Weights of
-    other code may still be NaN or infinite, because metrics keep such buffers among them: see `fitting.fit`.
+    other code may still be NaN or infinite, because metrics keep such buffers among them: see `matching_state_dict`.
     """
     state = read(path)
     ours = "format_version" in state

@@ -18,7 +18,7 @@ from utils.inference.flags import add_mask_flags
 from utils.runtime.errors import UserError
 from utils.runtime.reading import read_bytes
 from utils.runtime.text import as_line, decode_text, explain_forms
-from utils.training import build, fitting, models
+from utils.training import build, models, weight_loading
 
 
 class Classifier(NamedTuple):
@@ -47,12 +47,12 @@ def open_classifier(given: dict[str, Any], device: torch.device) -> Classifier:
     args = args_of(weights, given, test_only=True)
     classes = _class_names(weights, given.get("classes"))
     model = build.classifier(args, classes, None, None, device)
-    state_dict = fitting.fit(model, weights, print_to_stderr)
+    state_dict = weight_loading.matching_state_dict(model, weights, print_to_stderr)
     rows = models.head_size(model, state_dict)
     if rows not in (None, len(classes)):
         source = f"{weights.path} names" if weights.classes is not None else f"--classes {given['classes']} gives"
         raise UserError(f"{weights.path}: its head has {rows} classes, but {source} {len(classes)}.")
-    fitting.load_complete(model, state_dict, weights.path)
+    weight_loading.load_complete(model, state_dict, weights.path)
     return Classifier(model.eval(), classes, args, weights)
 
 
@@ -63,13 +63,13 @@ def args_of(weights: Weights, given: dict[str, Any], *, test_only: bool) -> argp
     UserError for flags that contradict the file, and if neither names a model.
     """
     flags = {name: value for name, value in given.items() if name in arguments.MODEL_FLAGS}
-    saved = fitting.usable_args(weights, flags, print_to_stderr)
+    saved = weight_loading.usable_args(weights, flags, print_to_stderr)
     parser = shared_parser("")
     add_mask_flags(parser)
     args = arguments.for_weights(parser, flags, saved, weights.path, test_only=test_only)
     if "model" not in flags and not isinstance(saved.get("model"), str):
         raise UserError(f"{weights.path}: does not name its model; give --model NAME.")
-    fitting.report_preprocessing(vars(args), flags, weights.args, weights.path, print_to_stderr)
+    weight_loading.report_preprocessing(vars(args), flags, weights.args, weights.path, print_to_stderr)
     return args
 
 

@@ -24,11 +24,11 @@ from utils.runtime.files import write_atomically
 from utils.runtime.progress import say
 from utils.runtime.reading import open_regular
 from utils.runtime.text import count
-from utils.training import build, evaluation, fitting, models
+from utils.training import build, evaluation, models, weight_loading
 
 RANDOM = "random"  # in place of a weight file: an untrained network
 CLASSES = ["a", "b"]  # of the head, which is not used
-PREPARATION = (*fitting.INPUT, "upper_8_bits")  # what the pixels depend on, besides the image files
+PREPARATION = (*weight_loading.INPUT, "upper_8_bits")  # what the pixels depend on, besides the image files
 LONGEST_STEM = 40  # characters of a weight file's name in that of its features
 
 
@@ -97,7 +97,9 @@ def _open_file(name: str, given: dict[str, Any], is_compared: bool, device: torc
                 print_to_stderr(f"{name}: was made with {own}, which is used instead of {other}.")
     args = args_of(weights, flags, test_only=False)
     model = build.classifier(args, CLASSES, None, None, device)
-    models.load_classifier(model, fitting.fit(model, weights, print_to_stderr), name, reinitialise_head=True)
+    models.load_classifier(
+        model, weight_loading.matching_state_dict(model, weights, print_to_stderr), name, reinitialise_head=True
+    )
     return Source(name, Backbone(model).eval(), args, weights)
 
 

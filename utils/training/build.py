@@ -18,7 +18,7 @@ from utils.data.splits import Splits, training_batch
 from utils.data.transforms import BatchMixing, Normalize
 from utils.runtime import distributed, progress
 from utils.runtime.signals import wait_for
-from utils.training import fitting, loss, models, optim
+from utils.training import loss, models, optim, weight_loading
 
 
 def seed_everything(args: argparse.Namespace) -> None:
@@ -96,7 +96,7 @@ def classifier(
     if state is not None:
         models.load_classifier(model, state["model"], args.resume)
     elif weights is not None:
-        fitting.load_weights(model, weights, classes, args.test_only, progress.say)
+        weight_loading.load_weights(model, weights, classes, args.test_only, progress.say)
     if args.sync_bn and device.type == "cpu":
         progress.say("--sync-bn: torch has no SyncBatchNorm for the CPU; each process keeps its own statistics.")
     if args.sync_bn:

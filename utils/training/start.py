@@ -13,7 +13,7 @@ from utils.runtime import distributed, progress
 from utils.runtime.distributed import agreed
 from utils.runtime.errors import UserError
 from utils.runtime.text import printable
-from utils.training import fitting
+from utils.training import weight_loading
 from utils.training.model_sources import OWN_WEIGHTS, is_source
 from utils.training.trackers import check_installed
 
@@ -82,7 +82,7 @@ def choose_start(parser: arguments.Parser, given: dict[str, Any], script: str) -
         weights = checkpoint.read_weights(resume or finetune, given.get("use_ema"))
         for note in weights.notes:
             progress.say(note)
-        saved = fitting.usable_args(weights, given, progress.say)
+        saved = weight_loading.usable_args(weights, given, progress.say)
         args = arguments.for_weights(parser, given, saved, weights.path, test_only=test_only)
         report_paths(vars(args), given, weights.path)
         if weights.classes is None:
@@ -133,4 +133,4 @@ def _report_foreign_args(values: dict[str, Any], given: dict[str, Any], saved: d
     taken = [arguments.typed(name, saved[name]) for name in names if values.get(name) == saved[name]]
     if taken:
         progress.say(printable(f"{path}: used of its arguments: {' '.join(taken)}"))
-    fitting.report_preprocessing(values, given, saved, path, progress.say)
+    weight_loading.report_preprocessing(values, given, saved, path, progress.say)

@@ -21,8 +21,8 @@ from typing import Any
 
 import numpy as np
 
-from experiments.finished import ImageSet, Predictions, Results, Run, read_folders
 from experiments.plan import Plan, as_written
+from experiments.run_results import ImageSet, Predictions, Results, Run, read_folders
 from utils.runtime.errors import UserError
 from utils.runtime.reading import parse_json, read_bytes
 

@@ -12,10 +12,10 @@ import pytest
 import torch
 
 from experiments import analyse, collect
-from experiments.collected import pack, read_collected
 from experiments.differences import compare
-from experiments.finished import read_folders
 from experiments.plan import Arm, Plan, Stage, Subset, read_plan
+from experiments.results_file import pack, read_collected
+from experiments.run_results import read_folders
 from experiments.tasks import read_tasks
 from tests.helpers.finished_runs import finish, write_stage, write_test
 from utils.runtime.errors import UserError

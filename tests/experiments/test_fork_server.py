@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from _policy_gradient import train as policy_gradient
-from experiments import warm
+from experiments import fork_server
 from tests.conftest import ROOT, SMALL_POLICY
 
 pytestmark = pytest.mark.slow  # each worker starts a warm process, which imports for five seconds
@@ -29,10 +29,10 @@ print(signal.pthread_sigmask(signal.SIG_BLOCK, ()), file=sys.stderr)
 STARTER = """
 import sys, time
 from _policy_gradient import train as policy_gradient
-from experiments import warm
-warm.PRELOAD.clear()
+from experiments import fork_server
+fork_server.PRELOAD.clear()
 with open(sys.argv[1], "ab") as output:
-    warm.Command([sys.executable, sys.argv[2], sys.argv[3]], output, {})
+    fork_server.Command([sys.executable, sys.argv[2], sys.argv[3]], output, {})
     print("started", flush=True)
     time.sleep(60)
 """
@@ -48,7 +48,7 @@ print("ended by itself")
 def run_warm(words, output, **environment):
     """The exit code of `python WORDS...` in a fork; its output is appended to a file."""
     with output.open("ab") as file:
-        return warm.Command([sys.executable, *map(str, words)], file, {**os.environ, **environment}).wait()
+        return fork_server.Command([sys.executable, *map(str, words)], file, {**os.environ, **environment}).wait()
 
 
 def is_locked(path):
@@ -121,7 +121,7 @@ def test_a_command_holds_the_lock_on_its_output(tmp_path):
     with waiting(tmp_path) as (script, output):
         with output.open("ab") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
-            command = warm.Command([sys.executable, str(script), str(tmp_path / "end")], file, os.environ)
+            command = fork_server.Command([sys.executable, str(script), str(tmp_path / "end")], file, os.environ)
         assert is_locked(output)
     assert command.wait() == 0
     assert not is_locked(output)
@@ -129,11 +129,11 @@ def test_a_command_holds_the_lock_on_its_output(tmp_path):
 
 def test_a_signal_to_the_warm_process_ends_neither_it_nor_commands(tmp_path):
     with waiting(tmp_path) as (script, output), output.open("ab") as file:
-        command = warm.Command([sys.executable, str(script), str(tmp_path / "end")], file, os.environ)
+        command = fork_server.Command([sys.executable, str(script), str(tmp_path / "end")], file, os.environ)
         server = forkserver._forkserver._forkserver_pid
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             os.kill(server, number)
-        other = warm.Command([sys.executable, str(script), str(tmp_path / "end")], file, os.environ)
+        other = fork_server.Command([sys.executable, str(script), str(tmp_path / "end")], file, os.environ)
         other.terminate()
         assert other.wait() == -signal.SIGTERM
         assert forkserver._forkserver._forkserver_pid == server
@@ -155,7 +155,7 @@ def test_a_command_outlives_the_killed_process_that_started_it_and_keeps_the_loc
 
 def test_a_warm_process_that_ends_early_is_reported(tmp_path):
     (tmp_path / "ends.py").write_text("import os\nos._exit(0)")
-    code = "from experiments import warm\nwarm.PRELOAD[:] = ['ends']\nwarm.start(print, stdout=1, stderr=2)"
+    code = "from experiments import fork_server as f\nf.PRELOAD[:] = ['ends']\nf.start(print, stdout=1, stderr=2)"
     environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
     assert "ChildProcessError: the process that starts commands has ended" in result.stderr

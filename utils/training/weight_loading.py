@@ -1,4 +1,4 @@
-"""Fits the weights of any accepted file to a classifier: key prefixes, missing counters, missing heads.
+"""Loads the weights of any accepted file into a classifier: key prefixes, missing counters, missing heads.
 
 Each change is reported in a sentence, because files of other code rarely have exactly the model's keys.
 """
@@ -53,7 +53,7 @@ def report_preprocessing(
         report(f"{path}: does not record how its images were prepared; assumed: {flags}")
 
 
-def fit(model: nn.Module, weights: Weights, report: Report) -> StateDict:
+def matching_state_dict(model: nn.Module, weights: Weights, report: Report) -> StateDict:
     """The file's weights under the model's keys, without a common prefix and without entries of other modules.
 
     Missing `num_batches_tracked` become 0. The head may be missing. Raises UserError for NaN and infinite values, and
@@ -107,7 +107,7 @@ def load_weights(model: nn.Module, weights: Weights, classes: list[str], test_on
 
     Raises UserError for keys that do not fit, and with `test_only` instead of reinitialising the head.
     """
-    state_dict = fit(model, weights, report)
+    state_dict = matching_state_dict(model, weights, report)
     if models.lacks_head(model, state_dict):
         if test_only:
             load_complete(model, state_dict, weights.path)  # raises
