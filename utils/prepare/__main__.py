@@ -9,7 +9,7 @@ DATA/prepare.json how it was made. After a kill, the same command resumes. Exist
 
 import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from importlib.metadata import version
 from pathlib import Path
 
@@ -67,11 +67,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     repetitions = f"; {count(repeated, 'repeated row')}" if repeated else ""
     print_line(f"{count(len(records), 'image')}{repetitions}.")
     folders = class_folders(record.label for record in records)
-    if damaged := [label for label in folders if any("\udc80" <= letter <= "\udcff" for letter in label)]:
-        print_line(
-            f"warning: {table.path}: is not UTF-8, so {count(len(damaged), 'label')} lost letters: "
-            f"{list_names(damaged)}; save it as UTF-8, in Excel as CSV UTF-8, and prepare a new folder."
-        )
+    _warn_of_lost_letters(table, folders)
     for record in records:
         record.label = folders[record.label]
     parts, part = divide_records(records, plan, sorted(folders.values()), "group" in columns)
@@ -88,8 +84,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     for folder, splits in destinations.items():
         write_table(folder / IMAGES, IMAGES_HEAD, _rows(placement, splits))
     available = placement.available()
-    counts = {name: Counter(records[n].label for n in available if part[n] == p) for p, name in enumerate(parts)}
-    groups = {name: len({records[n].group for n in available if part[n] == p}) for p, name in enumerate(parts)}
+    members = {name: [records[n] for n in available if part[n] == p] for p, name in enumerate(parts)}
+    counts = {name: Counter(record.label for record in inside) for name, inside in members.items()}
+    groups = {name: len({record.group for record in inside}) for name, inside in members.items()}
     print_counts(counts, sorted(folders.values()), groups if "group" in columns else None)
     warn_of_lacking_classes(counts, folders.values())
     missing = [(parts[part[n]], records[n].image, reason) for n, reason in sorted(placement.reasons.items())]
@@ -117,6 +114,15 @@ def main(argv: Sequence[str] | None = None) -> None:
         print_line(f"{options.output}: was complete; nothing was left to do.")
     else:
         print_line(f"{options.output}: {count(len(available), 'image')}; {len(missing)} missing; see {RECORD}.")
+
+
+def _warn_of_lost_letters(table: Table, labels: Iterable[str]) -> None:
+    """Print a warning if labels hold bytes that are not UTF-8."""
+    if damaged := [label for label in labels if any("\udc80" <= letter <= "\udcff" for letter in label)]:
+        print_line(
+            f"warning: {table.path}: is not UTF-8, so {count(len(damaged), 'label')} lost letters: "
+            f"{list_names(damaged)}; save it as UTF-8, in Excel as CSV UTF-8, and prepare a new folder."
+        )
 
 
 def _columns(

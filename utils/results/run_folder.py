@@ -112,12 +112,7 @@ def write_test_results(
         table = prediction_table(logits, targets, files.classes, names)
         write_atomically(output_dir / f"predictions{suffix}.csv", table_as_csv(table))
         say(f"{split}, {len(targets)} images, {name}: {format_metrics(metrics)}")
-        width = max(len(printable(row["class"])) for row in rows)
-        for row in rows:
-            if row["images"]:
-                scores = "  ".join(f"{key} {row[key]:.4f}" for key in ("precision", "recall", "f1"))
-                noun = "image " if row["images"] == 1 else "images"
-                say(f"  {printable(row['class']):<{width}}  {row['images']:>6} {noun}  {scores}")
+        _print_classes(rows)
     absent = [row["class"] for row in rows if not row["images"]]  # the same in each result
     if absent:
         present = len(files.classes) - len(absent)
@@ -141,6 +136,16 @@ def write_test_results(
         "origin": origin,
     }
     write_json(output_dir / METRICS_FILE, summary)
+
+
+def _print_classes(rows: list[dict[str, Any]]) -> None:
+    """Print a line for each row of `per_class_table` whose class has images."""
+    width = max(len(printable(row["class"])) for row in rows)
+    for row in rows:
+        if row["images"]:
+            scores = "  ".join(f"{key} {row[key]:.4f}" for key in ("precision", "recall", "f1"))
+            noun = "image " if row["images"] == 1 else "images"
+            say(f"  {printable(row['class']):<{width}}  {row['images']:>6} {noun}  {scores}")
 
 
 def _remove(path: Path) -> None:
