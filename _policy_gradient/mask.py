@@ -51,7 +51,7 @@ def fading_weight(epoch: int, epochs: int, fade_epochs: int) -> float:
     return 1 - into_fading / (fade_epochs + 1)
 
 
-KEPT_MEAN = 0.5  # of the cells of each image with --keep-mean: that of uniform cells
+KEPT_MEAN = 0.5  # mean of an image's cells with --keep-mean, as of uniform cells
 
 
 class SmoothMask(nn.Module):

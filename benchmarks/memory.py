@@ -19,7 +19,7 @@ from utils.data.cache import INDEX, PIXELS, ImageCache
 from utils.data.folders import ImageFiles
 
 IMAGES, CLASSES = 1_350_000, 165  # RadImageNet
-RANKS, WORKERS = 8, 16  # of a node; of each rank
+RANKS, WORKERS = 8, 16  # ranks on a node, workers of each rank
 READS = 100_000  # by each worker
 ROOT = Path("/data/radimagenet/train")
 

@@ -201,8 +201,8 @@ def headline(run: RunFolder, evaluations: list[dict[str, Any]]) -> dict[str, Any
     if best := best_validation(run):
         validated = [line for line in run.log if math.isfinite(validation_f1(line))]
         epochs = count(len(validated), "validated epoch" if len(validated) < len(run.log) else "epoch")
-        of = f"val, without masks, best of {epochs} (epoch {best['epoch']})"
-        return {"title": title, "of": of, "value": best["val_f1"], "interval": None}
+        what = f"val, without masks, best of {epochs} (epoch {best['epoch']})"
+        return {"title": title, "of": what, "value": best["val_f1"], "interval": None}
     return None
 
 
@@ -220,29 +220,29 @@ def validation_f1(line: dict[str, Any]) -> float:
 
 def warnings(run: RunFolder) -> list[tuple[str, str]]:
     """What a reader of the numbers must know: a few words, and a sentence."""
-    found = [("Unreadable file", note) for note in run.notes]
+    sentences = [("Unreadable file", note) for note in run.notes]
     if run_lock.look_at(run.folder).held:
-        found.append(("Unfinished", "The training is still running."))
+        sentences.append(("Unfinished", "The training is still running."))
     elif run.status.get("status") not in (None, "finished"):
-        found.append(("Unfinished", "Repeat the command of the training with --resume auto."))
+        sentences.append(("Unfinished", "Repeat the command of the training with --resume auto."))
     if is_heated(run):
-        found.append(("Heated model", HEATED))
+        sentences.append(("Heated model", HEATED))
     if not run.tested:
         sentence = "train.py --test-only --resume FILE --split test measures the test split."
-        found.append(("Not tested", sentence))
+        sentences.append(("Not tested", sentence))
     elif run.tested["split"] == "val":
         chosen = ", and the epoch was chosen by them" if Path(run.tested["weights"]).name == BEST else ""
         sentence = f"The results are those of val{chosen}; --test-only with --split test measures the test split."
-        found.append(("Validation, not test", sentence))
+        sentences.append(("Validation, not test", sentence))
     for evaluation in list(run.evaluations.values())[:1]:
-        found += few_images(evaluation)
+        sentences += few_images(evaluation)
         if not run.tested.get("intervals"):
-            found.append(("No intervals", "An older version wrote metrics.json; run --test-only again."))
+            sentences.append(("No intervals", "An older version wrote metrics.json; run --test-only again."))
     if not run.origin:
-        found.append(("No run.json", "The command, versions and data of this run are unknown."))
+        sentences.append(("No run.json", "The command, versions and data of this run are unknown."))
     if not run.log:
-        found.append(("No log", "No epoch has finished yet: there are no learning curves."))
-    return found
+        sentences.append(("No log", "No epoch has finished yet: there are no learning curves."))
+    return sentences
 
 
 def few_images(evaluation: Evaluation) -> list[tuple[str, str]]:

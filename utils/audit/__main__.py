@@ -59,10 +59,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     content = sections(census, search if options.exact else f"{search} {RECALL}")
     if groups is not None:
         content.append(group_section(groups))
-    found = findings(census, [] if groups is None else group_findings(groups))
-    text = as_text(heading, found, content)
+    listed = findings(census, [] if groups is None else group_findings(groups))
+    text = as_text(heading, listed, content)
     write_atomically(output / "report.txt", text.encode())
-    write_atomically(output / "report.html", outputs.page(heading, found, content, census, options.upper_8_bits))
+    write_atomically(output / "report.html", outputs.page(heading, listed, content, census, options.upper_8_bits))
     write_atomically(output / "images.csv", outputs.images_csv(census))
     write_atomically(output / "duplicates.csv", outputs.duplicates_csv(census))
     print(text)

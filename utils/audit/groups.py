@@ -44,15 +44,15 @@ def read_groups(path: Path, column: str, files: Sequence[ImageFiles]) -> Groups:
         if group.strip() and group_of.setdefault(os.path.normpath(image), group.strip()) != group.strip():
             raise UserError(f"{path}, line {line}: {image!r} has another group in an earlier line; keep one.")
     images = [os.path.join(split.root.name, split.path_as_text(n)) for split in files for n in range(len(split))]
-    found = [group_of.get(image) for image in images]
-    names = sorted({group for group in found if group is not None})
+    group_of_image = [group_of.get(image) for image in images]
+    names = sorted({group for group in group_of_image if group is not None})
     if not names:
         example = f", but it has {next(iter(group_of))!r}" if group_of else ""
         raise UserError(
             f"{path}: has no group for any image; expected paths such as {images[0]!r} in {columns[0]!r}{example}."
         )
     position = {name: number for number, name in enumerate(names)}
-    number = np.array([-1 if group is None else position[group] for group in found])
+    number = np.array([-1 if group is None else position[group] for group in group_of_image])
     split = np.repeat(np.arange(len(files)), [len(split) for split in files])
     counts = np.zeros((len(names), len(files)), np.int64)
     np.add.at(counts, (number[number >= 0], split[number >= 0]), 1)
@@ -61,7 +61,7 @@ def read_groups(path: Path, column: str, files: Sequence[ImageFiles]) -> Groups:
 
 def group_findings(groups: Groups) -> list[Finding]:
     """Groups in several splits, and images without a group."""
-    found, shared = [], groups.shared()
+    result, shared = [], groups.shared()
     if len(shared):
         verb = "is" if len(shared) == 1 else "are"
         images = count(int(groups.counts[shared].sum()), "image")
@@ -70,13 +70,13 @@ def group_findings(groups: Groups) -> list[Finding]:
             f"{count(len(shared), 'group')} of {len(groups.names):,} {verb} in several splits, with {images}: {names}. "
             "Results would be too good: split the images by group."
         )
-        found.append(Finding(PROBLEM, sentence))
+        result.append(Finding(PROBLEM, sentence))
     else:
-        found.append(Finding(NOTE, f"None of {count(len(groups.names), 'group')} is in several splits."))
+        result.append(Finding(NOTE, f"None of {count(len(groups.names), 'group')} is in several splits."))
     if groups.without:
         sentence = f"{count(groups.without, 'image')} without a group in the table: not checked."
-        found.append(Finding(NOTE, sentence))
-    return found
+        result.append(Finding(NOTE, sentence))
+    return result
 
 
 def group_section(groups: Groups) -> Section:

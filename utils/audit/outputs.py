@@ -100,12 +100,12 @@ def exclude_list(census: Census, search: str) -> bytes:
     return "".join(parts).encode(errors="surrogateescape")
 
 
-def page(heading: str, found: list[Finding], content: list[Section], census: Census, upper_8_bits: bool) -> bytes:
+def page(heading: str, findings: list[Finding], content: list[Section], census: Census, upper_8_bits: bool) -> bytes:
     """report.html: the findings, thumbnails of the worst groups and of blank images, and the sections."""
     return render(
         "audit.html",
         heading=printable(heading),
-        findings=[finding._replace(sentence=printable(finding.sentence)) for finding in found],
+        findings=[finding._replace(sentence=printable(finding.sentence)) for finding in findings],
         sections=[_printable(section) for section in content if section.title != BLANK and section.sentences != NONE],
         groups=[_shown_group(census, number, upper_8_bits) for number in range(len(census.groups))[:SHOWN_GROUPS]],
         all_groups=len(census.groups),

@@ -213,9 +213,9 @@ def _named(title: str, census: Census, mask: np.ndarray) -> Section:
     return Section(title, more, ["image", "reason"][: len(rows[0])], rows)
 
 
-def as_text(heading: str, found: list[Finding], content: list[Section]) -> str:
+def as_text(heading: str, findings: list[Finding], content: list[Section]) -> str:
     """The report for a terminal: findings, then sections with aligned columns, without control characters."""
-    lines = [heading, "", "Findings", *(f"  {severity}: {sentence}" for severity, sentence in found)]
+    lines = [heading, "", "Findings", *(f"  {severity}: {sentence}" for severity, sentence in findings)]
     for section in content:
         lines += ["", section.title, *(f"  {sentence}" for sentence in section.sentences)]
         table = [[printable(str(cell)) for cell in row] for row in (section.head, *section.rows) if row]

@@ -110,8 +110,8 @@ class Tree:
         self.existing: dict[tuple[str, str], set[str]] = {}
         for split in SPLITS:
             classes = [name for name, splits in names.items() if splits[split]]
-            found = find_existing(str(output / split), self.passed_over)
-            _check_listed(output / split, found, set(classes), listed_in)
+            folders = find_existing(str(output / split), self.passed_over)
+            _check_listed(output / split, folders, set(classes), listed_in)
             for name in classes:
                 folder = self.folder(name, split)
                 self.existing[name, split] = find_existing(folder, self.passed_over)

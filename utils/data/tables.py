@@ -66,10 +66,10 @@ class Table:
             hint = "" if named else closest(given, self.columns)
             number = f"{len(named)} columns" if named else "no column"
             raise UserError(f"{self.path}: has {number} {given!r} ({flag}); {hint + ' ' if hint else ''}{columns}.")
-        found = f"no column has a usual name for {meaning}"
+        problem = f"no column has a usual name for {meaning}"
         if named:
-            found = f"several columns may hold {meaning} ({list_names(named)})"
-        raise UserError(f"{self.path}: {found}; give {flag} COLUMN; {columns}.")
+            problem = f"several columns may hold {meaning} ({list_names(named)})"
+        raise UserError(f"{self.path}: {problem}; give {flag} COLUMN; {columns}.")
 
     def cells(self, columns: Sequence[str]) -> Iterator[tuple[int, list[str]]]:
         """Line number and the cells of these columns for each row; rows without any text are skipped.

@@ -66,8 +66,8 @@ def probe_all(
                     else:
                         scores = probes.scores_of(test.targets, predicted, classes).tolist()
                         metrics = dict(zip(SCORES, scores, strict=True))
-                    found = (fitted.parameter, fitted.val, fitted.converged, metrics)
-                    results.append(Result(weights, probe, number, draw, *found))
+                    chosen = (fitted.parameter, fitted.val, fitted.converged)
+                    results.append(Result(weights, probe, number, draw, *chosen, metrics))
                     bar.update()
     return results, predictions
 

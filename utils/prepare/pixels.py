@@ -47,7 +47,7 @@ class Pixels(NamedTuple):
 
     levels: np.ndarray
     inverted: bool = False
-    window: Window | None = None  # of the file
+    window: Window | None = None  # the file's own
 
 
 def kind_of(path: str) -> str:

@@ -105,7 +105,7 @@ def check_splits(records: Collection[Record], classes: Collection[str], grouped:
     splits: dict[str, set[str]] = {}
     for record in records:
         splits.setdefault(record.group, set()).add(record.split)
-    if shared := [group for group, found in sorted(splits.items()) if len(found) > 1]:
+    if shared := [group for group, its_splits in sorted(splits.items()) if len(its_splits) > 1]:
         raise UserError(
             f"--split: {count(len(shared), 'group')} of {len(splits):,} are in several splits: {list_names(shared)}. "
             "Correct the column, or let --val and --test split the groups. To keep this split, leave --group out."

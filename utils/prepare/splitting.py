@@ -148,13 +148,13 @@ def _best_swap(content: csr_array, part: np.ndarray, cost: np.ndarray) -> list[i
     """
     best, swap = NO_GAIN, []
     for first, second in itertools.combinations(range(cost.shape[1]), 2):
-        there, back = (
+        moves, returns = (
             np.flatnonzero(part == start)[np.argsort(cost[part == start, end], kind="stable")[:CANDIDATES]]
             for start, end in ((first, second), (second, first))
         )
-        shared = (content[there] @ content[back].T).toarray()
-        both = cost[there, second][:, None] + cost[back, first] - 4 * shared
+        shared = (content[moves] @ content[returns].T).toarray()
+        both = cost[moves, second][:, None] + cost[returns, first] - 4 * shared
         if both.size and both.min() < best:
             row, column = np.unravel_index(both.argmin(), both.shape)
-            best, swap = both.min(), [int(there[row]), int(back[column])]
+            best, swap = both.min(), [int(moves[row]), int(returns[column])]
     return swap

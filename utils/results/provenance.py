@@ -103,8 +103,9 @@ def same_but_seed(folders: Sequence[str]) -> list[list[str]]:
     """Groups of two or more runs that were started with the same flags and different seeds, according to run.json."""
     seeds_by_flags: dict[tuple, dict[str, str]] = {}
     for folder in folders:
-        if found := _seed_and_flags(Path(folder)):
-            seeds_by_flags.setdefault(found[1], {})[folder] = found[0]
+        if seed_and_flags := _seed_and_flags(Path(folder)):
+            seed, flags = seed_and_flags
+            seeds_by_flags.setdefault(flags, {})[folder] = seed
     return [list(seeds) for seeds in seeds_by_flags.values() if len(seeds) == len(set(seeds.values())) > 1]
 
 

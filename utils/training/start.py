@@ -36,15 +36,15 @@ def find_checkpoint(given: dict[str, Any], script: str) -> dict[str, Any]:
     """
     if given.get("resume") != AUTO:
         return given
-    found = None
+    path = None
     with agreed():
         if distributed.is_main_process():
-            found = _newest_valid(Path(given.get("output_dir", ".")), script)
-    found = distributed.broadcast_object(found)
-    if found is None:
+            path = _newest_valid(Path(given.get("output_dir", ".")), script)
+    path = distributed.broadcast_object(path)
+    if path is None:
         return given
     first_only = () if given.get("test_only") else ("finetune", "weights")
-    return {name: value for name, value in given.items() if name not in first_only} | {"resume": found}
+    return {name: value for name, value in given.items() if name not in first_only} | {"resume": path}
 
 
 def _newest_valid(output_dir: Path, script: str) -> str | None:

@@ -107,7 +107,7 @@ class Tracker:
         """The content of run.json, with escapes for bytes of class names that are not text."""
         content = read_checked(self.output_dir / RUN, has_starts) or {}
         text = json.dumps(content, ensure_ascii=False)
-        return json.loads(re.sub("[\ud800-\udfff]", lambda found: rf"\\u{ord(found[0]):x}", text))
+        return json.loads(re.sub("[\ud800-\udfff]", lambda match: rf"\\u{ord(match[0]):x}", text))
 
 
 class TensorBoard(Tracker):
