@@ -24,20 +24,16 @@ from matplotlib.figure import Figure
 
 from utils.checkpoints.checkpoint import BEST, HEATED
 from utils.results import templates
-from utils.results.confusion import confusion_matrix, count_pairs, per_class_recall, recall_by_frequency
 from utils.results.curves import learning_curves, policy_health
-from utils.results.figures import as_svg
+from utils.results.evaluation_section import TITLES, describe_evaluation, picture
 from utils.results.intervals import LEVEL
-from utils.results.metrics import CALIBRATION_NAMES, METRIC_TITLES, Outcome
+from utils.results.metrics import CALIBRATION_NAMES
 from utils.results.provenance import same_but_seed
-from utils.results.reliability import reliability_diagram
 from utils.results.run_folder import (
-    RESULT_TITLES,
     Evaluation,
     RunFolder,
     describe_tested,
     read_run_folder,
-    training_images,
 )
 from utils.runtime.errors import UserError
 from utils.runtime.files import make_parent, write_atomically
@@ -45,20 +41,8 @@ from utils.runtime.reading import open_regular, read_bytes
 from utils.runtime.text import count, describe_seconds, print_line
 from utils.training import run_lock
 
-# Macro recall is left out: it is the balanced accuracy.
-TITLES = {name: title for name, title in METRIC_TITLES.items() if name != "recall"}
 HEADLINE = "f1"  # the metric of the summary, by which the best epoch is chosen
 FEW_IMAGES, FEW_PER_CLASS = 500, 10  # below this a warning
-SCORES = ("precision", "recall", "f1")
-FREQUENCY_HELP = (
-    "Each point is a class. If the points rise to the right, classes with few training images are recognised less "
-    "often. Long intervals mean few evaluated images. From six classes on, the thick lines are the mean recall of the "
-    "rarest third of the classes, the middle third and the most frequent one; equally frequent classes stay together."
-)
-RELIABILITY_HELP = (
-    "Each point is a group of images of similar confidence. On the dashed line their probabilities are right; below "
-    "it they are too high, above it too low. The bars show how many images each group has."
-)
 MARK = b'<meta name="generator" content="utils.report">'  # in the head of a page that may be replaced
 
 
@@ -261,57 +245,7 @@ def few_images(evaluation: Evaluation) -> list[tuple[str, str]]:
     return [("Few images", " ".join(sentences))] if sentences else []
 
 
-# Sections
-
-
-def describe_evaluation(name: str, what: str, run: RunFolder, evaluation: Evaluation) -> dict[str, Any]:
-    """Metrics with intervals, the per-class table with the commonest confusion of each class, and the pictures."""
-    classes = [row["class"] for row in evaluation.table]
-    title = RESULT_TITLES.get(name, name)
-    outcome = evaluation.outcome
-    confused = commonest_confusions(outcome, classes)
-    arguments = (outcome.targets, outcome.predictions, classes, what)
-    intervals = run.tested.get("intervals", {}).get(name, {})
-    pictures = [
-        picture(confusion_matrix(*arguments), f"Confusion matrix, {title}"),
-        picture(per_class_recall(*arguments), f"Recall of each class, {title}"),
-    ]
-    with suppress(UserError):  # an older version, or no run.json next to the weights
-        figure = recall_by_frequency(outcome.targets, outcome.predictions, training_images(evaluation.table), what)
-        pictures.append(picture(figure, f"Recall by class frequency, {title}") | {"help": FREQUENCY_HELP})
-    with suppress(UserError):
-        shown = picture(reliability_diagram(outcome, what), f"Reliability, {title}")
-        pictures.append(shown | {"help": RELIABILITY_HELP, "is_small": True})
-    return {
-        "title": title,
-        "what": what,
-        "images": len(outcome.targets),
-        "metrics": {
-            metric: {"value": evaluation.metrics[metric], "interval": intervals.get(metric)}
-            for metric in TITLES
-            if evaluation.metrics.get(metric) is not None
-        },
-        "table": [
-            row
-            | {"images": int(row["images"]), "train_images": row.get("train_images"), "confused": text}
-            | {score: as_number(row[score]) for score in SCORES}
-            for row, text in zip(evaluation.table, confused, strict=True)
-        ],
-        "has_training_images": any(row.get("train_images") for row in evaluation.table),
-        "pictures": pictures,
-    }
-
-
-def as_number(cell: str) -> float | None:
-    """A cell of per_class.csv; None for an empty one."""
-    return float(cell) if cell else None
-
-
-def commonest_confusions(outcome: Outcome, classes: Sequence[str]) -> list[str]:
-    """For each class the most frequent wrong prediction and its number of images: "b (3)"; "" without any."""
-    wrong = outcome.targets != outcome.predictions
-    counts = count_pairs(outcome.targets[wrong], outcome.predictions[wrong], len(classes))
-    return [f"{classes[row.argmax()]} ({row.max()})" if row.any() else "" for row in counts]
+# Pictures
 
 
 def mask_galleries(folder: Path) -> list[dict[str, str]]:
@@ -325,10 +259,6 @@ def mask_galleries(folder: Path) -> list[dict[str, str]]:
         with suppress(OSError):  # missing, or a folder of that name
             galleries.append({"source": templates.data_uri(read_bytes(path)), "title": title})
     return galleries
-
-
-def picture(figure: Figure, title: str) -> dict[str, str]:
-    return {"source": templates.data_uri(as_svg(figure), "image/svg+xml"), "title": title}
 
 
 def responsive_picture(

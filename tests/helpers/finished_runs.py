@@ -10,6 +10,7 @@ import torch
 
 from experiments.plan import FINISHED, folder_of_run
 from utils import report
+from utils.results import evaluation_section
 from utils.results.metrics import (
     bootstrap_intervals,
     classification_metrics,
@@ -82,7 +83,7 @@ def write_run(folder: Path, epochs: int = 3, tested: bool = True, policy: bool =
 @pytest.fixture
 def undrawn(monkeypatch):
     """Report pages without drawing their pictures, which takes most of the time. Import the fixture to use it."""
-    monkeypatch.setattr(report, "picture", lambda figure, title: {"source": "", "title": title})
+    monkeypatch.setattr(evaluation_section, "picture", lambda figure, title: {"source": "", "title": title})
     monkeypatch.setattr(report, "responsive_picture", lambda draw, logs, groups, title: {"source": "", "title": title})
     for name in ("confusion_matrix", "per_class_recall", "recall_by_frequency", "reliability_diagram"):
-        monkeypatch.setattr(report, name, lambda *_: None)
+        monkeypatch.setattr(evaluation_section, name, lambda *_: None)
