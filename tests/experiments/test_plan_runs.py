@@ -211,7 +211,7 @@ def test_a_process_that_starts_during_a_stop_is_stopped(tmp_path, monkeypatch):
         processes.stop()  # does not see the process yet
         return command(*arguments)
 
-    monkeypatch.setattr(run.warm, "Command", start)
+    monkeypatch.setattr(run.fork_server, "Command", start)
     script = tmp_path / "script.py"
     script.write_text("import time\ntime.sleep(60)")
     begin = time.monotonic()
