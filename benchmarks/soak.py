@@ -108,8 +108,16 @@ def kill_families(pids: set[int]) -> None:
         _send(signal.SIGSTOP, fresh)
         stopped |= fresh
     _send(signal.SIGKILL, stopped)
-    while any(state != "Z" for pid, state in families(stopped).items() if pid in stopped):
+    while any(state != "Z" or _threads(pid) > 1 for pid, state in families(stopped).items() if pid in stopped):
         time.sleep(0.01)
+
+
+def _threads(pid: int) -> int:
+    """The number of threads; while more than one exits, a zombie's files are still open, and locked."""
+    try:
+        return len(os.listdir(f"/proc/{pid}/task"))
+    except OSError:  # it has ended meanwhile
+        return 0
 
 
 def _send(number: int, pids: set[int]) -> None:
