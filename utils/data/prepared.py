@@ -8,7 +8,7 @@ from typing import Any
 
 from utils.data.listing import is_hidden
 from utils.runtime.errors import UserError
-from utils.runtime.files import write_atomically, write_json
+from utils.runtime.files import make_folder, write_atomically, write_json
 from utils.runtime.reading import read_json
 from utils.runtime.text import canonical, count, csv_table, list_names, print_line, printable
 
@@ -48,10 +48,7 @@ def check_output(output: Path, settings: dict[str, Any]) -> bool:
 
 def begin(output: Path, settings: dict[str, Any]) -> None:
     """Create the folder and record the settings, before the first image. Raises UserError if that fails."""
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{output}: cannot be created ({error.strerror}); give another folder.") from None
+    make_folder(output, "folder")
     write_json(output / RECORD, {"finished": False, "settings": settings})
 
 
